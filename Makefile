@@ -1,0 +1,39 @@
+# Two commands do everything: `make demo` (the main job) and `make test`. Each sets up .venv first; a second run is fast.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test lint format clean help
+
+help:
+	@echo "make demo    set up .venv, then classify and generate under every method; results in demo/"
+	@echo "make test    set up .venv, then run the tests"
+	@echo "make lint    ruff (lint and format) and mypy"
+	@echo "make format  let ruff rewrite the files"
+	@echo "make clean   remove .venv, demo/ and build products"
+
+$(STAMP): pyproject.toml requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "PYTHON: got Python %d.%d, expected 3.11 to 3.13 (diffusers 0.42 and triton 3.9 need 3.11); try: make PYTHON=python3.12 ..." % v)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/bigain demo --out demo
+
+test: $(STAMP)
+	$(BIN)/python -m pytest --numprocesses 2
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) demo build dist *.egg-info

@@ -1,0 +1,125 @@
+"""Argument checks of the public functions. Every message reads `argument: what came, what was expected`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .plan import MergePlan
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_tensor(name: str, value: object, rank: int, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
+    """`value` is a tensor of the given rank and one of the dtypes."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+    if value.dtype not in dtypes:
+        expected = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name}: got dtype {str(value.dtype).removeprefix('torch.')}, expected one of {expected}")
+    if value.dim() != rank:
+        raise ValueError(f"{name}: got shape {tuple(value.shape)}, expected {rank} dimensions")
+
+
+def check_same_device(**tensors: Tensor) -> None:
+    """All named tensors are on one device."""
+    (first_name, first), *rest = tensors.items()
+    for name, tensor in rest:
+        if tensor.device != first.device:
+            raise ValueError(f"{name}: is on {tensor.device}, expected {first.device}, where {first_name} is")
+
+
+def check_pair(name: str, value: object) -> tuple[int, int]:
+    """`value` is a pair (row, column) of integers of at least 1."""
+    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_int(v) for v in value):
+        raise TypeError(f"{name}: got {value!r}, expected two integers, (row, column)")
+    if value[0] < 1 or value[1] < 1:
+        raise ValueError(f"{name}: got {tuple(value)}, expected both to be at least 1")
+    return value[0], value[1]
+
+
+def check_grid(grid: object, num_tokens: int, tokens_of: str) -> tuple[int, int]:
+    """`grid` is (H, W) and H * W is the number of tokens of the argument named `tokens_of`."""
+    height, width = check_pair("grid", grid)
+    if height * width != num_tokens:
+        raise ValueError(
+            f"grid: got {(height, width)}, that is {height * width} tokens, expected {num_tokens}, "
+            f"the number of tokens of {tokens_of}"
+        )
+    return height, width
+
+
+def check_factor(factor: object, grid: tuple[int, int]) -> tuple[int, int]:
+    """`factor` is an int or (sy, sx), at least 1 and at most the grid."""
+    if _is_int(factor):
+        factor = (factor, factor)
+    sy, sx = check_pair("factor", factor)
+    if sy > grid[0] or sx > grid[1]:
+        raise ValueError(f"factor: got {(sy, sx)}, expected at most the grid, {grid}")
+    return sy, sx
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """`value` is one of the named choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: got {value!r}, expected one of {list(choices)}")
+
+
+def check_count(name: str, value: object, minimum: int = 0) -> None:
+    """`value` is an integer of at least `minimum`."""
+    if not _is_int(value):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
+    if value < minimum:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value}, expected at least {minimum}")
+
+
+def check_number(name: str, value: object) -> None:
+    """`value` is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if value != value or value in (float("inf"), float("-inf")):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+
+
+def check_plan(plan: object, name: str, tensor: Tensor, length: str) -> None:
+    """`plan` is a MergePlan whose rows divide the batch of `tensor` and whose `length` is its number of tokens."""
+    if not isinstance(plan, MergePlan):
+        raise TypeError(f"plan: got {type(plan).__name__}, expected a MergePlan")
+    expected = plan.num_tokens if length == "num_tokens" else plan.num_slots
+    if tensor.shape[1] != expected:
+        raise ValueError(f"{name}: got {tensor.shape[1]} tokens, expected {expected}, the plan's {length}")
+    rows, batch = plan.num_rows, tensor.shape[0]
+    if (rows == 0 and batch != 0) or (rows != 0 and batch % rows != 0):
+        raise ValueError(f"{name}: got batch {batch}, expected a multiple of the plan's {rows} rows")
+    if plan.slot.device != tensor.device:
+        raise ValueError(f"plan: is on {plan.slot.device}, expected {tensor.device}, where {name} is")
+
+
+def max_ratio(grid: tuple[int, int], stride: tuple[int, int]) -> float:
+    """The largest ratio that a merge into one token per sy x sx tile allows on an (H, W) grid.
+
+    This is 1 - 1 / (sy * sx) on grids that divide; leftover strips hold only sources and raise it a little.
+    """
+    height, width = check_pair("grid", grid)
+    sy, sx = check_pair("stride", stride)
+    n, d = height * width, (height // sy) * (width // sx)
+    return (n - d) / n if d else 0.0
+
+
+def merged_count(ratio: float, grid: tuple[int, int], stride: tuple[int, int]) -> int:
+    """r = int(N * ratio), refused when the grid has not that many sources."""
+    check_number("ratio", ratio)
+    limit = max_ratio(grid, stride)
+    n, r = grid[0] * grid[1], int(grid[0] * grid[1] * ratio)
+    if ratio < 0 or r > n - (grid[0] // stride[0]) * (grid[1] // stride[1]) or (r > 0 and limit == 0.0):
+        raise ValueError(
+            f"ratio: got {ratio}, expected 0 <= ratio <= {limit:.6g}, the largest possible "
+            f"on grid {tuple(grid)} with stride {tuple(stride)}"
+        )
+    return r

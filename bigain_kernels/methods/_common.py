@@ -1,0 +1,89 @@
+"""What the methods share: averaging the rows that share a plan, and random numbers that hang on nothing but a seed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_count, check_grid, check_pair, check_tensor, merged_count
+from ..ops.bipartite_match import bipartite_match
+from ..ops.merge_plan import merge_plan
+from ..plan import MergePlan
+
+_MASK = 0xFFFFFFFF
+
+
+def check_method(
+    x: Tensor, grid: tuple[int, int], ratio: float, stride: tuple[int, int], share_plan: int | None
+) -> tuple[tuple[int, int], tuple[int, int], int]:
+    """Check the arguments that every method has; returns grid, stride and r = int(N * ratio)."""
+    check_tensor("x", x, 3)
+    grid = check_grid(grid, x.shape[1], "x")
+    stride = check_pair("stride", stride)
+    if share_plan is not None:
+        check_count("share_plan", share_plan, 1)
+        if x.shape[0] % share_plan != 0:
+            raise ValueError(f"share_plan: got {share_plan}, expected a divisor of {x.shape[0]}, the batch of x")
+    return grid, stride, merged_count(ratio, grid, stride)
+
+
+def share_mean(x: Tensor, share_plan: int | None) -> Tensor:
+    """Mean of the `share_plan` rows that share a plan: (k * P, N, C) to (P, N, C), row b belonging to plan row b mod P.
+
+    The mean is accumulated in float32 and rounded to the dtype of x.
+    """
+    if share_plan is None or share_plan == 1:
+        return x
+    rows = x.unflatten(0, (share_plan, x.shape[0] // share_plan))
+    return rows.to(torch.promote_types(x.dtype, torch.float32)).mean(0).to(x.dtype)
+
+
+def match_and_plan(
+    x: Tensor, destinations: Tensor, r: int, grid: tuple[int, int], stride: tuple[int, int], window: int | None
+) -> MergePlan:
+    """The second half of every method that merges into destinations."""
+    similarity, match = bipartite_match(
+        x, destinations, window=window, grid=None if window is None else grid, stride=None if window is None else stride
+    )
+    return merge_plan(similarity, match, destinations, r, grid)
+
+
+def _scramble(value: Tensor) -> Tensor:
+    """A bijection of 32-bit integers whose output bits all depend on all input bits (xor-shift-multiply rounds)."""
+    value = (value ^ (value >> 16)) * 0x21F0AAAD & _MASK
+    value = (value ^ (value >> 15)) * 0x735A2D97 & _MASK
+    return value ^ (value >> 15)
+
+
+def counter_random(seed: int, timestep: Tensor | None, count: int, stream: int, device: torch.device) -> Tensor:
+    """Random 32-bit integers that are a function of (seed, timestep of the row, position, stream) alone.
+
+    A counter-based generator: it keeps no state, so it touches no generator of torch, runs on the device without a
+    copy, can be captured in a CUDA graph, and gives rows of equal timestep equal numbers whatever batch they are in.
+
+    Args:
+        seed: any integer.
+        timestep: (B,) integer or floating timesteps, read to 1/64 of a step, or None.
+        count: how many numbers a row gets.
+        stream: separates uses that share a seed.
+
+    Returns:
+        (B, count) int64 in [0, 2**32); (1, count) without a timestep.
+    """
+    position = torch.arange(count, dtype=torch.int64, device=device)
+    key = _scramble(torch.full((1,), (seed * 0x9E3779B1 + stream) & _MASK, dtype=torch.int64, device=device))
+    if timestep is not None:
+        step = timestep.to(torch.int64) * 64 if not timestep.is_floating_point() else (timestep * 64).to(torch.int64)
+        key = _scramble((key + step * 0x85EBCA6B) & _MASK)
+    return _scramble((key[:, None] + position * 0x9E3779B1) & _MASK)
+
+
+def check_timestep(timestep: Tensor | None, x: Tensor, share_plan: int | None) -> Tensor | None:
+    """The timesteps of the plan rows: those of the first P rows, since rows that share a plan share a timestep."""
+    if timestep is None:
+        return None
+    if not isinstance(timestep, Tensor):
+        raise TypeError(f"timestep: got {type(timestep).__name__}, expected a tensor of one value per batch row")
+    if timestep.shape != x.shape[:1]:
+        raise ValueError(f"timestep: got shape {tuple(timestep.shape)}, expected {(x.shape[0],)}, the batch of x")
+    return timestep[: x.shape[0] // (share_plan or 1)]

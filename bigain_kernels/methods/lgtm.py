@@ -1,0 +1,43 @@
+"""Laplacian-gated token merging (L-GTM), BiGain, arXiv 2603.12240."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..ops import laplacian_score, select_destinations
+from ..plan import MergePlan
+from ._common import check_method, match_and_plan, share_mean
+
+
+def lgtm_plan(
+    x: Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    stride: tuple[int, int] = (2, 2),
+    *,
+    window: int | None = None,
+    share_plan: int | None = None,
+) -> MergePlan:
+    """Plan of Laplacian-gated token merging.
+
+    The smoothest token of each sy x sx tile (lowest L1 Laplacian score) becomes a destination; the int(N * ratio)
+    sources most similar to a destination merge into it. Source: BiGain, arXiv 2603.12240.
+
+    Args:
+        x: (B, N, C) hidden states in raster order.
+        grid: (H, W) with H * W = N.
+        ratio: fraction of tokens removed, 0 to `max_ratio(grid, stride)`.
+        stride: (sy, sx), the size of a tile in tokens.
+        window: compare only with destinations of tiles at most this many tiles away; None compares with all.
+        share_plan: k rows share one plan, made from their mean: batch row b uses plan row b mod (B / k).
+
+    Returns:
+        MergePlan with B rows (B / k with `share_plan`) and N - int(N * ratio) slots.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, window or share_plan.
+    """
+    grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
+    x = share_mean(x, share_plan)
+    destinations = select_destinations(laplacian_score(x, grid), grid, stride)
+    return match_and_plan(x, destinations, r, grid, stride, window)

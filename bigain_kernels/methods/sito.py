@@ -1,0 +1,76 @@
+"""Similarity-based token pruning (SiTo), Zhang et al., AAAI 2025."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..checks import check_number
+from ..ops import select_destinations
+from ..plan import MergePlan
+from ._common import check_method, check_timestep, counter_random, match_and_plan, share_mean
+
+_STREAM = 2
+
+
+def _gaussian(seed: int, timestep: Tensor | None, n: int, device: torch.device) -> Tensor:
+    """Standard normal numbers from the counter-based generator (Box-Muller); (B or 1, n) float32."""
+    first, second = (
+        # The middle of each of 2**24 cells: exact in float32 and never 0, whose logarithm is infinite.
+        ((counter_random(seed, timestep, n, _STREAM + i, device) >> 8).float() + 0.5) / 2**24
+        for i in range(2)
+    )
+    return (-2 * first.log()).sqrt() * (2 * math.pi * second).cos()
+
+
+def sito_plan(
+    x: Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    stride: tuple[int, int] = (2, 2),
+    *,
+    noise: float = 0.1,
+    seed: int = 0,
+    timestep: Tensor | None = None,
+    share_plan: int | None = None,
+) -> MergePlan:
+    """Plan of SiTo: each tile keeps its most representative token, the tokens most similar to one of those are pruned.
+
+    A token's score is its mean cosine similarity to all tokens plus Gaussian noise; since it is linear, it is the dot
+    product with the mean of the unit tokens and needs no N x N matrix. The highest score of each tile becomes a base
+    token. Use the plan with `token_merge(..., mode="prune")`. Source: Zhang et al., "Training-Free and
+    Hardware-Friendly Acceleration for Diffusion Models via Similarity-based Token Pruning", AAAI 2025.
+
+    Args:
+        x: (B, N, C) hidden states in raster order.
+        grid: (H, W) with H * W = N.
+        ratio: fraction of tokens removed, 0 to `max_ratio(grid, stride)`.
+        stride: (sy, sx), the size of a tile in tokens.
+        noise: standard deviation of the noise, in units of the standard deviation of the row's scores.
+        seed: any integer; the noise is a function of (seed, timestep of the row, token).
+        timestep: (B,) timesteps that vary the noise, or None.
+        share_plan: k rows share one plan, made from their mean: batch row b uses plan row b mod (B / k).
+
+    Returns:
+        MergePlan with B rows (B / k with `share_plan`) and N - int(N * ratio) slots.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, noise, timestep or share_plan.
+    """
+    grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
+    check_number("noise", noise)
+    if noise < 0:
+        raise ValueError(f"noise: got {noise}, expected at least 0")
+    timestep = check_timestep(timestep, x, share_plan)
+    x = share_mean(x, share_plan)
+    values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    unit = values / values.square().sum(-1, keepdim=True).sqrt()
+    # A token without a direction counts for nothing here, and its own NaN score is never chosen.
+    score = torch.bmm(unit, unit.nan_to_num(0.0, 0.0, 0.0).mean(1)[..., None])[..., 0]
+    if noise > 0:
+        spread = score.nan_to_num(0.0, 0.0, 0.0).std(dim=1, correction=0, keepdim=True)
+        score = score + noise * spread * _gaussian(seed, timestep, x.shape[1], x.device)
+    destinations = select_destinations(-score.float(), grid, stride)
+    return match_and_plan(x, destinations, r, grid, stride, None)

@@ -1,0 +1,77 @@
+"""Token merging for Stable Diffusion (ToMe), Bolya and Hoffman, "Token Merging for Fast Stable Diffusion", 2023."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice
+from ..plan import MergePlan
+from ..reference.laplacian_score import tile_tokens
+from ._common import check_method, check_timestep, counter_random, match_and_plan, share_mean
+
+DESTINATIONS = ("random", "first")
+_STREAM = 1
+
+
+def tome_destinations(
+    rows: int,
+    grid: tuple[int, int],
+    stride: tuple[int, int],
+    destinations: str,
+    seed: int,
+    timestep: Tensor | None,
+    device: torch.device,
+) -> Tensor:
+    """One token of each sy x sx tile: a random one, or the first (top-left); (rows, D) int32, ascending."""
+    tiles = (grid[0] // stride[0], grid[1] // stride[1])
+    if destinations == "first":
+        inside = torch.zeros((1, *tiles), dtype=torch.int64, device=device)
+    else:
+        random = counter_random(seed, timestep, tiles[0] * tiles[1], _STREAM, device)
+        inside = (random * (stride[0] * stride[1]) >> 32).unflatten(1, tiles)
+    return tile_tokens(inside, grid, stride).expand(rows, -1).contiguous()
+
+
+def tome_plan(
+    x: Tensor,
+    grid: tuple[int, int],
+    ratio: float,
+    stride: tuple[int, int] = (2, 2),
+    *,
+    destinations: str = "random",
+    seed: int = 0,
+    timestep: Tensor | None = None,
+    window: int | None = None,
+    share_plan: int | None = None,
+) -> MergePlan:
+    """Plan of ToMe: destinations by position, not by content.
+
+    Random destinations come from a generator of this function's own, a hash of (seed, timestep of the row, tile): equal
+    arguments give equal destinations, rows of one timestep have the same ones whatever else is in the batch, and no
+    random state of torch is read or changed. The published code draws once per call from a generator that moves on.
+
+    Args:
+        x: (B, N, C) hidden states in raster order.
+        grid: (H, W) with H * W = N.
+        ratio: fraction of tokens removed, 0 to `max_ratio(grid, stride)`.
+        stride: (sy, sx), the size of a tile in tokens.
+        destinations: "random", one random token of each tile, or "first", the top-left one.
+        seed: any integer; read with "random" only.
+        timestep: (B,) timesteps that vary the random pattern, or None; read with "random" only.
+        window: compare only with destinations of tiles at most this many tiles away; None compares with all.
+        share_plan: k rows share one plan, made from their mean: batch row b uses plan row b mod (B / k).
+
+    Returns:
+        MergePlan with B rows (B / k with `share_plan`) and N - int(N * ratio) slots.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, destinations, timestep, window or
+            share_plan.
+    """
+    grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
+    check_choice("destinations", destinations, DESTINATIONS)
+    timestep = check_timestep(timestep, x, share_plan)
+    x = share_mean(x, share_plan)
+    chosen = tome_destinations(x.shape[0], grid, stride, destinations, seed, timestep, x.device)
+    return match_and_plan(x, chosen, r, grid, stride, window)

@@ -1,0 +1,89 @@
+"""From matches, or from tile scores, to a MergePlan."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import MergePlan
+from .laplacian_score import split_tiles
+
+
+def plan_from_assignment(assign: Tensor, num_slots: int, grid: tuple[int, int]) -> MergePlan:
+    """The plan in which token n is represented by token assign[b, n]; assign is (B, N) int64, assign[assign] = assign.
+
+    `num_slots` is the number of tokens that represent themselves; it is passed in so that no shape depends on data.
+    """
+    batch, n = assign.shape
+    tokens = torch.arange(n, device=assign.device)
+    is_anchor = assign == tokens
+    slot_of_anchor = is_anchor.cumsum(1) - 1
+    slot = slot_of_anchor.gather(1, assign)
+    # Stable sorts of the flags and of the slots list tokens in ascending order inside each group.
+    anchor = (~is_anchor).byte().argsort(dim=1, stable=True)[:, :num_slots]
+    members = slot.argsort(dim=1, stable=True)
+    sizes = torch.zeros((batch, num_slots), dtype=torch.int64, device=assign.device)
+    sizes.scatter_add_(1, slot, torch.ones_like(slot))
+    offsets = torch.nn.functional.pad(sizes.cumsum(1), (1, 0))
+    return MergePlan(slot.int(), offsets.int(), members.int(), anchor.int(), grid, num_slots)
+
+
+def merge_plan(similarity: Tensor, match: Tensor, destinations: Tensor, r: int, grid: tuple[int, int]) -> MergePlan:
+    """The r sources of highest similarity merge into their matches; ties to the lowest token index."""
+    batch, n = similarity.shape
+    tokens = torch.arange(n, device=similarity.device).expand(batch, n)
+    is_destination = torch.zeros((batch, n), dtype=torch.bool, device=similarity.device)
+    is_destination.scatter_(1, destinations.long(), True)
+    usable = similarity.masked_fill(similarity.isnan(), -torch.inf)
+    # Two stable sorts: by similarity, then sources before destinations (a source may have -inf as well).
+    order = usable.argsort(dim=1, descending=True, stable=True)
+    order = order.gather(1, is_destination.gather(1, order).byte().argsort(dim=1, stable=True))
+    merged = order[:, :r]
+    assign = tokens.scatter(1, merged, match.long().gather(1, merged))
+    return plan_from_assignment(assign, n - r, grid)
+
+
+def reduce_tiles(tiles: Tensor, reduce: str) -> Tensor:
+    """(B, T, sy * sx) scores to (B, T); std is the population standard deviation."""
+    if reduce == "max":
+        return tiles.amax(-1)
+    if reduce == "min":
+        return tiles.amin(-1)
+    if reduce == "sum":
+        return tiles.sum(-1)
+    if reduce == "mean":
+        return tiles.mean(-1)
+    return tiles.std(-1, correction=0)
+
+
+def merged_tiles(grid: tuple[int, int], stride: tuple[int, int], r: int) -> int:
+    """How many whole tiles `block_merge_plan` merges to remove at most r tokens."""
+    tiles, removed = (grid[0] // stride[0]) * (grid[1] // stride[1]), stride[0] * stride[1] - 1
+    return min(r // removed, tiles) if removed else 0
+
+
+def block_merge_plan(
+    score: Tensor, grid: tuple[int, int], stride: tuple[int, int], r: int, reduce: str = "max"
+) -> MergePlan:
+    """The smoothest tiles merge whole into their top-left tokens; ties to the lowest tile, NaN counted as +inf."""
+    batch, n = score.shape
+    (_, width), (sy, sx) = grid, stride
+    tiles = split_tiles(score.double(), grid, stride)
+    tiles_y, tiles_x = tiles.shape[1:3]
+    value = reduce_tiles(tiles.flatten(1, 2), reduce)
+    value = value.masked_fill(value.isnan(), torch.inf)
+    count = merged_tiles(grid, stride, r)
+    chosen = value.argsort(dim=1, stable=True)[:, :count]
+    is_merged = torch.zeros((batch, tiles_y * tiles_x), dtype=torch.bool, device=score.device)
+    is_merged.scatter_(1, chosen, True)
+
+    tokens = torch.arange(n, device=score.device)
+    row, column = tokens // width, tokens % width
+    tile_y, tile_x = row // sy, column // sx
+    inside = (tile_y < tiles_y) & (tile_x < tiles_x)
+    tile = torch.where(inside, tile_y * tiles_x + tile_x, 0)
+    top_left = tile_y * sy * width + tile_x * sx
+    # Without a single tile there is nothing to look up.
+    in_merged_tile = is_merged[:, tile] & inside if tiles_y * tiles_x else inside.expand(batch, n)
+    assign = torch.where(in_merged_tile, top_left, tokens.expand(batch, n))
+    return plan_from_assignment(assign, n - count * (sy * sx - 1), grid)
