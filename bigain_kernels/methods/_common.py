@@ -75,7 +75,7 @@ def counter_random(seed: int, timestep: Tensor | None, count: int, stream: int, 
     if timestep is not None:
         step = timestep.to(torch.int64) * 64 if not timestep.is_floating_point() else (timestep * 64).to(torch.int64)
         key = _scramble((key + step * 0x85EBCA6B) & _MASK)
-    return _scramble((key[:, None] + position * 0x9E3779B1) & _MASK)
+    return _scramble((key.unsqueeze(1) + position * 0x9E3779B1) & _MASK)
 
 
 def check_timestep(timestep: Tensor | None, x: Tensor, share_plan: int | None) -> Tensor | None:
@@ -86,4 +86,4 @@ def check_timestep(timestep: Tensor | None, x: Tensor, share_plan: int | None) -
         raise TypeError(f"timestep: got {type(timestep).__name__}, expected a tensor of one value per batch row")
     if timestep.shape != x.shape[:1]:
         raise ValueError(f"timestep: got shape {tuple(timestep.shape)}, expected {(x.shape[0],)}, the batch of x")
-    return timestep[: x.shape[0] // (share_plan or 1)]
+    return timestep.narrow(0, 0, x.shape[0] // (share_plan or 1))

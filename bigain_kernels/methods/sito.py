@@ -68,9 +68,10 @@ def sito_plan(
     values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     unit = values / values.square().sum(-1, keepdim=True).sqrt()
     # A token without a direction counts for nothing here, and its own NaN score is never chosen.
-    score = torch.bmm(unit, unit.nan_to_num(0.0, 0.0, 0.0).mean(1)[..., None])[..., 0]
+    score = torch.bmm(unit, unit.nan_to_num(0.0, 0.0, 0.0).mean(1).unsqueeze(2)).squeeze(2)
     if noise > 0:
-        spread = score.nan_to_num(0.0, 0.0, 0.0).std(dim=1, correction=0, keepdim=True)
+        finite = score.nan_to_num(0.0, 0.0, 0.0)
+        spread = (finite - finite.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()
         score = score + noise * spread * _gaussian(seed, timestep, x.shape[1], x.device)
     destinations = select_destinations(-score.float(), grid, stride)
     return match_and_plan(x, destinations, r, grid, stride, None)

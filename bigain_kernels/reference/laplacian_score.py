@@ -28,7 +28,7 @@ def split_tiles(values: Tensor, grid: tuple[int, int], stride: tuple[int, int]) 
     (height, width), (sy, sx) = grid, stride
     tiles_y, tiles_x = height // sy, width // sx
     image = values.unflatten(1, grid)[:, : tiles_y * sy, : tiles_x * sx]
-    return image.reshape(-1, tiles_y, sy, tiles_x, sx).transpose(2, 3).flatten(3)
+    return image.reshape(values.shape[0], tiles_y, sy, tiles_x, sx).transpose(2, 3).flatten(3)
 
 
 def tile_tokens(inside: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -37,7 +37,7 @@ def tile_tokens(inside: Tensor, grid: tuple[int, int], stride: tuple[int, int]) 
     `inside` is (B, H // sy, W // sx) int64, the row-major position inside the tile; the result is (B, D) int32.
     """
     (_, width), (sy, sx) = grid, stride
-    tile_y = torch.arange(inside.shape[1], device=inside.device)[:, None]
+    tile_y = torch.arange(inside.shape[1], device=inside.device).unsqueeze(1)
     tile_x = torch.arange(inside.shape[2], device=inside.device)
     tokens = (tile_y * sy + inside // sx) * width + tile_x * sx + inside % sx
     return tokens.flatten(1).sort(dim=1).values.int()

@@ -53,7 +53,7 @@ def reduce_tiles(tiles: Tensor, reduce: str) -> Tensor:
         return tiles.sum(-1)
     if reduce == "mean":
         return tiles.mean(-1)
-    return tiles.std(-1, correction=0)
+    return (tiles - tiles.mean(-1, keepdim=True)).square().mean(-1).sqrt()
 
 
 def merged_tiles(grid: tuple[int, int], stride: tuple[int, int], r: int) -> int:
