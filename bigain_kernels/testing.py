@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# (relative, absolute) error allowed against the float64 reference for inputs of order one. float32 covers a sum over a few
-# thousand channels; the 16-bit dtypes are computed in float32 and rounded once, so half a unit in the last place and a bit.
+# (relative, absolute) error allowed against the float64 reference for inputs of order one. float32 covers a sum over a
+# few thousand channels; the 16-bit dtypes are computed in float32 and rounded once: half a unit in the last place and
+# a bit.
 TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
     torch.float64: (1e-12, 1e-12),
     torch.float32: (2e-5, 2e-5),
@@ -42,8 +43,8 @@ def unit_tokens(x: Tensor) -> Tensor:
 def assert_match_is_best(x: Tensor, destinations: Tensor, similarity: Tensor, match: Tensor) -> None:
     """Every match is the best destination of its source, or as good as the best within rounding.
 
-    Recomputes all similarities in float64. Where the match is not the first best destination, the float64 similarities of
-    the two must tie within SIMILARITY_TOLERANCE; destinations must have similarity -inf and match themselves.
+    Recomputes all similarities in float64. Where the match is not the first best destination, the float64 similarities
+    of the two must tie within SIMILARITY_TOLERANCE; destinations must have similarity -inf and match themselves.
     """
     unit = unit_tokens(x)
     index = destinations.long()
@@ -70,7 +71,7 @@ def assert_match_is_best(x: Tensor, destinations: Tensor, similarity: Tensor, ma
 
 
 def assert_is_partition(plan: object) -> None:
-    """A MergePlan keeps all its promises: a partition of the tokens, in the documented order, with consistent tables."""
+    """A MergePlan keeps its promises: a partition of the tokens, in the documented order, with consistent tables."""
     from .plan import MergePlan
 
     assert isinstance(plan, MergePlan)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-# The kernel's own high-water mark of resident memory, reset right before the call (getrusage's is inherited from the parent).
+# The high-water mark of resident memory, reset right before the call; getrusage's is inherited from the parent.
 PROGRAM = """
 import torch, bigain_kernels as bk
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.shapes import tokens
 
 import bigain_kernels as bk
 from bigain_kernels.testing import assert_is_partition
+from tests.shapes import tokens
 
 METHODS = {
     "lgtm": bk.lgtm_plan,

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from tests.shapes import DTYPES, GRIDS, tokens
 
 import bigain_kernels as bk
 from bigain_kernels.testing import assert_close, assert_is_partition, assert_match_is_best
+from tests.shapes import DTYPES, GRIDS, tokens
 
 
 def naive_score(x, grid, norm):

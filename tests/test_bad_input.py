@@ -1,0 +1,203 @@
+"""Wrong calls: each raises the stated exception, and its message begins with the argument's name."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+
+import bigain_kernels as bk
+from bigain_kernels.compat import published
+from bigain_kernels.evaluation.data import load_digits, load_photograph
+from bigain_kernels.evaluation.train_tiny import TrainConfig
+from tests.shapes import tokens
+
+GRID = (4, 6)
+X = tokens(2, 24, 8)
+SCORE = bk.laplacian_score(X, GRID)
+DST = bk.select_destinations(SCORE, GRID, (2, 2))
+SIM, MATCH = bk.bipartite_match(X, DST)
+PLAN = bk.lgtm_plan(X, GRID, 0.5)
+Y = bk.token_merge(X, PLAN)
+Q = tokens(2, 24, 8).unflatten(2, (2, 4)).transpose(1, 2)
+META = torch.empty(2, 24, 8, device="meta")
+
+# (name, call, exception, what the message must say after "argument: ")
+WRONG_CALLS = [
+    # laplacian_score
+    ("x is a list", lambda: bk.laplacian_score([1.0], GRID), TypeError, "x: got list, expected a torch.Tensor"),
+    ("x is int", lambda: bk.laplacian_score(X.int(), GRID), TypeError, "x: got dtype int32, expected one of float16"),
+    ("x has rank 2", lambda: bk.laplacian_score(X[0], GRID), ValueError, "x: got shape (24, 8), expected 3 dimensions"),
+    ("x has rank 4", lambda: bk.laplacian_score(Q, GRID), ValueError, "x: got shape (2, 2, 24, 4)"),
+    ("grid misses", lambda: bk.laplacian_score(X, (5, 6)), ValueError, "grid: got (5, 6), that is 30 tokens"),
+    ("grid is a number", lambda: bk.laplacian_score(X, 24), TypeError, "grid: got 24, expected two integers"),
+    ("grid of floats", lambda: bk.laplacian_score(X, (4.0, 6.0)), TypeError, "grid: got (4.0, 6.0)"),
+    ("grid of bools", lambda: bk.laplacian_score(X, (True, 24)), TypeError, "grid: got (True, 24)"),
+    ("grid of zero", lambda: bk.laplacian_score(X, (0, 24)), ValueError, "grid: got (0, 24), expected both"),
+    ("grid of three", lambda: bk.laplacian_score(X, (2, 2, 6)), TypeError, "grid: got (2, 2, 6)"),
+    (
+        "norm",
+        lambda: bk.laplacian_score(X, GRID, norm="l3"),
+        ValueError,
+        "norm: got 'l3', expected one of ['l1', 'l2']",
+    ),
+    # select_destinations
+    (
+        "score is fp64",
+        lambda: bk.select_destinations(SCORE.double(), GRID, (2, 2)),
+        TypeError,
+        "score: got dtype float64",
+    ),
+    ("score rank", lambda: bk.select_destinations(X, GRID, (2, 2)), ValueError, "score: got shape (2, 24, 8)"),
+    ("stride zero", lambda: bk.select_destinations(SCORE, GRID, (0, 2)), ValueError, "stride: got (0, 2)"),
+    ("stride number", lambda: bk.select_destinations(SCORE, GRID, 2), TypeError, "stride: got 2"),
+    # bipartite_match
+    ("int64 dst", lambda: bk.bipartite_match(X, DST.long()), TypeError, "destinations: got dtype int64, expected"),
+    ("rows of dst", lambda: bk.bipartite_match(X, DST[:1]), ValueError, "destinations: got 1 rows, expected 2"),
+    ("rank of dst", lambda: bk.bipartite_match(X, DST[0]), ValueError, "destinations: got shape (6,)"),
+    (
+        "too many dst",
+        lambda: bk.bipartite_match(X, torch.zeros(2, 25, dtype=torch.int32)),
+        ValueError,
+        "destinations: got 25 a row, expected at most 24",
+    ),
+    (
+        "window < 0",
+        lambda: bk.bipartite_match(X, DST, -2, GRID, (2, 2)),
+        ValueError,
+        "window: got -2, expected at least",
+    ),
+    ("window float", lambda: bk.bipartite_match(X, DST, 1.5, GRID, (2, 2)), TypeError, "window: got 1.5"),
+    ("window without grid", lambda: bk.bipartite_match(X, DST, window=1), TypeError, "grid: got None, expected two"),
+    ("window without stride", lambda: bk.bipartite_match(X, DST, 1, GRID), TypeError, "stride: got None, expected two"),
+    ("device of dst", lambda: bk.bipartite_match(META, DST), ValueError, "destinations: is on cpu, expected meta"),
+    # merge_plan and block_merge_plan
+    ("similarity dtype", lambda: bk.merge_plan(SIM.half(), MATCH, DST, 3, GRID), TypeError, "similarity: got dtype"),
+    ("match shape", lambda: bk.merge_plan(SIM, MATCH[:, :9], DST, 3, GRID), ValueError, "match: got shape (2, 9)"),
+    ("match dtype", lambda: bk.merge_plan(SIM, MATCH.long(), DST, 3, GRID), TypeError, "match: got dtype int64"),
+    ("dst shape", lambda: bk.merge_plan(SIM, MATCH, DST[:1], 3, GRID), ValueError, "destinations: got shape (1, 6)"),
+    ("r < 0", lambda: bk.merge_plan(SIM, MATCH, DST, -1, GRID), ValueError, "r: got -1, expected at least 0"),
+    ("r float", lambda: bk.merge_plan(SIM, MATCH, DST, 2.5, GRID), TypeError, "r: got 2.5, expected an integer"),
+    ("plan grid", lambda: bk.merge_plan(SIM, MATCH, DST, 3, (3, 6)), ValueError, "grid: got (3, 6)"),
+    ("reduce", lambda: bk.block_merge_plan(SCORE, GRID, (2, 2), 3, "median"), ValueError, "reduce: got 'median'"),
+    ("block r", lambda: bk.block_merge_plan(SCORE, GRID, (2, 2), -3), ValueError, "r: got -3"),
+    # token_merge and token_unmerge
+    ("no plan", lambda: bk.token_merge(X, None), TypeError, "plan: got NoneType, expected a MergePlan"),
+    ("tokens of x", lambda: bk.token_merge(X[:, :20], PLAN), ValueError, "x: got 20 tokens, expected 24"),
+    (
+        "batch of x",
+        lambda: bk.token_merge(X[:1], PLAN),
+        ValueError,
+        "x: got batch 1, expected a multiple of the plan's 2",
+    ),
+    ("device of plan", lambda: bk.token_merge(META, PLAN), ValueError, "plan: is on cpu, expected meta"),
+    ("mode", lambda: bk.token_merge(X, PLAN, mode="sum"), ValueError, "mode: got 'sum', expected one of"),
+    (
+        "weights shape",
+        lambda: bk.token_merge(X, PLAN, weights=X[..., :3].sum(-1)[:1]),
+        ValueError,
+        "weights: got shape",
+    ),
+    (
+        "weights prune",
+        lambda: bk.token_merge(X, PLAN, "prune", SCORE),
+        ValueError,
+        "weights: got a tensor, expected None",
+    ),
+    ("slots of y", lambda: bk.token_unmerge(X, PLAN), ValueError, "y: got 24 tokens, expected 12"),
+    ("residual shape", lambda: bk.token_unmerge(Y, PLAN, residual=Y), ValueError, "residual: got shape (2, 12, 8)"),
+    ("residual dtype", lambda: bk.token_unmerge(Y, PLAN, residual=X.int()), TypeError, "residual: got dtype int32"),
+    ("gate shape", lambda: bk.token_unmerge(Y, PLAN, gate=X[:, :2, 0]), ValueError, "gate: got shape (2, 2)"),
+    # kv_downsample and attention
+    ("no tensors", lambda: bk.kv_downsample([], GRID, 2, 0.9), ValueError, "x: got an empty sequence"),
+    ("second tensor", lambda: bk.kv_downsample((X, X[:, :9]), GRID, 2, 0.9), ValueError, "x[1]: got shape (2, 9, 8)"),
+    ("second type", lambda: bk.kv_downsample((X, 3), GRID, 2, 0.9), TypeError, "x[1]: got int"),
+    (
+        "factor big",
+        lambda: bk.kv_downsample(X, GRID, 5, 0.9),
+        ValueError,
+        "factor: got (5, 5), expected at most the grid",
+    ),
+    ("factor 0", lambda: bk.kv_downsample(X, GRID, 0, 0.9), ValueError, "factor: got (0, 0), expected both"),
+    ("factor float", lambda: bk.kv_downsample(X, GRID, 2.0, 0.9), TypeError, "factor: got 2.0"),
+    ("alpha text", lambda: bk.kv_downsample(X, GRID, 2, "0.9"), TypeError, "alpha: got '0.9', expected a number"),
+    ("alpha nan", lambda: bk.kv_downsample(X, GRID, 2, float("nan")), ValueError, "alpha: got nan, expected a finite"),
+    ("alpha rows", lambda: bk.kv_downsample(X, GRID, 2, torch.ones(3)), ValueError, "alpha: got 3 values, expected 2"),
+    ("alpha dtype", lambda: bk.kv_downsample(X, GRID, 2, torch.ones(2).half()), TypeError, "alpha: got dtype float16"),
+    (
+        "k shape",
+        lambda: bk.kv_downsample_attention(Q, Q[:, :1], Q, GRID, 2, 0.9),
+        ValueError,
+        "k: got shape (2, 1, 24, 4)",
+    ),
+    ("v dtype", lambda: bk.kv_downsample_attention(Q, Q, Q.half(), GRID, 2, 0.9), TypeError, "v: got torch.float16"),
+    ("q rank", lambda: bk.kv_downsample_attention(X, Q, Q, GRID, 2, 0.9), ValueError, "q: got shape (2, 24, 8)"),
+    ("scale", lambda: bk.kv_downsample_attention(Q, Q, Q, GRID, 2, 0.9, scale="x"), TypeError, "scale: got 'x'"),
+    (
+        "key_bias",
+        lambda: bk.kv_downsample_attention(Q, Q, Q, GRID, 2, 0.9, key_bias=SCORE),
+        ValueError,
+        "key_bias: got shape (2, 24), expected (2, 6)",
+    ),
+    # methods
+    ("ratio high", lambda: bk.lgtm_plan(X, GRID, 0.8), ValueError, "ratio: got 0.8, expected 0 <= ratio <= 0.75"),
+    ("ratio low", lambda: bk.tome_plan(X, GRID, -0.1), ValueError, "ratio: got -0.1, expected 0 <= ratio"),
+    ("ratio text", lambda: bk.abm_plan(X, GRID, "half"), TypeError, "ratio: got 'half', expected a number"),
+    ("ratio nan", lambda: bk.lgtm_plan(X, GRID, float("nan")), ValueError, "ratio: got nan, expected a finite number"),
+    (
+        "ratio, no tile",
+        lambda: bk.lgtm_plan(X, GRID, 0.5, (5, 2)),
+        ValueError,
+        "ratio: got 0.5, expected 0 <= ratio <= 0,",
+    ),
+    (
+        "share",
+        lambda: bk.lgtm_plan(X, GRID, 0.5, share_plan=3),
+        ValueError,
+        "share_plan: got 3, expected a divisor of 2",
+    ),
+    ("share 0", lambda: bk.sito_plan(X, GRID, 0.5, share_plan=0), ValueError, "share_plan: got 0, expected at least 1"),
+    ("dst rule", lambda: bk.tome_plan(X, GRID, 0.5, destinations="last"), ValueError, "destinations: got 'last'"),
+    ("timestep", lambda: bk.tome_plan(X, GRID, 0.5, timestep=7), TypeError, "timestep: got int, expected a tensor"),
+    (
+        "timestep rows",
+        lambda: bk.sito_plan(X, GRID, 0.5, timestep=torch.arange(3)),
+        ValueError,
+        "timestep: got shape (3,), expected (2,)",
+    ),
+    ("noise", lambda: bk.sito_plan(X, GRID, 0.5, noise=-1.0), ValueError, "noise: got -1.0, expected at least 0"),
+    ("abm reduce", lambda: bk.abm_plan(X, GRID, 0.5, reduce="mode"), ValueError, "reduce: got 'mode'"),
+    ("schedule of three", lambda: bk.alpha_schedule((1, 2, 3), torch.ones(1)), ValueError, "alpha: got (1, 2, 3)"),
+    ("schedule text", lambda: bk.alpha_schedule((0.8, "x"), torch.ones(1)), TypeError, "alpha[1]: got 'x'"),
+    ("schedule timestep", lambda: bk.alpha_schedule((0.8, 1.2), 10), ValueError, "timestep: got 10, expected a tensor"),
+    (
+        "schedule length",
+        lambda: bk.alpha_schedule((0.8, 1.2), torch.ones(1), 1),
+        ValueError,
+        "num_train_timesteps: got 1, expected at least 2",
+    ),
+    ("max_ratio", lambda: bk.max_ratio((4, 0), (2, 2)), ValueError, "grid: got (4, 0)"),
+    # the rest
+    ("published ratio", lambda: published.published_lgtm_plan(X, GRID, 1.0), ValueError, "ratio: got 1.0"),
+    ("published score", lambda: published.published_destinations(X, GRID, (2, 2)), ValueError, "score: got shape"),
+    ("split", lambda: load_digits("training"), ValueError, "split: got 'training', expected one of"),
+    ("photograph", lambda: load_photograph("cat.jpg"), ValueError, "name: got 'cat.jpg', expected one of"),
+    ("steps", lambda: TrainConfig(steps=0), ValueError, "steps: got 0, expected at least 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "exception", "message"), [pytest.param(*case[1:], id=case[0]) for case in WRONG_CALLS]
+)
+def test_wrong_calls_say_what_is_wrong(call, exception, message):
+    with pytest.raises(exception, match="^" + re.escape(message)) as caught:
+        call()
+    assert type(caught.value) is exception
+
+
+def test_the_table_covers_every_public_function():
+    source = " ".join(name for case in WRONG_CALLS for name in case[1].__code__.co_names)
+    functions = set(bk.__all__) - {"MergePlan", "backends", "use_backend"}  # these have tests of their own
+    assert {name for name in functions if name not in source.split()} == set()
+    assert len(WRONG_CALLS) >= 40
