@@ -1,0 +1,237 @@
+"""Putting token compression into a model and taking it out again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel
+from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from . import context as hooks
+from .configs import CompressionConfig, MergeConfig
+from .layers import REPLACEABLE, Layer, decide, find_layers, find_model
+from .processors import (
+    FusedMergeAttnProcessor,
+    FusedPoolAttnProcessor,
+    LayerPatch,
+    MergeAttnProcessor,
+    PoolAttnProcessor,
+)
+from .report import CompressionReport, Decision
+
+logger = logging.getLogger(__name__)
+
+PROCESSORS = (MergeAttnProcessor, FusedMergeAttnProcessor, PoolAttnProcessor, FusedPoolAttnProcessor)
+
+
+@dataclass
+class _PatchedLayer:
+    """A compressed layer; `previous` holds the processors to restore, by whether they use joint projections."""
+
+    name: str
+    attn: Attention
+    previous: dict[bool, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Patch:
+    """What hangs on a patched model as `_bigain`."""
+
+    config: CompressionConfig
+    layers: list[_PatchedLayer]
+    handles: list[RemovableHandle]
+
+    def install(self, layer: _PatchedLayer) -> None:
+        """Replace the processor of a layer by the one that compresses the same kind of projections."""
+        previous = layer.attn.processor
+        fused = isinstance(previous, FusedAttnProcessor2_0)
+        layer.previous[fused] = previous
+        if isinstance(self.config, MergeConfig):
+            layer.attn.set_processor(FusedMergeAttnProcessor() if fused else MergeAttnProcessor())
+        else:
+            layer.attn.set_processor(FusedPoolAttnProcessor() if fused else PoolAttnProcessor())
+
+    def verify(self, model: nn.Module) -> None:
+        """Before every forward pass: compression is in place, whatever was done to the model since.
+
+        `fuse_qkv_projections` and its like overwrite all processors; known ones are replaced again.
+
+        Raises:
+            RuntimeError: somebody installed a processor that does something else.
+            ValueError: the model was made context-parallel.
+        """
+        _refuse_context_parallel(model)
+        for layer in self.layers:
+            processor = type(layer.attn.processor)
+            if processor in PROCESSORS:
+                continue
+            if processor not in REPLACEABLE:
+                raise RuntimeError(
+                    f"{layer.name}: its compressing processor was replaced by {processor.__name__}, which "
+                    "compression cannot stand in for; leave this layer out of the config or use "
+                    "remove_token_compression"
+                )
+            logger.info("%s: compressing again, in place of %s", layer.name, processor.__name__)
+            self.install(layer)
+
+
+def _refuse_context_parallel(model: nn.Module) -> None:
+    parallel = getattr(getattr(model, "_parallel_config", None), "context_parallel_config", None)
+    # The class attribute _cp_plan only says that a model could be; one on the instance is meant for it.
+    if parallel is not None or vars(model).get("_cp_plan") is not None:
+        raise ValueError(
+            "model_or_pipe: got a context-parallel model, expected one whose devices each hold all tokens: "
+            "matching and pooling look at the whole grid"
+        )
+
+
+def _previous_processor(attn: Attention, patch: Patch | None) -> Any:
+    """The processor that a layer has without compression."""
+    processor = attn.processor
+    if type(processor) not in PROCESSORS or patch is None:
+        return processor
+    return next(layer.previous[processor.fused] for layer in patch.layers if layer.attn is attn)
+
+
+def _resolve(config: CompressionConfig, model_or_pipe: Any) -> CompressionConfig:
+    """The config with `num_train_timesteps` filled in from the scheduler of a pipeline."""
+    scheduler = None if isinstance(model_or_pipe, nn.Module) else getattr(model_or_pipe, "scheduler", None)
+    steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
+    if config.num_train_timesteps is not None or steps is None:
+        return config
+    return replace(config, num_train_timesteps=steps)
+
+
+def _register_hooks(model: nn.Module, patched: list[Layer], merges: bool) -> list[RemovableHandle]:
+    """Install the hooks that carry the context to the layers of `patched` and keep it from all others."""
+    handles: list[RemovableHandle] = []
+
+    def hook(module: nn.Module, function: Callable[..., Any]) -> None:
+        handles.append(module.register_forward_pre_hook(function, with_kwargs=True))
+
+    is_dit = isinstance(model, DiTTransformer2DModel)
+    hook(model, hooks.enter_dit if is_dit else hooks.enter_unet)
+    compressed = {id(layer.attn) for layer in patched}
+    transformers = {id(layer.transformer) for layer in patched}
+    blocks = {id(layer.block) for layer in patched}
+    untouched: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, Transformer2DModel) and id(module) not in transformers:
+            hook(module, hooks.skip_transformer)
+            untouched.update(id(m) for m in module.modules())
+        elif isinstance(module, Transformer2DModel):
+            hook(module, hooks.enter_transformer)
+        elif id(module) in blocks and merges and not is_dit:
+            hook(module, hooks.enter_block)
+        elif isinstance(module, Attention) and id(module) not in compressed and id(module) not in untouched:
+            hook(module, hooks.skip_attention)
+    return handles
+
+
+def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> CompressionReport:
+    """Compress the tokens of a diffusers model's attention, in place.
+
+    Works on UNet2DConditionModel (Stable Diffusion 1.5, 2.x, SDXL) and DiTTransformer2DModel, bare or in a pipeline.
+    A second call replaces the first. Weights, `state_dict` and the saved config stay as they are. Call the model as
+    before, at any resolution; fusing projections, loading IP-Adapters, `compile_repeated_blocks`, offloading and
+    `copy.deepcopy` work before and after. Inference only.
+
+    Args:
+        model_or_pipe: the model, or a pipeline with it as `unet` or `transformer`.
+        config: LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig or ToDoConfig.
+
+    Returns:
+        CompressionReport: what was patched, what was not and why; print it.
+
+    Raises:
+        TypeError: the model or the config is of another type.
+        ValueError: the config compresses no layer of this model (the model stays as it was), or the model is
+            context-parallel. A patched model raises ValueError on an attention mask, on a ratio or factor that a grid
+            is too small for, and on timesteps that differ within a batch where `start`, `end` or a scheduled ratio
+            need a single one; and RuntimeError when a processor was installed that compression cannot stand in for.
+    """
+    model: Any = find_model(model_or_pipe)
+    if not isinstance(config, CompressionConfig):
+        raise TypeError(f"config: got {type(config).__name__}, expected a config such as LGTMConfig or IEKVDConfig")
+    _refuse_context_parallel(model)
+    old = getattr(model, "_bigain", None)
+    layers = find_layers(model)
+    decisions = [decide(config, layer, _previous_processor(layer.attn, old)) for layer in layers]
+    resolved = _resolve(config, model_or_pipe)
+    report = CompressionReport(
+        type(model).__name__,
+        resolved,
+        tuple(Decision(layer.name, layer.kind, layer.index, *d) for layer, d in zip(layers, decisions, strict=True)),
+    )
+    if not report.patched:
+        raise ValueError(f"config: got {config}, expected one that compresses at least one layer\n{report}")
+    remove_token_compression(model)
+
+    patched = [layer for layer, (yes, _) in zip(layers, decisions, strict=True) if yes]
+    merges = isinstance(config, MergeConfig)
+    patch = Patch(resolved, [_PatchedLayer(layer.name, layer.attn) for layer in patched], [])
+    needs_source = merges and not isinstance(model, DiTTransformer2DModel)
+    for layer, entry in zip(patched, patch.layers, strict=True):
+        layer.attn._bigain = LayerPatch(resolved, needs_source)
+        if hooks.is_random(resolved):
+            device = layer.attn.to_q.weight.device
+            # Offloading may have left nothing but a meta tensor there.
+            index = torch.tensor(layer.index, device="cpu" if device.type == "meta" else device)
+            layer.attn.register_buffer("bigain_block", index, persistent=False)
+        patch.install(entry)
+    patch.handles = _register_hooks(model, patched, merges)
+    model._bigain = patch
+    return report
+
+
+def remove_token_compression(model_or_pipe: Any) -> None:
+    """Take token compression out of a model: processors, hooks and attributes are as before it was applied.
+
+    A model without compression stays as it is.
+
+    Raises:
+        TypeError: `model_or_pipe` is of no supported type.
+    """
+    model: Any = find_model(model_or_pipe)
+    patch = getattr(model, "_bigain", None)
+    if patch is None:
+        return
+    for handle in patch.handles:
+        handle.remove()
+    # What unfuse_qkv_projections would put back.
+    kept = getattr(model, "original_attn_processors", None) or {}
+    for layer in patch.layers:
+        key, current = f"{layer.name}.processor", layer.attn.processor
+        if type(kept.get(key)) in PROCESSORS:
+            kept[key] = layer.previous[kept[key].fused]
+        if type(current) in PROCESSORS:
+            layer.attn.set_processor(layer.previous[current.fused])
+        del layer.attn._bigain
+        if hasattr(layer.attn, "bigain_block"):
+            del layer.attn.bigain_block
+    del model._bigain
+
+
+@contextmanager
+def token_compression(model_or_pipe: Any, config: CompressionConfig) -> Iterator[CompressionReport]:
+    """Compress within a `with` block; afterwards, also after an exception, what was there before is back.
+
+    Yields the report; arguments and errors are those of `apply_token_compression`.
+    """
+    model: Any = find_model(model_or_pipe)
+    outer = getattr(model, "_bigain", None)
+    try:
+        yield apply_token_compression(model_or_pipe, config)
+    finally:
+        if outer is None:
+            remove_token_compression(model)
+        elif getattr(model, "_bigain", None) is not outer:
+            apply_token_compression(model, outer.config)

@@ -1,0 +1,214 @@
+"""What the layers of one forward pass are told, and the hooks that tell them.
+
+A forward pre-hook of the model puts a fresh context, a dict, under the key "bigain" of the call's
+`cross_attention_kwargs`; further hooks add the grid of each resolution and the residual stream of each block, and take
+the key away where nobody expects it. Everything travels as call arguments: nothing outlives a forward pass, and under
+`torch.compile` arguments, unlike attributes, become dynamic and cost no graph per resolution. All hooks are plain
+functions, which one compiled graph can serve for all blocks.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+
+from ..methods import alpha_schedule
+from ..plan import MergePlan
+from .configs import CompressionConfig, IEKVDConfig, MergeConfig, SiToConfig, ToMeConfig
+
+KEY = "bigain"
+
+Context = dict[str, Any]
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def _argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
+    return tuple(inspect.signature(cls.forward).parameters)[1:]
+
+
+_UNET_ARGUMENTS = _argument_names(UNet2DConditionModel)
+_DIT_ARGUMENTS = _argument_names(DiTTransformer2DModel)
+_TRANSFORMER_ARGUMENTS = _argument_names(Transformer2DModel)
+_BLOCK_ARGUMENTS = _argument_names(BasicTransformerBlock)
+
+
+class PlanSlot:
+    """Holds the plan of one resolution during one forward pass, for `cached_assignment`."""
+
+    def __init__(self) -> None:
+        self.plan: MergePlan | None = None
+
+
+class PlanSlots:
+    """The slots of all resolutions of one forward pass.
+
+    An object, not a dict: the offloading hooks of accelerate copy dicts among arguments, and copies would not share.
+    """
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[int, int], PlanSlot] = {}
+
+    def at(self, grid: tuple[int, int]) -> PlanSlot:
+        return self._slots.setdefault(grid, PlanSlot())
+
+
+def is_random(config: CompressionConfig) -> bool:
+    """Whether the method draws random numbers, which vary over blocks and timesteps."""
+    if isinstance(config, ToMeConfig):
+        return config.destinations == "random"
+    return isinstance(config, SiToConfig) and config.noise > 0
+
+
+def _get(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The argument `name` of a call, given by position or by keyword."""
+    position = names.index(name)
+    return args[position] if position < len(args) else kwargs.get(name)
+
+
+def _with_context(
+    names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], context: Context | None
+) -> Call:
+    """The call with `context` (or none) in its `cross_attention_kwargs`; the caller's own dict stays as it is."""
+    name = "cross_attention_kwargs"
+    given = dict(_get(names, args, kwargs, name) or {})
+    given.pop(KEY, None)
+    if context is not None:
+        given[KEY] = context
+    position = names.index(name)
+    # None, not {}: what diffusers passes by itself, so layers that were compiled without us keep their graphs.
+    if position < len(args):
+        return (*args[:position], given or None, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: given or None}
+
+
+def _context_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
+    return (_get(names, args, kwargs, "cross_attention_kwargs") or {}).get(KEY)
+
+
+def host_timestep(timestep: Tensor | float | int | None) -> float:
+    """The one timestep of a batch as a Python number. For tensors this waits for the device.
+
+    Raises:
+        ValueError: there is no timestep, or the rows of the batch have different ones.
+    """
+    if timestep is None:
+        raise ValueError("timestep: got None, expected a timestep, which start, end and a scheduled ratio depend on")
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    values = timestep.flatten().tolist()
+    if len(set(values)) != 1:
+        raise ValueError(
+            f"timestep: got {values}, expected one timestep for all rows of a batch: start, end and a scheduled ratio "
+            "decide on shapes, which rows cannot have each for themselves"
+        )
+    return float(values[0])
+
+
+def timestep_rows(timestep: Tensor | float | int | None, sample: Tensor) -> Tensor:
+    """The timestep of each row as a (B,) tensor on the device of `sample` (B, ...); a Python number costs no copy."""
+    if timestep is None:
+        raise ValueError("timestep: got None, expected a timestep, which this method depends on")
+    if not isinstance(timestep, Tensor):
+        dtype = torch.float32 if isinstance(timestep, float) else torch.int64
+        return torch.full((sample.shape[0],), timestep, dtype=dtype, device=sample.device)
+    return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
+
+
+def make_context(config: CompressionConfig, sample: Tensor, timestep: Tensor | float | int | None) -> Context:
+    """The context of one forward pass.
+
+    Args:
+        config: what is applied to the model.
+        sample: (B, C, H, W) input of the model.
+        timestep: a number or a tensor of one or B values. It is read on the host only where `start`, `end` or a
+            scheduled `ratio` ask for it, once.
+
+    Returns:
+        "active", whether this timestep is compressed, and what the config asks for: "ratio" (float), "alpha" (B,),
+        "timestep" (B,), "slots".
+
+    Raises:
+        ValueError: a timestep is needed and missing, or differs between the rows where it must not.
+    """
+    context: Context = {"active": True}
+    ratio = config.ratio if isinstance(config, MergeConfig) else None
+    if config.has_window or isinstance(ratio, tuple):
+        noise = min(max(host_timestep(timestep) / (config.train_timesteps - 1), 0.0), 1.0)
+        if not config.start <= 1.0 - noise <= config.end:
+            return {"active": False}
+        if isinstance(ratio, tuple):
+            context["ratio"] = ratio[0] * noise + ratio[1] * (1.0 - noise)
+    if isinstance(config, IEKVDConfig) and isinstance(config.alpha, tuple):
+        context["alpha"] = alpha_schedule(config.alpha, timestep_rows(timestep, sample), config.train_timesteps)
+    if is_random(config):
+        context["timestep"] = timestep_rows(timestep, sample)
+    if isinstance(config, MergeConfig) and config.cached_assignment:
+        context["slots"] = PlanSlots()
+    return context
+
+
+def _at_grid(context: Context, height: int, width: int) -> Context:
+    """The context as the layers of one resolution see it."""
+    inside = {**context, "grid": (height, width)}
+    slots = inside.pop("slots", None)
+    if slots is not None:
+        inside["slot"] = slots.at((height, width))
+    return inside
+
+
+def enter_unet(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a U-Net: verifies the patch and starts the context of this forward pass."""
+    patch = unet._bigain
+    patch.verify(unet)
+    sample, timestep = (_get(_UNET_ARGUMENTS, args, kwargs, name) for name in ("sample", "timestep"))
+    return _with_context(_UNET_ARGUMENTS, args, kwargs, make_context(patch.config, sample, timestep))
+
+
+def enter_dit(dit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a DiT: as `enter_unet`, and the grid of its one resolution."""
+    patch = dit._bigain
+    patch.verify(dit)
+    sample, timestep = (_get(_DIT_ARGUMENTS, args, kwargs, name) for name in ("hidden_states", "timestep"))
+    context = make_context(patch.config, sample, timestep)
+    context = _at_grid(context, sample.shape[-2] // dit.patch_size, sample.shape[-1] // dit.patch_size)
+    return _with_context(_DIT_ARGUMENTS, args, kwargs, context)
+
+
+def enter_transformer(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a U-Net's Transformer2DModel with compressed blocks: its (B, C, H, W) input tells the grid.
+
+    So the grid is right at every level whatever the latent size, odd or not square.
+    """
+    context = _context_of(_TRANSFORMER_ARGUMENTS, args, kwargs)
+    if context is None:
+        return args, kwargs
+    height, width = _get(_TRANSFORMER_ARGUMENTS, args, kwargs, "hidden_states").shape[-2:]
+    return _with_context(_TRANSFORMER_ARGUMENTS, args, kwargs, _at_grid(context, height, width))
+
+
+def skip_transformer(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a Transformer2DModel without compressed blocks: its layers do not know the context."""
+    return _with_context(_TRANSFORMER_ARGUMENTS, args, kwargs, None)
+
+
+def enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a U-Net block whose tokens are merged: matching looks at the residual stream before norm1.
+
+    The dict it makes is the block's own; attn1 leaves its plan there for attn2.
+    """
+    context = _context_of(_BLOCK_ARGUMENTS, args, kwargs)
+    if context is None:
+        return args, kwargs
+    source = _get(_BLOCK_ARGUMENTS, args, kwargs, "hidden_states")
+    return _with_context(_BLOCK_ARGUMENTS, args, kwargs, {**context, "source": source})
+
+
+def skip_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of an attention that is not compressed: diffusers would warn that it does not know the key."""
+    return args, {name: value for name, value in kwargs.items() if name != KEY}

@@ -1,0 +1,171 @@
+"""Attention processors that compress.
+
+They are default-constructible, because diffusers rebuilds processors without arguments (loading an IP-Adapter does);
+what to do hangs on the attention module as `attn._bigain`. The `Fused` variants stand in for FusedAttnProcessor2_0 and
+use its joint projections. Layers are called as modules, so LoRA and quantized layers work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from torch import Tensor
+
+from ..ops import kv_downsample, kv_downsample_attention, token_merge, token_unmerge
+from .context import Context
+from .planning import plan_of_call
+
+
+@dataclass(frozen=True)
+class LayerPatch:
+    """What hangs on a compressed attention module.
+
+    Attributes:
+        config: of the compression, the MergeConfig or PoolConfig that the processor goes with.
+        needs_source: tokens are matched on hidden states that the block's hook hands over (U-Net), not on the
+            attention's own input (DiT).
+    """
+
+    config: Any
+    needs_source: bool
+
+
+def _enter(attn: Attention, context: Context | None, attention_mask: Tensor | None) -> tuple[LayerPatch, Context]:
+    """The patch of a layer and the context of the call, once the call is one that can be compressed."""
+    layer = getattr(attn, "_bigain", None)
+    if layer is None:
+        raise RuntimeError(
+            "token compression: this attention processor outlived remove_token_compression; "
+            "set another one with set_attn_processor"
+        )
+    if context is None or "grid" not in context:
+        raise RuntimeError(
+            "token compression: the layer was called without the hooks of its model; call the model itself, not "
+            "its forward method or its blocks, or use remove_token_compression"
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask: got a mask, expected None: merged and pooled tokens have no place in the mask of the "
+            "original ones; remove the mask or leave the layer out of the config"
+        )
+    return layer, context
+
+
+def _project(
+    attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None, fused: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values, each (B, tokens, inner), the way diffusers' own processors make them."""
+    if encoder_hidden_states is None:
+        if fused:
+            return attn.to_qkv(hidden_states).chunk(3, dim=-1)
+        return attn.to_q(hidden_states), attn.to_k(hidden_states), attn.to_v(hidden_states)
+    if attn.norm_cross is not None:
+        encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
+    if fused:
+        return attn.to_q(hidden_states), *attn.to_kv(encoder_hidden_states).chunk(2, dim=-1)
+    return attn.to_q(hidden_states), attn.to_k(encoder_hidden_states), attn.to_v(encoder_hidden_states)
+
+
+def _split(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, tokens, heads * d) to (B, heads, tokens, d), normalised where the layer normalises queries and keys."""
+    query, key, value = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (query, key, value))
+    if attn.norm_q is not None:
+        query = attn.norm_q(query)
+    if attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return query, key, value
+
+
+def _scale(attn: Attention) -> float | None:
+    return None if attn.scale_qk else attn.scale
+
+
+def _output(attn: Attention, x: Tensor) -> Tensor:
+    """(B, heads, tokens, d) through the output projection and its dropout."""
+    return attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
+
+
+def _attend(attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None, fused: bool) -> Tensor:
+    """Attention without compression: (B, tokens, C) to (B, tokens, C)."""
+    query, key, value = _split(attn, *_project(attn, hidden_states, encoder_hidden_states, fused))
+    return _output(attn, F.scaled_dot_product_attention(query, key, value, scale=_scale(attn)))
+
+
+class MergeAttnProcessor:
+    """Merges tokens, attends, and copies the results back to all tokens.
+
+    attn1 and attn2 take norm's output (B, N, C) and return (B, N, C); with r merged tokens all projections and the
+    attention itself see N - r. In attn2 only the queries are merged. Source of the scheme: Bolya and Hoffman 2023.
+    """
+
+    fused: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        bigain: Context | None = None,
+    ) -> Tensor:
+        layer, context = _enter(attn, bigain, attention_mask)
+        plan = None
+        if context["active"]:
+            source = context["source"] if layer.needs_source else hidden_states
+            plan = plan_of_call(layer.config, context, source, getattr(attn, "bigain_block", None))
+            if layer.needs_source:
+                context["plan"] = plan
+        if plan is None:
+            return _attend(attn, hidden_states, encoder_hidden_states, self.fused)
+        merged = token_merge(hidden_states, plan, layer.config.mode)
+        return token_unmerge(_attend(attn, merged, encoder_hidden_states, self.fused), plan)
+
+
+class PoolAttnProcessor:
+    """Self-attention over pooled keys and values; queries keep full resolution: (B, N, C) to (B, N, C).
+
+    Pooling weights sum to one, so it commutes with the projections, bias included. Separate projections pool the hidden
+    states first and project s * s times less. A joint projection makes queries, keys and values in one call on all
+    tokens, and a norm on keys does not commute: there, keys and values are pooled after projection and norm.
+    Source: BiGain, arXiv 2603.12240.
+    """
+
+    fused: ClassVar[bool] = False
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        bigain: Context | None = None,
+    ) -> Tensor:
+        layer, context = _enter(attn, bigain, attention_mask)
+        config = layer.config
+        if not context["active"] or config.factor == (1, 1):
+            return _attend(attn, hidden_states, None, self.fused)
+        grid, alpha = context["grid"], context.get("alpha", config.alpha)
+        if self.fused or attn.norm_k is not None:
+            query, key, value = _split(attn, *_project(attn, hidden_states, None, self.fused))
+            x = kv_downsample_attention(query, key, value, grid, config.factor, alpha, scale=_scale(attn))
+            return _output(attn, x)
+        pooled = kv_downsample(hidden_states, grid, config.factor, alpha)
+        query, key, value = _split(attn, attn.to_q(hidden_states), attn.to_k(pooled), attn.to_v(pooled))
+        return _output(attn, F.scaled_dot_product_attention(query, key, value, scale=_scale(attn)))
+
+
+class FusedMergeAttnProcessor(MergeAttnProcessor):
+    """`MergeAttnProcessor` with the joint projections of `fuse_qkv_projections`."""
+
+    fused: ClassVar[bool] = True
+
+
+class FusedPoolAttnProcessor(PoolAttnProcessor):
+    """`PoolAttnProcessor` with the joint projections of `fuse_qkv_projections`."""
+
+    fused: ClassVar[bool] = True

@@ -1,0 +1,58 @@
+"""What `apply_token_compression` did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .configs import CompressionConfig
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One attention layer and what was decided on it.
+
+    Attributes:
+        name: path of the layer in the model.
+        kind: "attn1" or "attn2".
+        block: index of its transformer block in module order, as the configs' `blocks` counts.
+        patched: whether it is compressed.
+        reason: why, or why not.
+    """
+
+    name: str
+    kind: str
+    block: int
+    patched: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class CompressionReport:
+    """The attention layers of a model and what was decided on each; `str()` is a table for people.
+
+    Attributes:
+        model: class name of the patched model.
+        config: the config that was applied, with the `num_train_timesteps` of the pipeline's scheduler.
+        rows: one `Decision` per attention layer, in module order.
+    """
+
+    model: str
+    config: CompressionConfig
+    rows: tuple[Decision, ...]
+
+    @property
+    def patched(self) -> tuple[Decision, ...]:
+        """The layers that are compressed."""
+        return tuple(row for row in self.rows if row.patched)
+
+    def __str__(self) -> str:
+        shown = [row for row in self.rows if row.kind in self.config.modules]
+        lines = [f"{type(self.config).__name__} on {self.model}: {len(self.patched)} of {len(shown)} layers patched"]
+        width = max((len(row.name) for row in shown), default=0)
+        lines += [
+            f"  {row.block:3d}  {row.name:<{width}}  {'patched' if row.patched else '-':<7}  {row.reason}"
+            for row in shown
+        ]
+        if len(shown) < len(self.rows):
+            lines.append(f"  and {len(self.rows) - len(shown)} layers left alone by modules={self.config.modules}")
+        return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""The configs refuse what cannot work, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from bigain_kernels.diffusers import ABMConfig, IEKVDConfig, LGTMConfig, SiToConfig, ToDoConfig, ToMeConfig
+from bigain_kernels.diffusers.configs import CompressionConfig
+
+ALL = (LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig, ToDoConfig)
+
+WRONG = [
+    (LGTMConfig, {"ratio": 0.9}, ValueError, r"ratio: got 0.9, expected 0 <= ratio <= 0.75"),
+    (LGTMConfig, {"ratio": -0.1}, ValueError, "ratio: got -0.1"),
+    (LGTMConfig, {"ratio": float("nan")}, ValueError, "ratio: got nan"),
+    (
+        LGTMConfig,
+        {"ratio": (0.1, 0.2, 0.3)},
+        ValueError,
+        r"ratio: got \(0.1, 0.2, 0.3\), expected one number or a pair",
+    ),
+    (LGTMConfig, {"ratio": (0.1, 0.8)}, ValueError, "ratio: got 0.8"),
+    (LGTMConfig, {"ratio": "half"}, TypeError, "ratio: got 'half', expected a number"),
+    (LGTMConfig, {"ratio": True}, TypeError, "ratio: got True"),
+    (LGTMConfig, {"stride": (2, 0)}, ValueError, r"stride: got \(2, 0\)"),
+    (LGTMConfig, {"stride": (2, 2, 2)}, TypeError, "stride: got"),
+    (LGTMConfig, {"mode": "sum"}, ValueError, "mode: got 'sum', expected one of"),
+    (LGTMConfig, {"window": -1}, ValueError, "window: got -1"),
+    (LGTMConfig, {"cached_assignment": 1}, TypeError, "cached_assignment: got 1"),
+    (LGTMConfig, {"share_plan": 0}, ValueError, "share_plan: got 0"),
+    (LGTMConfig, {"share_plan": 1.5}, TypeError, "share_plan: got 1.5"),
+    (LGTMConfig, {"modules": ("attn3",)}, ValueError, "modules: got 'attn3'"),
+    (LGTMConfig, {"modules": "attn1"}, TypeError, "modules: got 'attn1'"),
+    (LGTMConfig, {"modules": ()}, ValueError, r"modules: got \(\)"),
+    (LGTMConfig, {"max_downsample": 3}, ValueError, "max_downsample: got 3, expected one of"),
+    (LGTMConfig, {"blocks": 3}, TypeError, "blocks: got 3"),
+    (LGTMConfig, {"blocks": (0, -1)}, ValueError, "blocks: got -1"),
+    (LGTMConfig, {"blocks": (1, 1)}, ValueError, r"blocks: got \(1, 1\)"),
+    (LGTMConfig, {"start": 1.5}, ValueError, "start: got 1.5"),
+    (LGTMConfig, {"end": -1}, ValueError, "end: got -1"),
+    (LGTMConfig, {"start": 0.6, "end": 0.4}, ValueError, "start: got 0.6, expected at most end, 0.4"),
+    (LGTMConfig, {"num_train_timesteps": 1}, ValueError, "num_train_timesteps: got 1"),
+    (ABMConfig, {"reduce": "median"}, ValueError, "reduce: got 'median'"),
+    (ToMeConfig, {"destinations": "last"}, ValueError, "destinations: got 'last'"),
+    (ToMeConfig, {"seed": -1}, ValueError, "seed: got -1"),
+    (ToMeConfig, {"window": 1.0}, TypeError, "window: got 1.0"),
+    (SiToConfig, {"noise": -1.0}, ValueError, "noise: got -1.0"),
+    (IEKVDConfig, {"factor": 0}, ValueError, r"factor: got \(0, 0\)"),
+    (IEKVDConfig, {"factor": 1.5}, TypeError, "factor: got 1.5"),
+    (IEKVDConfig, {"alpha": float("inf")}, ValueError, "alpha: got inf, expected a finite number"),
+    (IEKVDConfig, {"alpha": (0.8,)}, ValueError, r"alpha: got \(0.8,\)"),
+    (IEKVDConfig, {"modules": ("attn1", "attn2")}, ValueError, "modules: got .* text"),
+    (ToDoConfig, {"factor": (2, 2, 2)}, TypeError, "factor: got"),
+    (CompressionConfig, {}, TypeError, "config: got CompressionConfig, expected the config of a method"),
+]
+
+
+@pytest.mark.parametrize(("cls", "arguments", "error", "message"), WRONG)
+def test_wrong_argument_is_named(cls, arguments, error, message):
+    with pytest.raises(error, match=message):
+        cls(**arguments)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_configs_are_frozen_hashable_and_replaceable(cls):
+    config = cls(blocks=[0, 2])
+    assert config.blocks == (0, 2)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.start = 0.5
+    assert len({config, dataclasses.replace(config), dataclasses.replace(config, start=0.5)}) == 2
+
+
+def test_numbers_become_pairs():
+    assert LGTMConfig(stride=2).stride == (2, 2)
+    assert IEKVDConfig(factor=3).factor == (3, 3)
+    assert LGTMConfig(ratio=[0, 0.5]).ratio == (0.0, 0.5)
+    assert LGTMConfig(stride=(1, 2), ratio=0.5).ratio == 0.5
+    assert ToDoConfig().alpha == 1.0
