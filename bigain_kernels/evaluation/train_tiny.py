@@ -23,7 +23,7 @@ _VALIDATION_TIMESTEPS = (50, 150, 250, 350, 450, 600)
 class TrainConfig:
     """Everything that decides the result of `train_tiny_dit`, apart from the thread count and the torch version."""
 
-    steps: int = 8000
+    steps: int = 12000
     batch_size: int = 64
     learning_rate: float = 2e-3
     warmup: int = 200
