@@ -1,0 +1,92 @@
+"""`bigain demo`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import progress_bar
+
+if TYPE_CHECKING:
+    from ..evaluation.demo import Demo
+    from ..evaluation.demo_results import DemoResult
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the tables, sample grids and pictures.")] = Path("demo"),
+    full: Annotated[bool, typer.Option("--full", help="More images, samples and steps; takes longer.")] = False,
+    images: Annotated[int | None, typer.Option(help="Digits to classify, at most 400.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Images to generate for each guidance.")] = None,
+    steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="Fraction of tokens merged.")] = None,
+    factor: Annotated[int | None, typer.Option(help="Pooling factor.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Of IE-KVD.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
+    pictures: Annotated[bool, typer.Option(help="Draw what is merged in photographs.")] = True,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Another checkpoint of `bigain train-tiny`.", show_default=False)
+    ] = None,
+) -> None:
+    """Classify real digits and generate digits under every method, and show it in one table.
+
+    Options that are left out take the values of the demo, or those of --full. Ctrl-C shows and writes what is finished.
+    """
+    from ..evaluation.checkpoints import TINY_DIT
+    from ..evaluation.demo import FULL, Demo, DemoConfig
+    from ..evaluation.demo_files import write_all
+    from ..evaluation.demo_results import summarise
+
+    given: dict[str, Any] = {
+        "images": images,
+        "samples": samples,
+        "steps": steps,
+        "ratio": ratio,
+        "factor": factor,
+        "alpha": alpha,
+        "seed": seed,
+        "threads": threads,
+    }
+    config = replace(FULL if full else DemoConfig(), **{k: v for k, v in given.items() if v is not None})
+    job = Demo(config, checkpoint or TINY_DIT)
+    interrupted = False
+    with progress_bar() as progress:
+        task = progress.add_task("warming up", total=job.total)
+        try:
+            job.run(lambda text: progress.update(task, advance=1, description=text))
+        except KeyboardInterrupt:
+            interrupted = True
+    result = summarise(job)
+    if interrupted and not result.rows[0].images:
+        raise KeyboardInterrupt
+    _show(job, result)
+    page = write_all(job, result, out, pictures=pictures and not interrupted)
+    typer.echo(f"\nPictures and numbers: {page}")
+    if interrupted:
+        raise typer.Exit(130)
+
+
+def _show(job: Demo, result: DemoResult) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.measure import Measurement
+    from rich.table import Table
+
+    from ..evaluation.demo_files import caption, table_cells
+
+    console = Console()
+    heading, rows = table_cells(result)
+    table = Table(box=box.SIMPLE, show_lines=False)
+    for column, title in enumerate(heading):
+        table.add_column(title, justify="left" if column < 2 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    # Cells are never cut; a narrower terminal wraps the lines.
+    console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
+    console.print(table)
+    console.print(caption(job, result), style="dim", highlight=False)
+    for note in result.notes:
+        console.print(f"* {note}", highlight=False)

@@ -1,0 +1,126 @@
+"""`bigain generate`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from . import options as opt
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..evaluation.checkpoints import Checkpoint
+    from ..evaluation.generate import GenerateConfig
+
+# Classes drawn when none are asked for.
+_DEFAULT_CLASSES = 10
+
+
+def generate(
+    checkpoint: opt.CheckpointOption = None,
+    label: Annotated[
+        list[str] | None,
+        typer.Option(help="Class (name or number), or prompt of a text-to-image model; may be given several times."),
+    ] = None,
+    images: Annotated[int, typer.Option(help="How many images in all, over the classes in turn.")] = 40,
+    guidance: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is without.")] = 1.5,
+    steps: Annotated[int, typer.Option(help="DDIM steps.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for grid.png, samples/ and settings.json.")] = Path("generated"),
+    method: opt.MethodOption = opt.Method.none,
+    ratio: opt.RatioOption = "0.7",
+    stride: opt.StrideOption = "2",
+    factor: opt.FactorOption = 2,
+    alpha: opt.AlphaOption = "0.9",
+    blocks: opt.BlocksOption = None,
+    share_plan: Annotated[
+        bool, typer.Option("--share-plan", help="One plan for both rows of a guidance pair (merge methods).")
+    ] = False,
+    seed: opt.SeedOption = 0,
+    batch_size: Annotated[int | None, typer.Option(help="Images made together.")] = None,
+    device: opt.DeviceOption = None,
+    dtype: opt.DtypeOption = "float32",
+    threads: opt.ThreadsOption = None,
+) -> None:
+    """Generate images with a diffusion model, by DDIM with classifier-free guidance.
+
+    Images are written batch by batch; Ctrl-C keeps them.
+    """
+    from ..evaluation.checkpoints import load_checkpoint
+    from ..evaluation.compression import make_config, with_shared_plan
+    from ..evaluation.generate import GenerateConfig
+
+    opt.set_threads(threads)
+    compression = make_config(method.value, opt.method_options(ratio, stride, factor, alpha, blocks, seed))
+    if share_plan:
+        with_shared_plan(compression, 2)
+    if images < 1:
+        raise ValueError(f"images: got {images}, expected at least 1")
+    given = {} if batch_size is None else {"batch_size": batch_size}
+    config = GenerateConfig(steps=steps, guidance=guidance, seed=seed, **given)
+    chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
+    loaded = load_checkpoint(
+        opt.checkpoint_source(checkpoint),
+        class_names=tuple(label or ()),
+        template="{}",
+        device=chosen_device,
+        dtype=chosen_dtype,
+    )
+    classes = [loaded.label_of(name) for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
+    labels = [classes[i % len(classes)] for i in range(images)]
+    out.mkdir(parents=True, exist_ok=True)
+    settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": repr(compression)}
+    settings |= {"share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
+    (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
+    _run(loaded, labels, config, compression, share_plan, out)
+
+
+def _run(
+    loaded: Checkpoint, labels: list[int], config: GenerateConfig, compression: object, share_plan: bool, out: Path
+) -> None:
+    import torch
+
+    from ..evaluation.generate import generate as generate_images
+    from ..evaluation.generate import save_grid
+
+    done: list[torch.Tensor] = []
+    wanted = torch.tensor(labels)
+    with opt.progress_bar() as progress:
+        task = progress.add_task("generating", total=len(labels))
+
+        def record(samples: torch.Tensor) -> None:
+            pixels = loaded.decode(samples)
+            _save_samples(pixels, labels, sum(map(len, done)), out / "samples")
+            done.append(pixels)
+            progress.update(task, advance=len(pixels))
+
+        try:
+            generate_images(
+                loaded.denoiser,
+                wanted.to(loaded.device),
+                config,
+                compression=compression,
+                share_plan=share_plan,
+                record=record,
+            )
+        finally:
+            if done:
+                made = torch.cat(done)
+                title = f"guidance {config.guidance:g}, {config.steps} steps"
+                save_grid(made, wanted[: len(made)], loaded.class_names, out / "grid.png", title)
+                typer.echo(f"{len(made)} images in {out}")
+
+
+def _save_samples(pixels: torch.Tensor, labels: list[int], first: int, folder: Path) -> None:
+    """`<index>_<class>.png` for a batch that starts at sample `first`."""
+    from PIL import Image
+
+    from ..evaluation.generate import to_pixels
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, image in enumerate(to_pixels(pixels), start=first):
+        Image.fromarray(image).save(folder / f"{i:05d}_{labels[i]}.png")

@@ -1,0 +1,57 @@
+"""The `bigain` command: its sub-commands, and how errors and Ctrl-C end it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import typer
+from typer.exceptions import TyperException
+
+from .classify import classify
+from .demo import demo
+from .env import env
+from .generate import generate
+from .train_tiny import train_tiny
+
+BAD_INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    name="bigain",
+    help=(
+        "BiGain: fewer tokens in the attention of diffusion models, for generation and for classification. "
+        "Start with `bigain demo`."
+    ),
+    epilog="Bad input ends with one line and exit code 2; set BIGAIN_TRACEBACK=1 to see where it was found.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+)
+for command in (demo, classify, generate, train_tiny, env):
+    app.command(command.__name__.replace("_", "-"))(command)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: that of the process) and return its exit code.
+
+    0 is success, 2 bad input (one line on stderr says what), 130 Ctrl-C, with finished results on disk.
+    """
+    try:
+        return app(args=argv, prog_name="bigain", standalone_mode=False) or 0
+    except TyperException as error:
+        message = error.format_message()
+    # Our own checks raise ValueError and TypeError; OSError is a file or hub id that cannot be read, ImportError an
+    # optional package that is not installed.
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("BIGAIN_TRACEBACK"):
+            raise
+        message = str(error) or type(error).__name__
+    # Without arguments the help has been shown, and there is no message.
+    if message:
+        print(f"bigain: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+if __name__ == "__main__":
+    sys.exit(main())

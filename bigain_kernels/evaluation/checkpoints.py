@@ -1,0 +1,197 @@
+"""Loading what the command line is pointed at: our tiny model, a local diffusers folder, or a hub id."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .denoisers import Denoiser, LabelDenoiser, PromptDenoiser
+from .tiny_models import ASSETS, DigitClassifier
+
+TINY_DIT = ASSETS / "tiny_dit"
+MODEL_FOLDERS = {"transformer": "DiTTransformer2DModel", "unet": "UNet2DConditionModel"}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can classify and generate.
+
+    Attributes:
+        denoiser: see `Denoiser`.
+        class_names: name of each class, in the order of the labels.
+        image_shape: (channels, height, width) of its images.
+        vae: decodes latents to images; None for models of pixels.
+        aliases: further names of classes (ImageNet's have several), with their labels.
+    """
+
+    denoiser: Denoiser
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    vae: Any = None
+    aliases: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.denoiser.model.parameters()).device
+
+    def label_of(self, name: str) -> int:
+        """The label of a class name, or of a number written out.
+
+        Raises:
+            ValueError: there is no such class.
+        """
+        if name in self.class_names:
+            return self.class_names.index(name)
+        if name in self.aliases:
+            return self.aliases[name]
+        if name.isdigit() and int(name) < self.denoiser.num_classes:
+            return int(name)
+        some = ", ".join(self.class_names[:10]) + (", ..." if len(self.class_names) > 10 else "")
+        raise ValueError(f"class: got {name!r}, expected one of {some} or a number below {self.denoiser.num_classes}")
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+        """Images (n, C, H, W) in [-1, 1] to what the model denoises, on its device. Latents are the mode: no noise."""
+        if self.vae is None:
+            return images.to(self.device)
+        latents = [
+            self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+            for part in images.split(batch_size)
+        ]
+        return torch.cat(latents) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, samples: torch.Tensor, batch_size: int = 8) -> torch.Tensor:
+        """The inverse of `encode`: (n, C, H, W) images in about [-1, 1], float32 on the CPU."""
+        if self.vae is None:
+            return samples.float().cpu()
+        latents = (samples / self.vae.config.scaling_factor).to(self.vae.dtype)
+        return torch.cat([self.vae.decode(part).sample.float().cpu() for part in latents.split(batch_size)])
+
+
+def load_checkpoint(
+    source: str | Path = TINY_DIT,
+    *,
+    class_names: Sequence[str] = (),
+    template: str = "a photo of a {}",
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Checkpoint:
+    """Load a checkpoint for classifying and generating.
+
+    Args:
+        source: a folder with `transformer/` or `unet/` and `scheduler/` (as `bigain train-tiny` writes), a pipeline
+            folder with `model_index.json`, or the hub id of a pipeline. DiT, Stable Diffusion 1.x and 2.x, and SDXL.
+        class_names: the classes of a text-to-image model; a class-conditional model has its own and ignores them.
+        template: prompt of a class of a text-to-image model; `{}` stands for the class name.
+        device, dtype: where and in what the model runs.
+
+    Raises:
+        FileNotFoundError: `source` looks like a folder and holds no checkpoint, or is no hub id.
+        ValueError: a model of another kind, or a text-to-image model without class names.
+        ImportError: an optional package is missing; the message names it.
+    """
+    folder = Path(source)
+    if not folder.is_dir():
+        if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
+            raise FileNotFoundError(f"checkpoint: got {source}, expected a folder or a hub id such as owner/name")
+        return _from_pipeline(str(source), class_names, template, device, dtype)
+    if (folder / "model_index.json").exists():
+        return _from_pipeline(str(folder), class_names, template, device, dtype)
+    return _from_parts(folder, device, dtype)
+
+
+def _from_parts(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Checkpoint:
+    import diffusers
+
+    parts = [name for name in MODEL_FOLDERS if (folder / name / "config.json").exists()]
+    if not parts or not (folder / "scheduler" / "scheduler_config.json").exists():
+        raise FileNotFoundError(
+            f"checkpoint: got {folder}, expected model_index.json, or a folder transformer/ or unet/ beside scheduler/"
+        )
+    path = folder / parts[0] / "config.json"
+    try:
+        kind = json.loads(path.read_text())["_class_name"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"checkpoint: got {path}, expected the config of a diffusers model") from error
+    if kind != "DiTTransformer2DModel":
+        raise ValueError(
+            f"checkpoint: got {kind} without a pipeline, expected DiTTransformer2DModel (any other needs its text "
+            "encoder or VAE, hence a whole pipeline with model_index.json)"
+        )
+    model = diffusers.DiTTransformer2DModel.from_pretrained(folder / parts[0], dtype=dtype, low_cpu_mem_usage=False)
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
+    denoiser = LabelDenoiser(model.to(device).eval(), scheduler)
+    return Checkpoint(denoiser, tuple(map(str, range(denoiser.num_classes))), denoiser.sample_shape)
+
+
+def _from_pipeline(
+    source: str, class_names: Sequence[str], template: str, device: torch.device | str, dtype: torch.dtype
+) -> Checkpoint:
+    import diffusers
+
+    # Without transformers diffusers fails on an attribute that has nothing to do with it.
+    parts = diffusers.DiffusionPipeline.load_config(source).values()
+    if any(isinstance(part, list) and part[0] == "transformers" for part in parts) and not util.find_spec(
+        "transformers"
+    ):
+        raise ImportError(f"checkpoint: got {source}, whose text encoder needs: pip install transformers")
+    pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype).to(device)
+    scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
+    if isinstance(getattr(pipe, "transformer", None), diffusers.DiTTransformer2DModel):
+        denoiser: Denoiser = LabelDenoiser(pipe.transformer.eval(), scheduler)
+        aliases = dict(pipe.labels)
+        first = {label: name for name, label in reversed(aliases.items())}
+        names = tuple(first.get(label, str(label)) for label in range(denoiser.num_classes))
+    elif isinstance(getattr(pipe, "unet", None), diffusers.UNet2DConditionModel):
+        if not class_names:
+            raise ValueError("class_names: got none, expected the classes a text-to-image model is to tell apart")
+        denoiser = _prompt_denoiser(pipe, scheduler, [template.replace("{}", name) for name in class_names])
+        names, aliases = tuple(class_names), {}
+    else:
+        raise ValueError(f"checkpoint: got a {type(pipe).__name__}, expected a DiT or Stable Diffusion pipeline")
+    scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    _, height, width = denoiser.sample_shape
+    return Checkpoint(denoiser, names, (pipe.vae.config.in_channels, height * scale, width * scale), pipe.vae, aliases)
+
+
+@torch.no_grad()
+def _prompt_denoiser(pipe: Any, scheduler: Any, prompts: list[str]) -> PromptDenoiser:
+    device = next(pipe.unet.parameters()).device
+    encoded = pipe.encode_prompt(
+        [*prompts, ""], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
+    )
+    if pipe.unet.config.addition_embed_type != "text_time":
+        return PromptDenoiser(pipe.unet.eval(), scheduler, encoded[0])
+    # SDXL: pooled embeddings, and the original size, crop corner and target size of an uncropped image.
+    side = float(pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1))
+    time_ids = torch.tensor([side, side, 0.0, 0.0, side, side])
+    return PromptDenoiser(pipe.unet.eval(), scheduler, encoded[0], pooled=encoded[2], time_ids=time_ids)
+
+
+def load_classifier(folder: Path = TINY_DIT) -> DigitClassifier:
+    """The digit classifier kept as `folder/classifier.safetensors`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the file is damaged, or of another model.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "classifier.safetensors"
+    if not path.exists():
+        raise FileNotFoundError(f"classifier: got {path}, expected the file that `bigain train-tiny` writes")
+    model = DigitClassifier()
+    try:
+        model.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"classifier: got {path}, expected the file that `bigain train-tiny` writes") from error
+    model.eval()
+    return model

@@ -1,0 +1,171 @@
+"""What the demo leaves on disk: tables, sample grids, pictures, and a page that shows them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .compression import MERGE_METHODS
+from .data import PHOTOGRAPHS
+from .demo import METHODS, Demo
+from .demo_results import DemoResult, Row
+from .generate import save_grid
+from .metrics import Measured
+from .pictures import PictureConfig, draw_photograph
+
+# Samples of each class on a grid.
+_COLUMNS = 10
+
+
+def _shown(measured: Measured | None, scale: float = 1.0, digits: int = 2, sign: str = "") -> str:
+    if measured is None or math.isnan(measured.value):
+        return "-"
+    return f"{scale * measured.value:{sign}.{digits}f} ± {scale * measured.error:.{digits}f}"
+
+
+def table_cells(result: DemoResult) -> tuple[list[str], list[list[str]]]:
+    """Heading and cells of the table. A cell may have several lines, one for each guidance."""
+    guidances = list(result.rows[0].generation)
+    per = "\n" + " / ".join(f"{g:g}" for g in guidances) if guidances else ""
+    heading = ["method", "tokens", "accuracy %", "difference\nto its rival"]
+    heading += [f"Frechet{per}", f"class right %{per}", f"distance{per}", "time s", "speed"]
+
+    def cells(row: Row) -> list[str]:
+        made = row.generation.values()
+        difference = f"{_shown(row.difference, 100, 1, '+')}\nto {row.rival}" if row.rival else "-"
+        return [
+            row.title,
+            row.tokens,
+            _shown(row.accuracy, 100, 1),
+            difference,
+            "\n".join(_shown(g.frechet, 1, 1) for g in made) or "-",
+            "\n".join(_shown(g.consistency, 100, 1) for g in made) or "-",
+            "\n".join(_shown(g.distance, 1, 3) for g in made) or "-",
+            f"{row.seconds:.1f}",
+            "-" if math.isnan(row.speed) else f"{row.speed:.2f}x",
+        ]
+
+    return heading, [cells(row) for row in result.rows]
+
+
+def caption(demo: Demo, result: DemoResult) -> str:
+    """What the numbers are, in a few sentences."""
+    config = demo.config
+    return (
+        f"{result.rows[0].images} held-out digits classified by denoising error (timesteps "
+        f"{', '.join(map(str, config.timesteps))}), {result.samples} samples for each "
+        f"guidance in {config.steps} DDIM steps, {config.threads} threads; ratio {config.ratio:g}, factor "
+        f"{config.factor}, alpha {config.alpha:g}, seed {config.seed}. After ± stands one standard error. “shared”: "
+        "one plan for all classes of an image when classifying, for both rows of a guidance pair when generating. "
+        "Frechet: distance from the 600 held-out digits in the 64 features of the small classifier. class right: "
+        "samples that it takes for the digit asked for. distance: mean squared, to the samples of “none” from the same "
+        "noise. time: median of the chunks of work, times their number. speed: median over the chunks, against “none”."
+    )
+
+
+def _flat(row: Row) -> dict[str, Any]:
+    flat: dict[str, Any] = {"method": row.key, "tokens": row.tokens, "images": row.images, "rival": row.rival}
+
+    def put(name: str, measured: Measured | None) -> None:
+        flat[name] = None if measured is None else measured.value
+        flat[f"{name}_error"] = None if measured is None else measured.error
+
+    put("accuracy", row.accuracy)
+    put("difference", row.difference)
+    for guidance, made in row.generation.items():
+        for name in ("frechet", "consistency", "distance"):
+            put(f"{name}_guidance_{guidance:g}", getattr(made, name))
+    return {**flat, "seconds": row.seconds, "speed": row.speed}
+
+
+def write_numbers(demo: Demo, result: DemoResult, out: Path) -> None:
+    """`results.csv`, one line for each method, and `results.json` with the settings, versions and notes too."""
+    import diffusers
+
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [_flat(row) for row in result.rows]
+    with open(out / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    content = {
+        "config": asdict(demo.config),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "rows": [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows],
+        "notes": result.notes,
+    }
+    (out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def write_grids(demo: Demo, out: Path) -> list[Path]:
+    """`samples/<method>_guidance_<g>.png` for every method and guidance that has samples."""
+    names, paths = demo.checkpoint.class_names, []
+    shown = _COLUMNS * len(names)
+    for method in METHODS:
+        for guidance, samples in demo.outcomes[method.key].samples.items():
+            path = out / "samples" / f"{method.key}_guidance_{guidance:g}.png"
+            labels = demo.labels[: len(samples)][:shown]
+            save_grid(samples[:shown], labels, names, path, f"{method.title}, guidance {guidance:g}")
+            paths.append(path)
+    return paths
+
+
+def write_pictures(demo: Demo, out: Path) -> list[Path]:
+    """`photographs/<name>_<stride>x<stride>.png` for each photograph and each tile size."""
+    paths = []
+    for name in PHOTOGRAPHS:
+        for stride in demo.config.picture_strides:
+            path = out / "photographs" / f"{Path(name).stem}_{stride}x{stride}.png"
+            draw_photograph(name, path, PictureConfig(ratio=demo.config.ratio, stride=(stride, stride)))
+            paths.append(path)
+    return paths
+
+
+def _markdown_table(result: DemoResult) -> list[str]:
+    heading, rows = table_cells(result)
+    lines = [heading, ["---"] * len(heading), *rows]
+    return ["| " + " | ".join(cell.replace("\n", "<br>") for cell in line) + " |" for line in lines]
+
+
+def write_index(demo: Demo, result: DemoResult, out: Path, grids: list[Path], pictures: list[Path]) -> Path:
+    """`README.md` of the folder: the table, the lines under it, and every picture with what it shows."""
+    merge = [m.title for m in METHODS if m.method in MERGE_METHODS and not m.shared]
+    lines = ["# What `bigain demo` measured", "", *_markdown_table(result), "", caption(demo, result), ""]
+    lines += [f"* {note}" for note in result.notes]
+    lines += ["", "The same numbers: [results.csv](results.csv), [results.json](results.json).", ""]
+    if pictures:
+        lines += ["## What is merged in a photograph", ""]
+        lines += [
+            "Each token is a patch of 8 x 8 pixels. From top to bottom: the tokens that others are merged into (a "
+            f"detail, with the tiles), the clusters of {', '.join(merge)} (an unmerged token shows the photograph, a "
+            "merged one the mean colour of its cluster), and the unmerged tokens alone: they follow the edges and the "
+            "texture. With tiles of 2 x 2 a ratio of 0.7 merges nearly every source, so only the strongest edges stay; "
+            "with tiles of 4 x 4 there are fewer destinations to pay for, and the edges stay whole.",
+            "",
+        ]
+        lines += [f"![{path.stem}]({path.relative_to(out).as_posix()})\n" for path in pictures]
+    if grids:
+        lines += [
+            "## Samples",
+            "",
+            "One row for each digit asked for; a place starts from the same noise in every grid.",
+            "",
+        ]
+        lines += [f"![{path.stem}]({path.relative_to(out).as_posix()})" for path in grids]
+    path = out / "README.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def write_all(demo: Demo, result: DemoResult, out: Path, pictures: bool = True) -> Path:
+    """Everything above into `out`; returns the page."""
+    write_numbers(demo, result, out)
+    drawn = write_pictures(demo, out) if pictures else []
+    return write_index(demo, result, out, write_grids(demo, out), drawn)

@@ -1,0 +1,154 @@
+"""Generation with classifier-free guidance, by DDIM, from any `Denoiser`; and the picture of a set of samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DDIMScheduler
+
+from .compression import compressed, with_shared_plan
+from .denoisers import Denoiser, prediction_type
+from .noise import seeded_noise
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of generation.
+
+    Attributes:
+        steps: DDIM steps.
+        guidance: uncond + guidance * (cond - uncond); 1 needs no unconditional pass.
+        seed: of the starting noise; sample i starts from the noise of (seed, i), whatever the batch.
+        batch_size: samples made together. With guidance a forward pass has twice as many rows.
+    """
+
+    steps: int = 20
+    guidance: float = 1.5
+    seed: int = 0
+    batch_size: int = 100
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("guidance", 1.0), ("seed", 0), ("batch_size", 1)):
+            if not getattr(self, name) >= least:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+
+
+def _ddim(denoiser: Denoiser, steps: int) -> DDIMScheduler:
+    prediction_type(denoiser.scheduler)
+    # Clipping is for models of pixels in [-1, 1] whose own scheduler asks for it; DDIM's default would add it to all.
+    clip = bool(denoiser.scheduler.config.get("clip_sample", False))
+    scheduler = DDIMScheduler.from_config(denoiser.scheduler.config, clip_sample=clip)
+    scheduler.set_timesteps(steps)
+    return scheduler
+
+
+@torch.no_grad()
+def _generate_batch(
+    denoiser: Denoiser, labels: torch.Tensor, noise: torch.Tensor, config: GenerateConfig
+) -> torch.Tensor:
+    scheduler = _ddim(denoiser, config.steps)
+    x = noise * scheduler.init_noise_sigma
+    guided = config.guidance != 1.0
+    # [uncond, cond]: row b and row n + b are the pair of sample b, the order in which they may share a plan.
+    both = torch.cat([torch.full_like(labels, denoiser.num_classes), labels]) if guided else labels
+    for step in scheduler.timesteps.tolist():
+        rows = torch.cat([x, x]) if guided else x
+        predicted = denoiser(rows, torch.full((rows.shape[0],), step, device=x.device), both)
+        if guided:
+            uncond, cond = predicted.chunk(2)
+            predicted = uncond + config.guidance * (cond - uncond)
+        x = scheduler.step(predicted, step, x).prev_sample
+    return x
+
+
+def generate(
+    denoiser: Denoiser,
+    labels: torch.Tensor,
+    config: GenerateConfig | None = None,
+    *,
+    compression: Any = None,
+    share_plan: bool = False,
+    indices: Sequence[int] | None = None,
+    record: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
+    """Sample one image for each label by deterministic DDIM (Song et al., 2021) with classifier-free guidance.
+
+    Args:
+        denoiser: the model, see `Denoiser`.
+        labels: (n,) int64, the classes to draw, on the device of the model.
+        config: settings.
+        compression: a config of `bigain_kernels.diffusers`, applied while this runs; None leaves the model as it is.
+        share_plan: plan once for the two rows of a guidance pair. Without guidance (1) there are no pairs, and it
+            changes nothing.
+        indices: what the starting noise of each sample is drawn for; default 0, 1, ..., n - 1.
+        record: called with each finished batch of samples.
+
+    Returns:
+        (n, C, H, W) in the space the model denoises.
+
+    Raises:
+        ValueError: labels out of range, or a shared plan with a method that builds none.
+    """
+    config = config or GenerateConfig()
+    if labels.numel() == 0 or int(labels.min()) < 0 or int(labels.max()) >= denoiser.num_classes:
+        raise ValueError(f"labels: got {labels.tolist()}, expected classes from 0 to {denoiser.num_classes - 1}")
+    chosen = list(range(labels.numel())) if indices is None else list(indices)
+    if len(chosen) != labels.numel():
+        raise ValueError(f"indices: got {len(chosen)}, expected one for each of the {labels.numel()} labels")
+    if share_plan and config.guidance != 1.0:
+        compression = with_shared_plan(compression, 2)
+    batches = []
+    with compressed(denoiser, compression):
+        for first in range(0, len(chosen), config.batch_size):
+            part = slice(first, first + config.batch_size)
+            noise = seeded_noise([(config.seed, i) for i in chosen[part]], denoiser.sample_shape)
+            batches.append(_generate_batch(denoiser, labels[part], noise.to(labels.device), config))
+            if record is not None:
+                record(batches[-1])
+    return torch.cat(batches)
+
+
+def to_pixels(images: torch.Tensor) -> np.ndarray:
+    """(n, 1 or 3, H, W) in [-1, 1] to (n, H, W, 3) uint8."""
+    pixels = ((images.float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy()
+
+
+def save_grid(images: torch.Tensor, labels: torch.Tensor, names: Sequence[str], path: Path, title: str) -> None:
+    """Write a PNG with one row of samples for each class, its name on the left.
+
+    Args:
+        images: (n, 1 or 3, H, W) in [-1, 1].
+        labels: (n,) the class asked for.
+        names: name of each class.
+        path: the PNG.
+        title: one line above the samples.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    pixels, present = to_pixels(images), sorted(set(labels.tolist()))
+    members = [[i for i, label in enumerate(labels.tolist()) if label == c] for c in present]
+    columns, side = max(len(m) for m in members), pixels.shape[1]
+    canvas = np.full((len(present) * (side + 1), columns * (side + 1), 3), 255, dtype=np.uint8)
+    for row, chosen in enumerate(members):
+        for column, i in enumerate(chosen):
+            top, left = row * (side + 1), column * (side + 1)
+            canvas[top : top + side, left : left + side] = pixels[i]
+    # Half an inch for a sample, and room for the names and the title.
+    figure = Figure(figsize=(0.5 * columns + 1.2, 0.5 * len(present) + 0.5), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(canvas, interpolation="nearest")
+    axes.set_yticks([row * (side + 1) + side / 2 for row in range(len(present))], [names[c] for c in present])
+    axes.set_xticks([])
+    axes.tick_params(length=0)
+    axes.set_frame_on(False)
+    axes.set_title(title, fontsize=9, loc="left")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,104 @@
+"""Bad input ends with one line on stderr that names the argument, exit code 2, and no traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bigain_kernels.cli.main import BAD_INPUT, main
+
+WRONG = [
+    (["bogus"], "bogus"),
+    (["classify", "--nonsense"], "--nonsense"),
+    (["classify", "--limit"], "--limit"),
+    (["classify", "--limit", "many"], "--limit"),
+    (["classify", "--limit", "0"], "limit: got 0"),
+    (["classify", "--method", "magic"], "--method"),
+    (["classify", "--method", "lgtm", "--ratio", "0.9"], "ratio: got 0.9"),
+    (["classify", "--method", "lgtm", "--ratio", "-0.1"], "ratio: got -0.1"),
+    (["classify", "--method", "tome", "--ratio", "half"], "ratio: got 'half'"),
+    (["classify", "--method", "abm", "--ratio", "0.1,0.2,0.3"], "ratio: got '0.1,0.2,0.3'"),
+    (["classify", "--method", "lgtm", "--stride", "0"], "stride: got"),
+    (["classify", "--method", "lgtm", "--stride", "2x2x2"], "stride: got '2x2x2'"),
+    (["classify", "--method", "lgtm", "--blocks", "first"], "blocks: got 'first'"),
+    (["classify", "--method", "lgtm", "--blocks", "99", "--limit", "1"], "config: got"),
+    (["classify", "--method", "todo", "--factor", "0"], "factor: got (0, 0)"),
+    (["classify", "--method", "iekvd", "--alpha", "x"], "alpha: got 'x'"),
+    (["classify", "--method", "iekvd", "--alpha", "nan"], "alpha: got nan"),
+    (["classify", "--method", "iekvd", "--share-plan"], "share_plan: got IEKVDConfig"),
+    (["classify", "--timesteps", "noon"], "timesteps: got 'noon'"),
+    (["classify", "--timesteps", "1000"], "timesteps: got 1000"),
+    (["classify", "--stages", "2"], "stages: got '2'"),
+    (["classify", "--stages", "2:4"], "stages: got"),
+    (["classify", "--stages", "2:11,3:1"], "stages: got keep 11"),
+    (["classify", "--score", "median"], "score: got 'median'"),
+    (["classify", "--seed", "-1"], "seed: got -1"),
+    (["classify", "--batch-size", "0"], "batch_size: got 0"),
+    (["classify", "--method", "lgtm", "--share-plan", "--batch-size", "9"], "batch_size: got 9"),
+    (["classify", "--device", "abacus"], "device: got 'abacus'"),
+    (["classify", "--dtype", "int8"], "dtype: got 'int8'"),
+    (["classify", "--threads", "0"], "threads: got 0"),
+    (["classify", "--checkpoint", "nowhere"], "checkpoint: got nowhere"),
+    (["classify", "--images", "nowhere"], "images: got nowhere"),
+    (["generate", "--images", "0"], "images: got 0"),
+    (["generate", "--guidance", "0.5"], "guidance: got 0.5"),
+    (["generate", "--steps", "0"], "steps: got 0"),
+    (["generate", "--label", "cat"], "class: got 'cat'"),
+    (["generate", "--label", "10"], "class: got '10'"),
+    (["generate", "--batch-size", "0"], "batch_size: got 0"),
+    (["generate", "--method", "todo", "--share-plan"], "share_plan: got ToDoConfig"),
+    (["generate", "--checkpoint", "nowhere"], "checkpoint: got nowhere"),
+    (["demo", "--images", "0"], "images: got 0"),
+    (["demo", "--images", "401"], "images: got 401"),
+    (["demo", "--samples", "1"], "samples: got 1"),
+    (["demo", "--threads", "0"], "threads: got 0"),
+    (["demo", "--ratio", "0.8"], "ratio: got 0.8"),
+    (["demo", "--checkpoint", "nowhere"], "checkpoint: got nowhere"),
+    (["train-tiny", "--steps", "0"], "steps: got 0"),
+    (["train-tiny", "--batch-size", "0"], "batch_size: got 0"),
+    (["train-tiny", "--log-every", "0"], "log_every: got 0"),
+    (["train-tiny", "--epochs", "-1"], "epochs: got -1"),
+    (["train-tiny", "--threads", "-1"], "threads: got -1"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[" ".join(arguments) for arguments, _ in WRONG])
+def test_one_line_names_the_argument(
+    arguments: list[str],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == BAD_INPUT == 2
+    captured = capsys.readouterr()
+    last = captured.err.rstrip("\n").split("\n")[-1]
+    assert last.startswith("bigain: ")
+    assert named in last
+    assert "Traceback" not in captured.err
+    # A progress bar may stand above the line; results may not.
+    assert captured.out == ""
+    assert not list(tmp_path.rglob("summary.json"))
+
+
+def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BIGAIN_TRACEBACK", "1")
+    with pytest.raises(ValueError, match=r"^limit: got 0"):
+        main(["classify", "--limit", "0"])
+
+
+def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    broken = tmp_path / "broken"
+    (broken / "transformer").mkdir(parents=True)
+    (broken / "scheduler").mkdir()
+    (broken / "transformer" / "config.json").write_text("{")
+    (broken / "scheduler" / "scheduler_config.json").write_text("{}")
+    assert main(["generate", "--checkpoint", str(broken), "--out", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith("bigain: checkpoint: got")
+    folder = tmp_path / "images" / "3"
+    folder.mkdir(parents=True)
+    (folder / "a.png").write_bytes(b"no image")
+    assert main(["classify", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 2
+    assert "a.png, expected an image" in capsys.readouterr().err

@@ -1,0 +1,207 @@
+"""The commands: help, results on disk, going on after Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from bigain_kernels.cli.main import INTERRUPTED, app, main
+from bigain_kernels.cli.options import Method
+from bigain_kernels.evaluation import demo
+from bigain_kernels.evaluation import generate as generation
+from bigain_kernels.evaluation.classify import ImageResult
+from bigain_kernels.evaluation.compression import METHODS
+from bigain_kernels.evaluation.data import load_digits
+from bigain_kernels.evaluation.records import ResultsFile
+
+COMMANDS = ["demo", "classify", "generate", "train-tiny", "env"]
+
+
+def _bigain(*arguments: str | Path) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def _images(path: Path) -> list[dict]:
+    """The results without their times."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()[1:]]
+    return sorted(({**line, "seconds": 0.0} for line in lines), key=lambda line: line["index"])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command: str) -> None:
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+
+
+def test_overview_names_every_command() -> None:
+    result = CliRunner().invoke(app, ["--help"])
+    assert result.exit_code == 0
+    assert all(command in result.output for command in COMMANDS)
+
+
+def test_methods_on_offer_are_those_there_are() -> None:
+    assert tuple(method.value for method in Method) == METHODS
+
+
+def test_env_shows_backends(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _bigain("env") == 0
+    shown = capsys.readouterr().out
+    assert torch.__version__ in shown
+    assert "bipartite_match" in shown
+
+
+def test_classify_writes_results_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert _bigain("classify", "--limit", 5, "--out", out, "--method", "lgtm", "--share-plan") == 0
+    assert [image["index"] for image in _images(out / "results.jsonl")] == list(range(5))
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["images"] == 5
+    assert summary["settings"]["share_plan"] is True
+    assert "LGTMConfig" in summary["settings"]["compression"]
+    assert f"accuracy {summary['accuracy']:.4f} ± {summary['standard_error']:.4f}" in capsys.readouterr().out
+
+
+def test_resume_gives_the_results_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert _bigain("classify", "--limit", 6, "--out", whole) == 0
+    assert _bigain("classify", "--limit", 2, "--out", parts) == 0
+    assert _bigain("classify", "--limit", 6, "--out", parts, "--resume") == 0
+    assert "2 images were classified before" in capsys.readouterr().out
+    first, second = _images(whole / "results.jsonl"), _images(parts / "results.jsonl")
+    assert [i["prediction"] for i in first] == [i["prediction"] for i in second]
+    for a, b in zip(first, second, strict=True):
+        assert a["errors"] == pytest.approx(b["errors"], rel=1e-4)
+
+
+def test_finished_results_are_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _bigain("classify", "--limit", 1, "--out", tmp_path) == 0
+    assert _bigain("classify", "--limit", 1, "--out", tmp_path) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bigain: out: got")
+    assert _bigain("classify", "--limit", 2, "--out", tmp_path, "--resume", "--seed", 1) == 2
+    assert "resume: got" in capsys.readouterr().err.splitlines()[-1]
+    assert _bigain("classify", "--limit", 2, "--out", tmp_path, "--overwrite", "--seed", 1) == 0
+
+
+def test_interrupted_classification_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    add = ResultsFile.add
+
+    def stop_after_three(self: ResultsFile, image: ImageResult) -> None:
+        add(self, image)
+        if len(self.images) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResultsFile, "add", stop_after_three)
+    assert _bigain("classify", "--limit", 6, "--out", tmp_path) == INTERRUPTED == 130
+    assert len(_images(tmp_path / "results.jsonl")) == 3
+    assert json.loads((tmp_path / "summary.json").read_text())["images"] == 3
+    monkeypatch.undo()
+    assert _bigain("classify", "--limit", 6, "--out", tmp_path, "--resume") == 0
+    assert [image["index"] for image in _images(tmp_path / "results.jsonl")] == list(range(6))
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_classify_an_image_folder(tmp_path: Path) -> None:
+    digits = load_digits("test")
+    for i in range(6):
+        folder = tmp_path / "images" / str(int(digits.labels[i]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generation.to_pixels(digits.images[i : i + 1])[0]).save(folder / f"{i}.png")
+    assert _bigain("classify", "--images", tmp_path / "images", "--out", tmp_path / "out") == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary["images"] == 6
+    assert summary["accuracy"] >= 4 / 6
+
+
+def test_generate_writes_images(tmp_path: Path) -> None:
+    options = ["--label", "3", "--label", "7", "--images", 5, "--steps", 2, "--guidance", 3, "--method", "tome"]
+    assert _bigain("generate", *options, "--share-plan", "--out", tmp_path) == 0
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == [f"{i:05d}_{label}.png" for i, label in enumerate((3, 7, 3, 7, 3))]
+    assert (tmp_path / "grid.png").exists()
+    assert json.loads((tmp_path / "settings.json").read_text())["labels"] == ["3", "7", "3", "7", "3"]
+
+
+def test_interrupted_generation_keeps_finished_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noise, calls = generation.seeded_noise, []
+
+    def stop_at_the_third(*arguments):
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return noise(*arguments)
+
+    monkeypatch.setattr(generation, "seeded_noise", stop_at_the_third)
+    assert _bigain("generate", "--images", 6, "--batch-size", 2, "--steps", 1, "--out", tmp_path) == 130
+    assert len(list((tmp_path / "samples").iterdir())) == 4
+    assert (tmp_path / "grid.png").exists()
+
+
+def test_train_tiny_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--steps", 2, "--batch-size", 4, "--log-every", 1, "--epochs", 1, "--seed", 5, "--out", tmp_path]
+    with torch.enable_grad():
+        assert _bigain("train-tiny", *options) == 0
+    settings = json.loads((tmp_path / "training.json").read_text())
+    assert settings["seed"] == 5
+    assert settings["command"].startswith("bigain train-tiny --steps 2 --batch-size 4")
+    for name in ("classifier.safetensors", "training_log.csv", "scheduler", "transformer"):
+        assert (tmp_path / name).exists()
+    assert "test accuracy" in capsys.readouterr().out
+
+
+def test_demo_shows_one_table_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--images", 4, "--samples", 2, "--steps", 1, "--threads", 1, "--no-pictures", "--out", tmp_path]
+    assert _bigain("demo", *small) == 0
+    shown = capsys.readouterr().out
+    for method in demo.METHODS:
+        assert method.title in shown
+    assert "±" in shown
+    assert "…" not in shown
+    for name in ("results.csv", "results.json", "README.md", "samples/lgtm_guidance_3.png"):
+        assert (tmp_path / name).exists()
+
+
+def test_interrupted_demo_shows_what_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo.Demo, "_generate_all", stop)
+    assert _bigain("demo", "--images", 2, "--samples", 2, "--threads", 1, "--out", tmp_path) == 130
+    assert "L-GTM" in capsys.readouterr().out
+    assert (tmp_path / "results.csv").exists()
+    monkeypatch.setattr(demo.Demo, "_classify_all", stop)
+    empty = tmp_path / "empty"
+    assert _bigain("demo", "--images", 2, "--samples", 2, "--threads", 1, "--out", empty) == 130
+    assert not empty.exists()
+
+
+def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "bigain_kernels.cli.main", "classify", "--threads", "1", "--batch-size", "40"]
+    process = subprocess.Popen(
+        [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    results, deadline = tmp_path / "results.jsonl", time.monotonic() + 60
+    while not (results.exists() and len(results.read_bytes().splitlines()) > 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert "results in" in out
+    assert 2 <= len(_images(results)) < 400

@@ -1,0 +1,144 @@
+"""Loading checkpoints and image folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
+
+from bigain_kernels.evaluation import checkpoints
+from bigain_kernels.evaluation.checkpoints import TINY_DIT, load_checkpoint, load_classifier
+from bigain_kernels.evaluation.classify import ClassifierConfig, classify
+from bigain_kernels.evaluation.folders import find_images, load_images
+from bigain_kernels.evaluation.generate import GenerateConfig, generate
+
+
+@pytest.fixture(scope="module")
+def latent_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random DiT that learns variances, over a random VAE: the shape of facebook/DiT-XL-2, very small."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=3,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    folder = tmp_path_factory.mktemp("dit")
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+    # save_pretrained leaves the names of the classes out; published pipelines carry them in their index.
+    index = json.loads((folder / "model_index.json").read_text())
+    index["id2label"] = {"0": "tench, fish", "1": "hen", "2": "crane"}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_latent_pipeline_classifies_and_generates(latent_pipeline: Path) -> None:
+    checkpoint = load_checkpoint(str(latent_pipeline))
+    assert checkpoint.image_shape == (3, 16, 16)
+    assert checkpoint.denoiser.sample_shape == (4, 8, 8)
+    assert checkpoint.label_of("hen") == 1
+    assert checkpoint.label_of("tench") == checkpoint.label_of("fish") == checkpoint.label_of("0") == 0
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    latents = checkpoint.encode(images, batch_size=2)
+    assert latents.shape == (3, 4, 8, 8)
+    config = ClassifierConfig(stages=((1, 2), (2, 1)))
+    result = classify(checkpoint.denoiser, latents, torch.tensor([0, 1, 2]), config)
+    assert result.errors.isfinite().all()
+    made = generate(checkpoint.denoiser, torch.tensor([0, 2]), GenerateConfig(steps=2))
+    assert checkpoint.decode(made, batch_size=1).shape == (2, 3, 16, 16)
+
+
+def test_pixel_checkpoint_has_no_latents(tiny) -> None:
+    images = torch.rand(2, 1, 16, 16)
+    assert tiny.vae is None
+    assert torch.equal(tiny.encode(images), images)
+    assert torch.equal(tiny.decode(images), images)
+    assert tiny.class_names == tuple("0123456789")
+    with pytest.raises(ValueError, match=r"^class: got 'cat'"):
+        tiny.label_of("cat")
+    with pytest.raises(ValueError, match=r"^class: got '10'"):
+        tiny.label_of("10")
+
+
+@pytest.mark.parametrize("source", ["missing", "./missing/folder", "a/b/c"])
+def test_missing_checkpoint_is_named(source: str) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^checkpoint: got"):
+        load_checkpoint(source)
+
+
+def test_folder_without_a_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^checkpoint: got"):
+        load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"^classifier: got"):
+        load_classifier(tmp_path)
+    (tmp_path / "classifier.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(ValueError, match=r"^classifier: got"):
+        load_classifier(tmp_path)
+
+
+def test_bare_unet_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(TINY_DIT / "scheduler", tmp_path / "scheduler")
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
+    with pytest.raises(ValueError, match=r"^checkpoint: got UNet2DConditionModel without a pipeline"):
+        load_checkpoint(tmp_path)
+
+
+def test_missing_text_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = {"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(checkpoints.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"^checkpoint: got .* pip install transformers$"):
+        load_checkpoint(tmp_path)
+
+
+def _image_folder(root: Path) -> Path:
+    for name, gray in (("dark", 0), ("light", 255)):
+        (root / name).mkdir()
+        for i in range(4):
+            Image.new("RGB", (20, 10), (gray,) * 3).save(root / name / f"{i}.png")
+    (root / "light" / "notes.txt").write_text("no image")
+    return root
+
+
+def test_image_folder_mixes_classes_and_keeps_its_order(tmp_path: Path) -> None:
+    folder = find_images(_image_folder(tmp_path))
+    assert len(folder) == 8
+    assert folder.classes == ("dark", "light")
+    assert folder.names[:4] != ("dark",) * 4
+    few = find_images(tmp_path, limit=3)
+    assert few.paths == folder.paths[:3]
+    assert few.classes == folder.classes
+    for channels in (1, 3):
+        images = load_images(folder.paths, (channels, 16, 16))
+        assert images.shape == (8, channels, 16, 16)
+        assert images.mean(dim=(1, 2, 3)).tolist() == [-1.0 if name == "dark" else 1.0 for name in folder.names]
+
+
+def test_bad_image_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"^images: got"):
+        find_images(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match=r"^images: got"):
+        find_images(tmp_path)
+    path = tmp_path / "broken.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"^images: got .*broken\.png"):
+        load_images([path], (3, 8, 8))

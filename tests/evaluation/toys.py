@@ -1,0 +1,33 @@
+"""A diffusion model whose errors are known in closed form."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DDPMScheduler
+
+SHAPE = (1, 4, 4)
+
+
+class PrototypeDenoiser:
+    """Believes that every image of class c is prototype c.
+
+    Its noise prediction is exact for that image, so its error for another image x is
+    mean((x - prototype)^2) * a / (1 - a) with a = alphas_cumprod[t]. `calls` keeps the arguments of every call.
+    """
+
+    def __init__(self, classes: int, prediction_type: str = "epsilon") -> None:
+        self.model = torch.nn.Identity()
+        self.scheduler = DDPMScheduler(num_train_timesteps=1000, prediction_type=prediction_type)
+        self.num_classes, self.sample_shape = classes, SHAPE
+        self.prototypes = torch.randn(classes + 1, *SHAPE, generator=torch.Generator().manual_seed(3))
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def __call__(self, noisy: torch.Tensor, timestep: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.calls.append((noisy, timestep, labels))
+        clean = self.prototypes[labels]
+        alpha = self.scheduler.alphas_cumprod[timestep].view(-1, 1, 1, 1)
+        noise = (noisy - alpha.sqrt() * clean) / (1 - alpha).sqrt()
+        kind = self.scheduler.config.prediction_type
+        if kind == "epsilon":
+            return noise
+        return clean if kind == "sample" else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
