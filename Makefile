@@ -13,7 +13,7 @@ help:
 	@echo "make format  let ruff rewrite the files"
 	@echo "make clean   remove .venv, demo/ and build products"
 
-$(STAMP): pyproject.toml requirements.txt
+$(STAMP): pyproject.toml requirements.txt setup.py $(wildcard csrc/*.py csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "PYTHON: got Python %d.%d, expected 3.11 to 3.13 (diffusers 0.42 and triton 3.9 need 3.11); try: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt

@@ -9,7 +9,7 @@ import torch
 
 import bigain_kernels
 
-from . import backends
+from . import backends, native
 
 PACKAGES = ("torch", "triton", "diffusers", "numpy")
 
@@ -40,6 +40,7 @@ def report() -> str:
     """Everything as text, one fact a line."""
     lines = [f"{name:16} {version}" for name, version in versions().items()]
     lines += [f"{'device':16} {device}" for device in devices()]
+    lines.append(f"{'native library':16} {native.report()}")
     for choice in backends.report(usable_device_types()):
         lines.append(f"{choice.op:24} {choice.device:5} {choice.backend:10} {choice.reason}")
     return "\n".join(lines)

@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from bigain_kernels import native, use_backend
+
 # Derandomized: the same examples on every run and machine, so that a red test is a changed program.
 settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("ci")
@@ -19,4 +21,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 def _no_grad():
     """The ops are for inference; the tests of gradients switch them on again."""
     with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", params=["reference", "cpp"])
+def backend(request):
+    """Runs the tests of a module once on the reference and once on what the CPU uses when it has the native library."""
+    if request.param == "reference":
+        with use_backend("reference"):
+            yield
+    elif native.REASON:
+        pytest.skip(f"no native library: {native.REASON}")
+    else:
         yield

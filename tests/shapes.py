@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,11 @@ def tokens(
         return torch.randn(batch, n, channels, generator=generator, dtype=torch.float64).to(dtype)
     whole = torch.randn(batch, n + 3, 2 * channels + 5, generator=generator, dtype=torch.float64).to(dtype)
     return whole[:, 2 : n + 2, 3 : channels + 3]
+
+
+def tiles_of(grid: tuple[int, int], stride: tuple[int, int]) -> Iterator[list[int]]:
+    """The tokens of each real tile, row-major inside, tiles in raster order."""
+    (height, width), (sy, sx) = grid, stride
+    for tile_y in range(height // sy):
+        for tile_x in range(width // sx):
+            yield [(tile_y * sy + i) * width + tile_x * sx + j for i in range(sy) for j in range(sx)]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, native
 
 # Keeping the Library object alive keeps the registrations alive. C++ and Triton only add implementations to it.
 LIBRARY = torch.library.Library("bigain", "DEF")
@@ -27,6 +27,9 @@ def define(
     """
     name = schema.split("(", 1)[0]
     backends.register(name, "reference")(reference)
+    in_cpp = native.implementation(name)
+    if in_cpp is not None:
+        backends.register(name, "cpp", "cpu")(in_cpp)
 
     def dispatch(*args: Any) -> Any:
         device = args[0].device.type if device_of is None else device_of(*args)

@@ -11,6 +11,8 @@ import bigain_kernels as bk
 from bigain_kernels.testing import assert_is_partition
 from tests.shapes import tokens
 
+pytestmark = pytest.mark.usefixtures("backend")
+
 METHODS = {
     "lgtm": bk.lgtm_plan,
     "abm": bk.abm_plan,

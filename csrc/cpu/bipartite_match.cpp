@@ -1,0 +1,158 @@
+// bipartite_match on the CPU (bipartite soft matching of ToMe, Bolya et al. 2023).
+#include "bipartite_match_window.h"
+#include "match_kernel.h"
+#include "op_common.h"
+#include "row_kernels.h"
+
+namespace bigain {
+namespace {
+
+constexpr int64_t kNoWindow = -1;
+// Batch rows are matched together while their packed destinations stay below this, so that small grids fill the
+// threads.
+constexpr int64_t kPackedBytes = int64_t{4} << 20;
+
+// Norm of every token, and what a token has before it is matched: itself and -inf.
+template <typename T>
+void start(const Matching<T>& m) {
+  for_each_task(m.batch * m.tokens, m.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t b = i / m.tokens, n = i % m.tokens;
+      const accumulate_t<T> norm = m.rows->norm(m.x.row(b, n), m.channels);
+      // A token without a direction (zero, NaN, or too large for the type) is similar to nothing.
+      m.norm[i] = norm > 0 && norm <= std::numeric_limits<accumulate_t<T>>::max() ? norm : 0;
+      m.similarity[i] = -std::numeric_limits<float>::infinity();
+      m.match[i] = static_cast<int32_t>(n);
+    }
+  });
+}
+
+// Unit destinations of one panel, transposed; the bias keeps out those without a direction and the empty columns.
+template <typename T>
+void pack_panel(const Matching<T>& m, int64_t b, int64_t first, accumulate_t<T>* unit, accumulate_t<T>* panel,
+                accumulate_t<T>* bias) {
+  using A = accumulate_t<T>;
+  const MatchKernel<A>& kernel = match_kernel<A>();
+  const int64_t count = std::min(kernel.panel_width, m.count - first);
+  for (int64_t j = 0; j < kernel.panel_width; ++j) {
+    bias[j] = -std::numeric_limits<A>::infinity();
+    if (j >= count) continue;
+    const A norm = m.unit_destination(b, first + j, unit + j * m.channels);
+    if (norm > 0) bias[j] = 0;
+  }
+  kernel.pack(unit, count, m.channels, panel);
+}
+
+// All sources of rows first_row, ..., last_row - 1 against all destinations.
+template <typename T>
+void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
+  using A = accumulate_t<T>;
+  const MatchKernel<A>& kernel = match_kernel<A>();
+  const int64_t num_rows = last_row - first_row, width = kernel.panel_width;
+  const int64_t num_panels = (m.count + width - 1) / width;
+  const ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  const Tensor packed = new_tensor({num_rows, num_panels, m.channels, width}, type);
+  const Tensor biases = new_tensor({num_rows, num_panels * width}, type);
+  A *const panels = packed.mutable_data_ptr<A>(), *const bias = biases.mutable_data_ptr<A>();
+  for_each_task(num_rows * num_panels, 2 * width * m.channels, [&](int64_t begin, int64_t end) {
+    std::vector<A> unit(width * m.channels);
+    for (int64_t task = begin; task < end; ++task) {
+      pack_panel(m, first_row + task / num_panels, task % num_panels * width, unit.data(),
+                 panels + task * m.channels * width, bias + task * width);
+    }
+  });
+
+  const int64_t chunks = (m.tokens + kMatchRows - 1) / kMatchRows;
+  for_each_task(num_rows * chunks, kMatchRows * m.count * m.channels / 16, [&](int64_t begin, int64_t end) {
+    std::vector<A> wide(std::is_same_v<A, T> ? 0 : kMatchRows * m.channels);
+    const A* rows[kMatchRows];
+    int64_t sources[kMatchRows];
+    A best[kMatchRows];
+    int32_t position[kMatchRows];
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t row = task / chunks, b = first_row + row, first = task % chunks * kMatchRows;
+      int64_t size = 0;
+      for (int64_t n = first; n < std::min(first + kMatchRows, m.tokens); ++n) {
+        if (m.is_destination[b * m.tokens + n]) continue;
+        if constexpr (std::is_same_v<A, T>) {
+          rows[size] = m.x.row(b, n);
+        } else {
+          A* const copy = wide.data() + size * m.channels;
+          m.rows->divide(m.x.row(b, n), A(1), m.channels, copy);
+          rows[size] = copy;
+        }
+        sources[size++] = n;
+      }
+      if (size == 0) continue;
+      kernel.match(rows, size, panels + row * num_panels * m.channels * width, bias + row * num_panels * width,
+                   num_panels, m.channels, best, position);
+      for (int64_t i = 0; i < size; ++i) {
+        m.store(b, sources[i], best[i], position[i]);
+      }
+    }
+  });
+}
+
+// x (B, N, C), destinations (B, D) int32 -> similarity (B, N) float32, match (B, N) int32
+std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& destinations_in, int64_t window,
+                                           int64_t height, int64_t width, int64_t sy, int64_t sx) {
+  check_floating("x", input, 3);
+  check_dtype("destinations", destinations_in, 2, ScalarType::Int, "int32");
+  const int64_t batch = input.size(0), tokens = input.size(1), count = destinations_in.size(1);
+  check_token_count("x", tokens);
+  check_shape("destinations", destinations_in, {batch, count});
+  if (window < kNoWindow) fail("window: got ", window, ", expected at least 0, or -1 for none");
+  if (window != kNoWindow) {
+    check_grid(height, width, tokens);
+    check_stride(sy, sx);
+  }
+  const Tensor x = with_unit_stride(input), destinations = torch::stable::contiguous(destinations_in);
+  check_range("destinations", destinations, 0, tokens);
+  const TileGrid grid = {height, width, sy, sx, window};
+  Tensor similarity = new_tensor({batch, tokens}, ScalarType::Float);
+  Tensor match = new_tensor({batch, tokens}, ScalarType::Int);
+
+  with_type_of(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    std::vector<A> norm(batch * tokens);
+    std::vector<uint8_t> is_destination(batch * tokens, 0);
+    const int32_t* const chosen = destinations.const_data_ptr<int32_t>();
+    const Matching<T> m = {Tokens<T>(x),
+                           batch,
+                           tokens,
+                           x.size(2),
+                           count,
+                           &row_kernels<T>(),
+                           chosen,
+                           norm.data(),
+                           is_destination.data(),
+                           similarity.mutable_data_ptr<float>(),
+                           match.mutable_data_ptr<int32_t>()};
+    for (int64_t i = 0; i < batch * count; ++i) {
+      is_destination[i / count * tokens + chosen[i]] = 1;
+    }
+    start(m);
+    if (count == 0) return;
+    if (window != kNoWindow && !grid.window_is_everything()) {
+      match_in_window(m, grid);
+      return;
+    }
+    const int64_t row_bytes = std::max<int64_t>(1, count * m.channels * sizeof(A));
+    const int64_t at_once = std::max<int64_t>(1, kPackedBytes / row_bytes);
+    for (int64_t first = 0; first < batch; first += at_once) {
+      match_rows(m, first, std::min(first + at_once, batch));
+    }
+  });
+  return {similarity, match};
+}
+
+}  // namespace
+}  // namespace bigain
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cpp, m) {
+  m.def(
+      "bipartite_match(Tensor x, Tensor destinations, int window, int height, int width, int sy, int sx)"
+      " -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(bigain_cpp, CPU, m) { m.impl("bipartite_match", TORCH_BOX(&bigain::bipartite_match)); }

@@ -1,0 +1,90 @@
+// kv_downsample on the CPU (IE-KVD of BiGain, arXiv 2603.12240; nearest alone is ToDo, 2024).
+#include "op_common.h"
+#include "row_kernels.h"
+
+namespace bigain {
+namespace {
+
+struct Windows {
+  int64_t height, width, sy, sx;
+
+  int64_t rows() const { return height / sy; }
+  int64_t columns() const { return width / sx; }
+
+  // The "nearest-exact" rule along one axis: floor((i + 0.5) * size / out).
+  static int64_t nearest(int64_t i, int64_t size, int64_t out) { return (2 * i + 1) * size / (2 * out); }
+};
+
+// x (B, N, C) -> out (B, rows * columns, C); row b blends with row_alpha[b], or with alpha when there is none.
+template <typename T>
+void pool(const Tensor& x, const Windows& windows, double alpha, const float* row_alpha, T* out) {
+  using A = accumulate_t<T>;
+  const Tokens<T> tokens(x);
+  const RowKernels<T>& kernels = row_kernels<T>();
+  const int64_t channels = x.size(2), rows = windows.rows(), columns = windows.columns();
+  const int64_t size = windows.sy * windows.sx;
+  for_each_task(x.size(0) * rows, columns * size * channels, [&](int64_t begin, int64_t end) {
+    std::vector<const T*> window(size);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / rows, i = task % rows;
+      const A nearest_weight = static_cast<A>(row_alpha == nullptr ? alpha : row_alpha[b]);
+      const A window_weight = (1 - nearest_weight) / static_cast<A>(size);
+      const int64_t nearest_row = Windows::nearest(i, windows.height, rows) * windows.width;
+      for (int64_t j = 0; j < columns; ++j) {
+        const int64_t first = i * windows.sy * windows.width + j * windows.sx;
+        for (int64_t k = 0; k < size; ++k) {
+          window[k] = tokens.row(b, first + k / windows.sx * windows.width + k % windows.sx);
+        }
+        const T* const nearest = tokens.row(b, nearest_row + Windows::nearest(j, windows.width, columns));
+        kernels.pool(window.data(), size, nearest, nearest_weight, window_weight, channels,
+                     out + (task * columns + j) * channels);
+      }
+    }
+  });
+}
+
+// xs: (B, N, C_i) -> (B, (H // sy) * (W // sx), C_i); row_alpha (B,) float32 replaces alpha
+std::vector<Tensor> kv_downsample(const std::vector<Tensor>& xs, int64_t height, int64_t width, int64_t sy, int64_t sx,
+                                  double alpha, const std::optional<Tensor>& row_alpha) {
+  if (xs.empty()) fail("xs: got no tensor, expected at least one");
+  const Windows windows = {height, width, sy, sx};
+  for (const Tensor& x : xs) {
+    check_floating("xs", x, 3);
+    check_grid(height, width, x.size(1));
+    check_token_count("xs", x.size(1));
+    if (x.size(0) != xs[0].size(0)) fail("xs: got batches ", xs[0].size(0), " and ", x.size(0), ", expected one");
+  }
+  if (sy < 1 || sx < 1 || sy > height || sx > width) {
+    fail("factor: got (", sy, ", ", sx, "), expected at least 1 and at most the grid");
+  }
+  std::optional<Tensor> weights;
+  if (row_alpha.has_value()) {
+    check_dtype("row_alpha", *row_alpha, 1, ScalarType::Float, "float32");
+    check_shape("row_alpha", *row_alpha, {xs[0].size(0)});
+    weights = torch::stable::contiguous(*row_alpha);
+  }
+  const float* const weight = weights.has_value() ? weights->const_data_ptr<float>() : nullptr;
+  std::vector<Tensor> pooled;
+  for (const Tensor& input : xs) {
+    const Tensor x = with_unit_stride(input);
+    Tensor out = new_tensor({x.size(0), windows.rows() * windows.columns(), x.size(2)}, x.scalar_type());
+    if (out.numel() > 0) {
+      with_type_of(x, [&](auto* type) {
+        using T = std::remove_pointer_t<decltype(type)>;
+        pool<T>(x, windows, alpha, weight, static_cast<T*>(out.mutable_data_ptr()));
+      });
+    }
+    pooled.push_back(std::move(out));
+  }
+  return pooled;
+}
+
+}  // namespace
+}  // namespace bigain
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cpp, m) {
+  m.def(
+      "kv_downsample(Tensor[] xs, int height, int width, int sy, int sx, float alpha, Tensor? row_alpha)"
+      " -> Tensor[]");
+}
+STABLE_TORCH_LIBRARY_IMPL(bigain_cpp, CPU, m) { m.impl("kv_downsample", TORCH_BOX(&bigain::kv_downsample)); }

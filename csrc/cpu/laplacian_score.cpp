@@ -1,0 +1,110 @@
+// laplacian_score and select_destinations on the CPU (BiGain, arXiv 2603.12240).
+#include "op_common.h"
+#include "row_kernels.h"
+
+namespace bigain {
+namespace {
+
+// x (B, N, C) -> (B, N) float32
+template <typename T>
+void score_tokens(const Tensor& x, int64_t height, int64_t width, bool l2, float* score) {
+  const Tokens<T> tokens(x);
+  const int64_t channels = x.size(2);
+  const RowKernels<T>& kernels = row_kernels<T>();
+  const auto laplacian = l2 ? kernels.laplacian_l2 : kernels.laplacian_l1;
+  // Stands for the tokens outside the grid.
+  const std::vector<T> zeros(std::max<int64_t>(channels, 1), T{});
+  // Down the rows of a few columns: a token is in the first-level cache when it is read again as a neighbour.
+  constexpr int64_t kBlockRows = 8;
+  const int64_t blocks = (height + kBlockRows - 1) / kBlockRows;
+  for_each_task(x.size(0) * blocks, kBlockRows * width * channels, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / blocks, first_row = task % blocks * kBlockRows;
+      const auto token = [&](int64_t row, int64_t column) {
+        const bool inside = row >= 0 && row < height && column >= 0 && column < width;
+        return inside ? tokens.row(b, row * width + column) : zeros.data();
+      };
+      for (int64_t column = 0; column < width; column += 4) {
+        for (int64_t y = first_row; y < std::min(first_row + kBlockRows, height); ++y) {
+          const T *row[6], *above[4], *below[4];
+          accumulate_t<T> norms[4];
+          for (int64_t i = 0; i < 6; ++i) {
+            row[i] = token(y, column + i - 1);
+          }
+          for (int64_t i = 0; i < 4; ++i) {
+            above[i] = token(y - 1, column + i);
+            below[i] = token(y + 1, column + i);
+          }
+          laplacian(row, above, below, channels, norms);
+          for (int64_t i = 0; i < std::min<int64_t>(4, width - column); ++i) {
+            score[b * height * width + y * width + column + i] = static_cast<float>(norms[i]);
+          }
+        }
+      }
+    }
+  });
+}
+
+Tensor laplacian_score(const Tensor& input, int64_t height, int64_t width, const std::string& norm) {
+  check_floating("x", input, 3);
+  check_grid(height, width, input.size(1));
+  if (norm != "l1" && norm != "l2") fail("norm: got '", norm, "', expected 'l1' or 'l2'");
+  const Tensor x = with_unit_stride(input);
+  Tensor score = new_tensor({x.size(0), x.size(1)}, ScalarType::Float);
+  with_type_of(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    score_tokens<T>(x, height, width, norm == "l2", score.mutable_data_ptr<float>());
+  });
+  return score;
+}
+
+// score (B, N) -> (B, D) int32, ascending
+Tensor select_destinations(const Tensor& input, int64_t height, int64_t width, int64_t sy, int64_t sx) {
+  check_dtype("score", input, 2, ScalarType::Float, "float32");
+  check_grid(height, width, input.size(1));
+  check_token_count("score", input.size(1));
+  check_stride(sy, sx);
+  const Tensor score = with_unit_stride(input);
+  const int64_t batch = score.size(0), tiles_y = height / sy, tiles_x = width / sx, count = tiles_y * tiles_x;
+  Tensor destinations = new_tensor({batch, count}, ScalarType::Int);
+  int32_t* const chosen = destinations.mutable_data_ptr<int32_t>();
+  for_each_task(batch, height * width, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      const float* values = score.const_data_ptr<float>() + b * score.stride(0);
+      int32_t* out = chosen + b * count;
+      for (int64_t tile = 0; tile < count; ++tile) {
+        const int64_t first = tile / tiles_x * sy * width + tile % tiles_x * sx;
+        int64_t best = first;
+        float lowest = std::numeric_limits<float>::infinity();
+        for (int64_t i = 0; i < sy; ++i) {
+          for (int64_t j = 0; j < sx; ++j) {
+            // Strictly less: ties to the lowest token. False for NaN, which counts as infinity.
+            const int64_t n = first + i * width + j;
+            if (values[n] < lowest) {
+              lowest = values[n];
+              best = n;
+            }
+          }
+        }
+        out[tile] = static_cast<int32_t>(best);
+      }
+      // Within a row of tiles a tile further right may have chosen a token of a higher row.
+      for (int64_t tile = 0; tile < count; tile += tiles_x) {
+        std::sort(out + tile, out + tile + tiles_x);
+      }
+    }
+  });
+  return destinations;
+}
+
+}  // namespace
+}  // namespace bigain
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cpp, m) {
+  m.def("laplacian_score(Tensor x, int height, int width, str norm) -> Tensor");
+  m.def("select_destinations(Tensor score, int height, int width, int sy, int sx) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(bigain_cpp, CPU, m) {
+  m.impl("laplacian_score", TORCH_BOX(&bigain::laplacian_score));
+  m.impl("select_destinations", TORCH_BOX(&bigain::select_destinations));
+}

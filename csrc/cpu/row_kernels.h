@@ -1,0 +1,45 @@
+// Loops over the channels of single tokens, compiled once per instruction set. See row_kernels.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "numbers.h"
+
+namespace bigain {
+
+// Tokens are pointers to `channels` consecutive values of type T; A is the accumulation type.
+template <typename T>
+struct RowKernels {
+  using A = accumulate_t<T>;
+
+  // Norm over channels of 4 row[i] - above[i - 1] - below[i - 1] - row[i - 1] - row[i + 1] for i = 1, 2, 3, 4.
+  void (*laplacian_l1)(const T* const* row, const T* const* above, const T* const* below, int64_t channels, A* out);
+  void (*laplacian_l2)(const T* const* row, const T* const* above, const T* const* below, int64_t channels, A* out);
+
+  // L2 norm.
+  A (*norm)(const T* x, int64_t channels);
+
+  // out[i] = sum of x * y[i] for i = 0, 1, 2, 3.
+  void (*dot_four)(const T* x, const A* const* y, int64_t channels, A* out);
+
+  // out = x / divisor.
+  void (*divide)(const T* x, A divisor, int64_t channels, A* out);
+  void (*divide_narrow)(const A* x, A divisor, int64_t channels, T* out);
+
+  // sum += weight * x.
+  void (*add)(const T* x, A weight, int64_t channels, A* sum);
+
+  // out = gate * y + residual; either may be null, not both. The residual has the type of y, or is wide.
+  void (*affine)(const T* y, const A* gate, const T* residual, int64_t channels, T* out);
+  void (*affine_wide)(const T* y, const A* gate, const A* residual, int64_t channels, T* out);
+
+  // out = nearest_weight * nearest + window_weight * sum of `count` tokens.
+  void (*pool)(const T* const* window, int64_t count, const T* nearest, A nearest_weight, A window_weight,
+               int64_t channels, T* out);
+};
+
+// The table for this machine: T is float, double, BFloat16 or Half.
+template <typename T>
+const RowKernels<T>& row_kernels();
+
+}  // namespace bigain

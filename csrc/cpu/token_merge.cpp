@@ -1,0 +1,222 @@
+// token_merge and token_unmerge on the CPU.
+#include "op_common.h"
+#include "row_kernels.h"
+
+namespace bigain {
+namespace {
+
+// Checks one table of a plan, (P, width) int32, and its values; returns it contiguous.
+Tensor plan_table(const char* name, const Tensor& table, int64_t rows, int64_t width, int64_t high) {
+  check_dtype(name, table, 2, ScalarType::Int, "int32");
+  check_shape(name, table, {rows, width});
+  const Tensor result = torch::stable::contiguous(table);
+  check_range(name, result, 0, high);
+  return result;
+}
+
+// P, the rows of the plan, which divide the batch.
+int64_t plan_rows(const char* name, const Tensor& slot, int64_t batch) {
+  check_dtype("slot", slot, 2, ScalarType::Int, "int32");
+  const int64_t rows = slot.size(0);
+  if (rows == 0 ? batch != 0 : batch % rows != 0) {
+    fail(name, ": got batch ", batch, ", expected a multiple of the plan's ", rows, " rows");
+  }
+  return rows;
+}
+
+void check_ascending(const Tensor& offsets) {
+  const int32_t* values = offsets.const_data_ptr<int32_t>();
+  const int64_t width = offsets.size(1), count = offsets.numel();
+  for (int64_t i = 0; i + 1 < count; ++i) {
+    if ((i + 1) % width != 0 && values[i] > values[i + 1]) {
+      fail("offsets: got ", values[i], " before ", values[i + 1], ", expected ascending values");
+    }
+  }
+}
+
+struct MergeArguments {
+  const int32_t *offsets, *members;
+  int64_t rows, slots;
+  const void* weights;  // (B, N) of the accumulation type, or null
+  bool mlerp;
+};
+
+// x (B, N, C) -> out (B, M, C): the mean over the members of each slot, in ascending order of tokens.
+template <typename T>
+void merge_mean(const Tensor& x, const MergeArguments& arguments, T* out) {
+  using A = accumulate_t<T>;
+  const Tokens<T> tokens(x);
+  const RowKernels<T>& kernels = row_kernels<T>();
+  const RowKernels<A>& wide = row_kernels<A>();
+  const int64_t count = x.size(1), channels = x.size(2), slots = arguments.slots;
+  const A* const weights = static_cast<const A*>(arguments.weights);
+  for_each_task(x.size(0) * slots, channels, [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(channels);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / slots, p = b % arguments.rows;
+      const int32_t* const bounds = arguments.offsets + p * (slots + 1) + task % slots;
+      const int32_t* const members = arguments.members + p * count;
+      T* const target = out + task * channels;
+      if (bounds[1] - bounds[0] == 1 && weights == nullptr && !arguments.mlerp) {
+        std::memcpy(target, tokens.row(b, members[bounds[0]]), channels * sizeof(T));
+        continue;
+      }
+      std::fill(sum.begin(), sum.end(), A(0));
+      A total = 0, largest = 0;
+      for (int32_t i = bounds[0]; i < bounds[1]; ++i) {
+        const T* const token = tokens.row(b, members[i]);
+        const A weight = weights == nullptr ? A(1) : weights[b * count + members[i]];
+        kernels.add(token, weight, channels, sum.data());
+        total += weight;
+        if (arguments.mlerp) largest = std::max(largest, kernels.norm(token, channels));
+      }
+      if (arguments.mlerp) {
+        // mean * largest / |mean| is sum * largest / |sum|. A sum without a length stays zero; a NaN is in |sum| too.
+        const A length = wide.norm(sum.data(), channels);
+        if (length != 0) total = length / largest;
+      }
+      kernels.divide_narrow(sum.data(), total, channels, target);
+    }
+  });
+}
+
+// x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)
+Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets_in, const Tensor& members_in,
+                   const Tensor& anchor_in, const std::string& mode, const std::optional<Tensor>& weights_in) {
+  check_floating("x", input, 3);
+  if (mode != "mean" && mode != "mlerp" && mode != "prune") {
+    fail("mode: got '", mode, "', expected mean, mlerp or prune");
+  }
+  check_rank("anchor", anchor_in, 2);
+  const int64_t batch = input.size(0), tokens = input.size(1), channels = input.size(2), slots = anchor_in.size(1);
+  const int64_t rows = plan_rows("x", slot, batch);
+  check_shape("slot", slot, {rows, tokens});
+  const Tensor x = with_unit_stride(input);
+  const Tensor anchor = plan_table("anchor", anchor_in, rows, slots, tokens);
+  const Tensor members = plan_table("members", members_in, rows, tokens, tokens);
+  const Tensor offsets = plan_table("offsets", offsets_in, rows, slots + 1, tokens + 1);
+  check_ascending(offsets);
+  std::optional<Tensor> weights;
+  if (weights_in.has_value()) {
+    check_floating("weights", *weights_in, 2);
+    check_shape("weights", *weights_in, {batch, tokens});
+    weights = accumulated(*weights_in, x);
+  }
+  Tensor out = new_tensor({batch, slots, channels}, x.scalar_type());
+  if (out.numel() == 0) return out;
+  with_type_of(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* const target = static_cast<T*>(out.mutable_data_ptr());
+    if (mode == "prune") {
+      const Tokens<T> view(x);
+      const int32_t* const kept = anchor.const_data_ptr<int32_t>();
+      for_each_task(batch * slots, channels, [&](int64_t begin, int64_t end) {
+        for (int64_t task = begin; task < end; ++task) {
+          const int64_t b = task / slots;
+          std::memcpy(target + task * channels, view.row(b, kept[b % rows * slots + task % slots]),
+                      channels * sizeof(T));
+        }
+      });
+    } else {
+      const MergeArguments arguments = {offsets.const_data_ptr<int32_t>(),
+                                        members.const_data_ptr<int32_t>(),
+                                        rows,
+                                        slots,
+                                        weights.has_value() ? weights->const_data_ptr() : nullptr,
+                                        mode == "mlerp"};
+      merge_mean<T>(x, arguments, target);
+    }
+  });
+  return out;
+}
+
+// y (B, M, C) -> out (B, N, C): gate * y[slot] + residual. R is the type of the residual, that of y or the wide one.
+template <typename T, typename R>
+void unmerge(const Tensor& y, const int32_t* slot, int64_t rows, int64_t tokens, const accumulate_t<T>* gate,
+             const std::optional<Tensor>& residual, T* out) {
+  const Tokens<T> slots(y);
+  const int64_t channels = y.size(2);
+  const RowKernels<T>& kernels = row_kernels<T>();
+  std::optional<Tokens<R>> added;
+  if (residual.has_value()) added.emplace(*residual);
+  for_each_task(y.size(0) * tokens, channels, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / tokens, n = task % tokens;
+      const T* const source = slots.row(b, slot[b % rows * tokens + n]);
+      T* const target = out + task * channels;
+      if (gate == nullptr && !added.has_value()) {
+        std::memcpy(target, source, channels * sizeof(T));
+        continue;
+      }
+      const accumulate_t<T>* const row_gate = gate == nullptr ? nullptr : gate + b * channels;
+      const R* const row_residual = added.has_value() ? added->row(b, n) : nullptr;
+      if constexpr (std::is_same_v<T, R>) {
+        kernels.affine(source, row_gate, row_residual, channels, target);
+      } else {
+        kernels.affine_wide(source, row_gate, row_residual, channels, target);
+      }
+    }
+  });
+}
+
+// y (B, M, C), plan tables, residual (B, N, C) or none, gate (B, C) or none -> (B, N, C)
+Tensor token_unmerge(const Tensor& input, const Tensor& slot_in, const Tensor& offsets, const Tensor& members,
+                     const Tensor& anchor, const std::optional<Tensor>& residual_in,
+                     const std::optional<Tensor>& gate_in) {
+  check_floating("y", input, 3);
+  const int64_t batch = input.size(0), slots = input.size(1), channels = input.size(2);
+  const int64_t rows = plan_rows("y", slot_in, batch), tokens = slot_in.size(1);
+  check_token_count("slot", tokens);
+  check_dtype("offsets", offsets, 2, ScalarType::Int, "int32");
+  check_dtype("members", members, 2, ScalarType::Int, "int32");
+  check_dtype("anchor", anchor, 2, ScalarType::Int, "int32");
+  check_shape("offsets", offsets, {rows, slots + 1});
+  check_shape("members", members, {rows, tokens});
+  check_shape("anchor", anchor, {rows, slots});
+  const Tensor slot = plan_table("slot", slot_in, rows, tokens, slots);
+  const Tensor y = with_unit_stride(input);
+  std::optional<Tensor> residual, gate;
+  if (gate_in.has_value()) {
+    check_floating("gate", *gate_in, 2);
+    check_shape("gate", *gate_in, {batch, channels});
+    gate = accumulated(*gate_in, y);
+  }
+  bool same_type = true;
+  if (residual_in.has_value()) {
+    check_floating("residual", *residual_in, 3);
+    check_shape("residual", *residual_in, {batch, tokens, channels});
+    same_type = residual_in->scalar_type() == y.scalar_type();
+    residual = same_type ? with_unit_stride(*residual_in) : accumulated(*residual_in, y);
+  }
+  Tensor out = new_tensor({batch, tokens, channels}, y.scalar_type());
+  if (out.numel() == 0) return out;
+  with_type_of(y, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    const int32_t* const slot_of = slot.const_data_ptr<int32_t>();
+    const A* const gates = gate.has_value() ? static_cast<const A*>(gate->const_data_ptr()) : nullptr;
+    T* const target = static_cast<T*>(out.mutable_data_ptr());
+    if (same_type) {
+      unmerge<T, T>(y, slot_of, rows, tokens, gates, residual, target);
+    } else {
+      unmerge<T, A>(y, slot_of, rows, tokens, gates, residual, target);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace bigain
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cpp, m) {
+  m.def(
+      "token_merge(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, str mode, Tensor? weights)"
+      " -> Tensor");
+  m.def(
+      "token_unmerge(Tensor y, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? residual,"
+      " Tensor? gate) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(bigain_cpp, CPU, m) {
+  m.impl("token_merge", TORCH_BOX(&bigain::token_merge));
+  m.impl("token_unmerge", TORCH_BOX(&bigain::token_unmerge));
+}

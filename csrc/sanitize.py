@@ -1,0 +1,48 @@
+"""The tests of the native library under AddressSanitizer and UndefinedBehaviorSanitizer: `python csrc/sanitize.py`.
+
+Builds the library with both, with outputs filled with NaN before the kernels run, into build/sanitize. The first
+finding ends the run. Arguments go to pytest.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import build_native
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def runtime(name: str) -> str:
+    """Path of a runtime library of the compiler."""
+    command = [*build_native.find_compiler().split(), f"-print-file-name={name}"]
+    path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    if not os.path.isabs(path):
+        raise SystemExit(f"{name} is not installed beside {command[0]}")
+    return path
+
+
+def main() -> int:
+    library = ROOT / "build" / "sanitize" / "_native.so"
+    build_native.build(library, library.parent, sanitize=True)
+    environment = {
+        **os.environ,
+        "BIGAIN_NATIVE_LIBRARY": str(library),
+        # Python is not linked with the sanitizer: it is loaded first by force, with the libstdc++ whose throws it sees.
+        "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
+        # Python frees little at exit.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_NUM_THREADS": "2",
+    }
+    # The sanitizer writes to the file of standard error, which pytest must not hide.
+    options = ["--ignore=tests/csrc/test_build.py", "-p", "no:cacheprovider", "-q", "--capture=sys"]
+    tests = ["tests/csrc", *options, *sys.argv[1:]]
+    return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
