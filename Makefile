@@ -4,14 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint format clean help
+.PHONY: demo test lint sanitize bench format clean help
 
 help:
-	@echo "make demo    set up .venv, then classify and generate under every method; results in demo/"
-	@echo "make test    set up .venv, then run the tests"
-	@echo "make lint    ruff (lint and format) and mypy"
-	@echo "make format  let ruff rewrite the files"
-	@echo "make clean   remove .venv, demo/ and build products"
+	@echo "make demo      set up .venv, then classify and generate under every method; results in demo/"
+	@echo "make test      set up .venv, then run the tests"
+	@echo "make lint      ruff (lint and format) and mypy"
+	@echo "make sanitize  the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make bench     the CPU kernels against eager PyTorch and tomesd; adds rows to benchmarks/results/cpu.csv"
+	@echo "make format    let ruff rewrite the files"
+	@echo "make clean     remove .venv, demo/ and build products"
 
 $(STAMP): pyproject.toml requirements.txt setup.py $(wildcard csrc/*.py csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "PYTHON: got Python %d.%d, expected 3.11 to 3.13 (diffusers 0.42 and triton 3.9 need 3.11); try: make PYTHON=python3.12 ..." % v)'
@@ -31,9 +33,15 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+sanitize: $(STAMP)
+	$(BIN)/python csrc/sanitize.py --numprocesses 2
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench_cpu.py --csv benchmarks/results/cpu.csv
+
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) demo build dist *.egg-info
+	rm -rf $(VENV) demo build dist *.egg-info bigain_kernels/_native*
