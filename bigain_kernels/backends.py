@@ -8,6 +8,7 @@ named and cannot run a call raises `BackendUnavailable`; nothing else is tried i
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple
 ENVIRONMENT_VARIABLE = "BIGAIN_BACKEND"
 PREFERENCE = {"cpu": ("cpp", "reference"), "cuda": ("cuda", "triton", "reference")}
 _ANY_DEVICE = "*"
+_log = logging.getLogger(__name__)
 
 _implementations: dict[str, dict[tuple[str, str], Callable[..., Any]]] = {}
 _requested: ContextVar[str | None] = ContextVar("bigain_backend", default=None)
@@ -91,6 +93,24 @@ def implementation(op: str, device: str) -> Callable[..., Any]:
     return function
 
 
+def next_after(backend: str, op: str, device: str, reason: str) -> Callable[..., Any]:
+    """What runs a call that `backend` refuses for `reason`: the next implementation in the order of `PREFERENCE`.
+
+    Raises:
+        BackendUnavailable: the backend was asked for by name.
+    """
+    asked = _requested.get() or os.environ.get(ENVIRONMENT_VARIABLE)
+    if asked == backend:
+        raise BackendUnavailable(f"{backend}: {op} {reason}")
+    order = PREFERENCE[device]
+    for candidate in order[order.index(backend) + 1 :]:
+        function = _find(op, candidate, device)
+        if function is not None:
+            _log.debug("%s runs on %s: %s %s", op, candidate, backend, reason)
+            return function
+    raise BackendUnavailable(f"{op}: {backend} {reason}, and no other backend implements it for {device} tensors")
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Run every op of the block (in this thread or task) on the backend `name`.
@@ -107,5 +127,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def report(devices: tuple[str, ...] = ("cpu", "cuda")) -> list[Choice]:
-    """What `choose` answers for every op on every device type."""
-    return [choose(op, device) for op in sorted(_implementations) for device in devices]
+    """What `choose` answers for every op on every device type; where it raises, backend "none" and what it says."""
+    rows = []
+    for op in sorted(_implementations):
+        for device in devices:
+            try:
+                rows.append(choose(op, device))
+            except (BackendUnavailable, ValueError) as error:
+                rows.append(Choice(op, device, "none", str(error)))
+    return rows

@@ -74,6 +74,14 @@ def test_report_names_every_op_and_a_reason():
     assert all(row.reason for row in rows)
 
 
+@pytest.mark.parametrize("name", ["cpp", "warp"])
+def test_report_explains_a_bad_environment_variable(name, monkeypatch):
+    monkeypatch.setenv("BIGAIN_BACKEND", name)
+    row = next(row for row in backends.report(("cpu",)) if row.op == "kv_downsample_attention")
+    assert row.backend == "none"
+    assert f"{name!r}" in row.reason
+
+
 def test_env_runs_as_a_module():
     run = subprocess.run([sys.executable, "-m", "bigain_kernels.env"], capture_output=True, text=True, check=True)
     assert "bipartite_match" in run.stdout

@@ -110,6 +110,7 @@ WRONG_CALLS = [
     ("residual dtype", lambda: bk.token_unmerge(Y, PLAN, residual=X.int()), TypeError, "residual: got dtype int32"),
     ("gate shape", lambda: bk.token_unmerge(Y, PLAN, gate=X[:, :2, 0]), ValueError, "gate: got shape (2, 2)"),
     # kv_downsample and attention
+    ("a number", lambda: bk.kv_downsample(5, GRID, 2, 0.9), TypeError, "x: got int, expected a torch.Tensor or a"),
     ("no tensors", lambda: bk.kv_downsample([], GRID, 2, 0.9), ValueError, "x: got an empty sequence"),
     ("second tensor", lambda: bk.kv_downsample((X, X[:, :9]), GRID, 2, 0.9), ValueError, "x[1]: got shape (2, 9, 8)"),
     ("second type", lambda: bk.kv_downsample((X, 3), GRID, 2, 0.9), TypeError, "x[1]: got int"),
@@ -165,6 +166,14 @@ WRONG_CALLS = [
         lambda: bk.sito_plan(X, GRID, 0.5, timestep=torch.arange(3)),
         ValueError,
         "timestep: got shape (3,), expected (2,)",
+    ),
+    ("seed float", lambda: bk.tome_plan(X, GRID, 0.5, seed=1.5), TypeError, "seed: got 1.5, expected an integer"),
+    ("seed none", lambda: bk.sito_plan(X, GRID, 0.5, seed=None), TypeError, "seed: got None, expected an integer"),
+    (
+        "timestep bool",
+        lambda: bk.tome_plan(X, GRID, 0.5, timestep=torch.ones(2, dtype=torch.bool)),
+        TypeError,
+        "timestep: got dtype torch.bool",
     ),
     ("noise", lambda: bk.sito_plan(X, GRID, 0.5, noise=-1.0), ValueError, "noise: got -1.0, expected at least 0"),
     ("abm reduce", lambda: bk.abm_plan(X, GRID, 0.5, reduce="mode"), ValueError, "reduce: got 'mode'"),

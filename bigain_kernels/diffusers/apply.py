@@ -101,6 +101,13 @@ def _previous_processor(attn: Attention, patch: Patch | None) -> Any:
     return next(layer.previous[processor.fused] for layer in patch.layers if layer.attn is attn)
 
 
+def _check_blocks(config: CompressionConfig, layers: list[Layer]) -> None:
+    count = 1 + max((layer.index for layer in layers), default=-1)
+    unknown = [index for index in config.blocks or () if index >= count]
+    if unknown:
+        raise ValueError(f"blocks: got {unknown}, expected indices below {count}, the number of blocks of the model")
+
+
 def _resolve(config: CompressionConfig, model_or_pipe: Any) -> CompressionConfig:
     """The config with `num_train_timesteps` filled in from the scheduler of a pipeline."""
     scheduler = None if isinstance(model_or_pipe, nn.Module) else getattr(model_or_pipe, "scheduler", None)
@@ -164,6 +171,7 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     _refuse_context_parallel(model)
     old = getattr(model, "_bigain", None)
     layers = find_layers(model)
+    _check_blocks(config, layers)
     decisions = [decide(config, layer, _previous_processor(layer.attn, old)) for layer in layers]
     resolved = _resolve(config, model_or_pipe)
     report = CompressionReport(

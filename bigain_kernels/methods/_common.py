@@ -78,12 +78,20 @@ def counter_random(seed: int, timestep: Tensor | None, count: int, stream: int, 
     return _scramble((key.unsqueeze(1) + position * 0x9E3779B1) & _MASK)
 
 
-def check_timestep(timestep: Tensor | None, x: Tensor, share_plan: int | None) -> Tensor | None:
-    """The timesteps of the plan rows: those of the first P rows, since rows that share a plan share a timestep."""
+def check_random(seed: object, timestep: Tensor | None, x: Tensor, share_plan: int | None) -> Tensor | None:
+    """Check what random numbers hang on; returns the timesteps of the plan rows.
+
+    Those are the timesteps of the first P rows: rows that share a plan stand for one timestep, which is not verified,
+    because that would wait for the device.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: got {seed!r}, expected an integer")
     if timestep is None:
         return None
     if not isinstance(timestep, Tensor):
         raise TypeError(f"timestep: got {type(timestep).__name__}, expected a tensor of one value per batch row")
+    if timestep.dtype == torch.bool or timestep.is_complex():
+        raise TypeError(f"timestep: got dtype {timestep.dtype}, expected integers or floating-point numbers")
     if timestep.shape != x.shape[:1]:
         raise ValueError(f"timestep: got shape {tuple(timestep.shape)}, expected {(x.shape[0],)}, the batch of x")
     return timestep.narrow(0, 0, x.shape[0] // (share_plan or 1))

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..checks import check_number
 from ..ops import select_destinations
 from ..plan import MergePlan
-from ._common import check_method, check_timestep, counter_random, match_and_plan, share_mean
+from ._common import check_method, check_random, counter_random, match_and_plan, share_mean
 
 _STREAM = 2
 
@@ -50,7 +50,7 @@ def sito_plan(
         stride: (sy, sx), the size of a tile in tokens.
         noise: standard deviation of the noise, in units of the standard deviation of the row's scores.
         seed: any integer; the noise is a function of (seed, timestep of the row, token).
-        timestep: (B,) timesteps that vary the noise, or None.
+        timestep: (B,) timesteps that vary the noise, or None. Rows that share a plan take that of the first of them.
         share_plan: k rows share one plan, made from their mean: batch row b uses plan row b mod (B / k).
 
     Returns:
@@ -63,7 +63,7 @@ def sito_plan(
     check_number("noise", noise)
     if noise < 0:
         raise ValueError(f"noise: got {noise}, expected at least 0")
-    timestep = check_timestep(timestep, x, share_plan)
+    timestep = check_random(seed, timestep, x, share_plan)
     x = share_mean(x, share_plan)
     values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     unit = values / values.square().sum(-1, keepdim=True).sqrt()

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..checks import check_choice
 from ..plan import MergePlan
 from ..reference.laplacian_score import tile_tokens
-from ._common import check_method, check_timestep, counter_random, match_and_plan, share_mean
+from ._common import check_method, check_random, counter_random, match_and_plan, share_mean
 
 DESTINATIONS = ("random", "first")
 _STREAM = 1
@@ -58,7 +58,8 @@ def tome_plan(
         stride: (sy, sx), the size of a tile in tokens.
         destinations: "random", one random token of each tile, or "first", the top-left one.
         seed: any integer; read with "random" only.
-        timestep: (B,) timesteps that vary the random pattern, or None; read with "random" only.
+        timestep: (B,) timesteps that vary the random pattern, or None; read with "random" only. Rows that share a plan
+            take that of the first of them.
         window: compare only with destinations of tiles at most this many tiles away; None compares with all.
         share_plan: k rows share one plan, made from their mean: batch row b uses plan row b mod (B / k).
 
@@ -71,7 +72,7 @@ def tome_plan(
     """
     grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
     check_choice("destinations", destinations, DESTINATIONS)
-    timestep = check_timestep(timestep, x, share_plan)
+    timestep = check_random(seed, timestep, x, share_plan)
     x = share_mean(x, share_plan)
     chosen = tome_destinations(x.shape[0], grid, stride, destinations, seed, timestep, x.device)
     return match_and_plan(x, chosen, r, grid, stride, window)

@@ -80,7 +80,7 @@ def kv_downsample_attention(
     check_same_device(q=q, k=k, v=v)
     height, width = check_grid(grid, k.shape[2], "k")
     sy, sx = check_factor(factor, (height, width))
-    number, row_alpha = check_alpha(alpha, q, "q")
+    number, row_alpha = check_alpha("kv_downsample_attention", alpha, q, "q")
     if scale is not None:
         check_number("scale", scale)
     if key_bias is not None:
@@ -89,6 +89,6 @@ def kv_downsample_attention(
             wanted = (q.shape[0], (height // sy) * (width // sx))
             raise ValueError(f"key_bias: got shape {tuple(key_bias.shape)}, expected {wanted}")
         check_same_device(q=q, key_bias=key_bias)
-        key_bias = key_bias.detach()
+        key_bias = inference_only("kv_downsample_attention", key_bias)
     q, k, v = (inference_only("kv_downsample_attention", tensor) for tensor in (q, k, v))
     return torch.ops.bigain.kv_downsample_attention(q, k, v, height, width, sy, sx, number, row_alpha, scale, key_bias)

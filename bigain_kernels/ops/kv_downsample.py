@@ -31,7 +31,7 @@ define(
 )
 
 
-def check_alpha(alpha: object, like: Tensor, like_name: str) -> tuple[float, Tensor | None]:
+def check_alpha(op: str, alpha: object, like: Tensor, like_name: str) -> tuple[float, Tensor | None]:
     """`alpha` as the op takes it: a number, and the (B,) float32 tensor that replaces it when one was given."""
     if not isinstance(alpha, Tensor):
         check_number("alpha", alpha)
@@ -40,7 +40,7 @@ def check_alpha(alpha: object, like: Tensor, like_name: str) -> tuple[float, Ten
     if alpha.shape[0] != like.shape[0]:
         raise ValueError(f"alpha: got {alpha.shape[0]} values, expected {like.shape[0]}, the batch of {like_name}")
     check_same_device(**{like_name: like, "alpha": alpha})
-    return 0.0, alpha.detach()
+    return 0.0, inference_only(op, alpha)
 
 
 @overload
@@ -74,6 +74,8 @@ def kv_downsample(
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor or alpha.
         RuntimeError: on backward; the op is for inference.
     """
+    if not isinstance(x, (Tensor, list, tuple)):
+        raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor or a sequence of them")
     tensors = [x] if isinstance(x, Tensor) else list(x)
     if not tensors:
         raise ValueError("x: got an empty sequence, expected at least one tensor")
@@ -87,7 +89,7 @@ def kv_downsample(
         check_same_device(**{"x[0]": tensors[0], name: tensor})
     height, width = check_grid(grid, tensors[0].shape[1], "x")
     sy, sx = check_factor(factor, (height, width))
-    number, row_alpha = check_alpha(alpha, tensors[0], "x")
+    number, row_alpha = check_alpha("kv_downsample", alpha, tensors[0], "x")
     tensors = [inference_only("kv_downsample", tensor) for tensor in tensors]
     pooled = torch.ops.bigain.kv_downsample(tensors, height, width, sy, sx, number, row_alpha)
     return pooled[0] if isinstance(x, Tensor) else tuple(pooled)

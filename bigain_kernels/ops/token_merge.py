@@ -44,7 +44,8 @@ def token_merge(x: Tensor, plan: MergePlan, mode: str = "mean", weights: Tensor 
         mode: "mean" over the members of a slot, accumulated in float32 in ascending token order, so that the result is
             the same to the bit every time; "mlerp", the mean rescaled to the largest L2 norm among the members, the
             destination's own included; "prune", the anchor alone.
-        weights: (B, N) positive weights of the tokens in the mean, for example cluster sizes; None weighs all alike.
+        weights: (B, N) positive floating-point weights of the tokens in the mean, for example how many tokens each
+            stands for since an earlier merge; None weighs all alike.
 
     Returns:
         (B, M, C) in the dtype of x.
@@ -63,7 +64,7 @@ def token_merge(x: Tensor, plan: MergePlan, mode: str = "mean", weights: Tensor 
         if weights.shape != x.shape[:2]:
             raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(x.shape[:2])}")
         check_same_device(x=x, weights=weights)
-        weights = weights.detach()
+        weights = inference_only("token_merge", weights)
     x = inference_only("token_merge", x)
     return torch.ops.bigain.token_merge(x, plan.slot, plan.offsets, plan.members, plan.anchor, mode, weights)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .laplacian_score import compute_dtype
 
 # Sources are matched this many similarities at a time, so that the (N, D) matrix is never held. The block depends on D
-# alone: a batch row is computed the same way whatever the rest of the batch is.
+# alone; torch may still multiply a batch of one in another way than a larger one, to other last bits.
 _BLOCK_SIMILARITIES = 1 << 20
 
 

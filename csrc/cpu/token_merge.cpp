@@ -71,9 +71,10 @@ void merge_mean(const Tensor& x, const MergeArguments& arguments, T* out) {
         if (arguments.mlerp) largest = std::max(largest, kernels.norm(token, channels));
       }
       if (arguments.mlerp) {
-        // mean * largest / |mean| is sum * largest / |sum|. A sum without a length stays zero; a NaN is in |sum| too.
+        // The mean first: |sum| of large or tiny weights would over- or underflow. A mean without a length stays zero.
+        for (A& value : sum) value /= total;
         const A length = wide.norm(sum.data(), channels);
-        if (length != 0) total = length / largest;
+        total = length != 0 ? length / largest : A(1);
       }
       kernels.divide_narrow(sum.data(), total, channels, target);
     }

@@ -86,7 +86,7 @@ def test_context_manager_restores_also_nested_and_on_exception():
         with pytest.raises(ZeroDivisionError):
             _fail_inside(model, ToDoConfig())
         assert torch.equal(run(model, inputs), outer)
-        with pytest.raises(ValueError, match="at least one layer"), token_compression(model, LGTMConfig(blocks=(99,))):
+        with pytest.raises(ValueError, match=r"^blocks: got"), token_compression(model, LGTMConfig(blocks=(99,))):
             pass
         assert torch.equal(run(model, inputs), outer)
     assert torch.equal(run(model, inputs), plain)
@@ -124,8 +124,8 @@ def test_levels_and_blocks_of_a_deeper_unet():
 
 def test_config_that_patches_nothing_raises_and_leaves_the_model_alone():
     model = tiny_unet()
-    with pytest.raises(ValueError, match=r"(?s)config: got .*block 0 is not among blocks=\(99,\)"):
-        apply_token_compression(model, LGTMConfig(blocks=(99,)))
+    with pytest.raises(ValueError, match=r"(?s)config: got .*block 0 is not among blocks=\(\)"):
+        apply_token_compression(model, LGTMConfig(blocks=()))
     # Block 6 is at half resolution.
     with pytest.raises(ValueError, match="1/2 resolution, max_downsample=1"):
         apply_token_compression(model, LGTMConfig(blocks=(6,)))
@@ -234,3 +234,9 @@ def test_deepcopy_works_and_is_independent(build, inputs, monkeypatch):
     remove_token_compression(copied)
     assert {n: t[:2] for n, t in _traces(copied).items()} == {n: t[:2] for n, t in before.items()}
     assert not any(module._forward_pre_hooks for module in copied.modules())
+
+
+def test_unknown_block_index_raises_even_beside_a_known_one():
+    model = tiny_dit()
+    with pytest.raises(ValueError, match=r"^blocks: got \[99\], expected indices below"):
+        apply_token_compression(model, LGTMConfig(blocks=(0, 99)))

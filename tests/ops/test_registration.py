@@ -145,6 +145,20 @@ def test_backward_raises_instead_of_returning_wrong_gradients(call):
             loss.backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
+@pytest.mark.parametrize("which", ["weights", "alpha", "key_bias"])
+def test_backward_through_a_second_input_raises_too(which):
+    with torch.enable_grad():
+        leaf = torch.ones(4, 48 if which == "weights" else 12, requires_grad=True)
+        results = {
+            "weights": lambda: bk.token_merge(X, PLAN, weights=leaf),
+            "alpha": lambda: bk.kv_downsample(X, GRID, 2, leaf[:, 0]),
+            "key_bias": lambda: bk.kv_downsample_attention(Q, Q, Q, GRID, 2, 0.9, key_bias=leaf),
+        }
+        with pytest.raises(RuntimeError, match="has no backward"):
+            (results[which]().sum() + leaf.sum()).backward()
+
+
 def test_plans_do_not_carry_gradients():
     with torch.enable_grad():
         plan = bk.lgtm_plan(X.clone().requires_grad_(), GRID, 0.5)

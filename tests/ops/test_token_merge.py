@@ -42,12 +42,16 @@ def test_merge_and_unmerge_follow_the_plan(mode, dtype, rows):
     assert_close(bk.token_unmerge(y, plan, gate=gate), back.double() * gate.double()[:, None])
 
 
-def test_weights_weigh_the_mean():
+@pytest.mark.parametrize("scale", [1.0, 1e20, 1e-25])
+def test_weights_weigh_the_mean(scale):
     x, weights = tokens(2, 12, 3), torch.rand(2, 12, generator=torch.Generator().manual_seed(4)) + 0.1
+    weights = weights * scale
     plan = bk.lgtm_plan(x, (3, 4), 0.5)
-    merged = bk.token_merge(x, plan, weights=weights)
+    merged, rescaled = (bk.token_merge(x, plan, mode=mode, weights=weights) for mode in ("mean", "mlerp"))
     for b in range(2):
         for slot in range(plan.num_slots):
             inside = plan.members[b, plan.offsets[b, slot] : plan.offsets[b, slot + 1]].long()
             w = weights[b, inside].double()[:, None]
-            assert_close(merged[b, slot], (x[b, inside].double() * w).sum(0) / w.sum())
+            mean = (x[b, inside].double() * w).sum(0) / w.sum()
+            assert_close(merged[b, slot], mean)
+            assert_close(rescaled[b, slot], mean / mean.norm() * x[b, inside].double().norm(dim=-1).max())
