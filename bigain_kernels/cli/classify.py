@@ -75,6 +75,8 @@ def classify(
         with_shared_plan(compression, 1)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1")
+    if resume and overwrite:
+        raise ValueError("resume: got --overwrite with it, expected one of the two")
     path = out / "results.jsonl"
     if path.exists() and not (resume or overwrite):
         raise ValueError(f"out: got {out} with results in it, expected --resume, --overwrite or another folder")
@@ -89,6 +91,7 @@ def classify(
     )
     config = _config(loaded, timesteps, stages, score, seed, batch_size)
     data = _Data(loaded, folder, limit)
+    count = len(data)
     settings = {
         "checkpoint": str(checkpoint or "tiny"),
         "images": str(images or "digits"),
@@ -101,13 +104,16 @@ def classify(
         "dtype": dtype,
         "template": template,
     }
+    if folder is not None:
+        settings["image_files"] = folder.digest
     with ResultsFile(path, settings, resume) as results:
-        if results.images:
-            typer.echo(f"{len(results.images)} images were classified before")
+        before = _first(results.result, count)
+        if before.images:
+            typer.echo(f"{len(before.images)} images were classified before")
         try:
             _run(loaded, data, config, compression, share_plan, results)
         finally:
-            _summarise(results.result, settings, out)
+            _summarise(_first(results.result, count), settings, out)
 
 
 def _config(
@@ -156,19 +162,27 @@ class _Data:
         return digits.images[indices], digits.labels[indices]
 
 
+def _first(result: ClassificationResult, count: int) -> ClassificationResult:
+    """The results of the first `count` images; a file that is gone on with may hold more."""
+    from ..evaluation.classify import ClassificationResult
+
+    return ClassificationResult([image for image in result.images if image.index < count])
+
+
 def _run(
     loaded: Checkpoint, data: _Data, config: ClassifierConfig, compression: Any, share_plan: bool, results: Any
 ) -> None:
     from ..evaluation.classify import classify as classify_images
 
     known = {image.index for image in results.images}
-    left = [i for i in range(len(data)) if i not in known]
+    count = len(data)
+    left = [i for i in range(count) if i not in known]
     with opt.progress_bar() as progress:
-        task = progress.add_task("classifying", total=len(data), completed=len(data) - len(left))
+        task = progress.add_task("classifying", total=count, completed=count - len(left))
 
         def record(image: Any) -> None:
             results.add(image)
-            done = results.result
+            done = _first(results.result, count)
             progress.update(task, advance=1, description=f"accuracy {done.accuracy:.3f}")
 
         for first in range(0, len(left), _CHUNK):

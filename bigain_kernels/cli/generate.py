@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -31,6 +31,7 @@ def generate(
     guidance: Annotated[float, typer.Option(help="Of classifier-free guidance; 1 is without.")] = 1.5,
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for grid.png, samples/ and settings.json.")] = Path("generated"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the images in --out.")] = False,
     method: opt.MethodOption = opt.Method.none,
     ratio: opt.RatioOption = "0.7",
     stride: opt.StrideOption = "2",
@@ -60,6 +61,8 @@ def generate(
         with_shared_plan(compression, 2)
     if images < 1:
         raise ValueError(f"images: got {images}, expected at least 1")
+    if _written(out) and not overwrite:
+        raise ValueError(f"out: got {out} with images in it, expected --overwrite or another folder")
     given = {} if batch_size is None else {"batch_size": batch_size}
     config = GenerateConfig(steps=steps, guidance=guidance, seed=seed, **given)
     chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
@@ -72,15 +75,25 @@ def generate(
     )
     classes = [loaded.label_of(name) for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
     labels = [classes[i % len(classes)] for i in range(images)]
-    out.mkdir(parents=True, exist_ok=True)
     settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": repr(compression)}
     settings |= {"share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
-    (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-    _run(loaded, labels, config, compression, share_plan, out)
+    out.mkdir(parents=True, exist_ok=True)
+    _run(loaded, labels, config, compression, settings, out)
+
+
+def _written(out: Path) -> list[Path]:
+    """What an earlier run left in `out`."""
+    samples = (out / "samples").glob("[0-9][0-9][0-9][0-9][0-9]*_[0-9]*.png")
+    return [path for path in (out / "settings.json", out / "grid.png", *samples) if path.exists()]
 
 
 def _run(
-    loaded: Checkpoint, labels: list[int], config: GenerateConfig, compression: object, share_plan: bool, out: Path
+    loaded: Checkpoint,
+    labels: list[int],
+    config: GenerateConfig,
+    compression: object,
+    settings: dict[str, Any],
+    out: Path,
 ) -> None:
     import torch
 
@@ -94,6 +107,11 @@ def _run(
 
         def record(samples: torch.Tensor) -> None:
             pixels = loaded.decode(samples)
+            # Only now is it known that nothing refuses the call.
+            if not done:
+                for path in _written(out):
+                    path.unlink()
+                (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
             _save_samples(pixels, labels, sum(map(len, done)), out / "samples")
             done.append(pixels)
             progress.update(task, advance=len(pixels))
@@ -104,7 +122,7 @@ def _run(
                 wanted.to(loaded.device),
                 config,
                 compression=compression,
-                share_plan=share_plan,
+                share_plan=settings["share_plan"],
                 record=record,
             )
         finally:

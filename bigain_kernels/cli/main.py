@@ -6,16 +6,26 @@ import os
 import sys
 from collections.abc import Sequence
 
-import typer
-from typer.exceptions import TyperException
-
-from .classify import classify
-from .demo import demo
-from .env import env
-from .generate import generate
-from .train_tiny import train_tiny
+from ..backends import BackendUnavailable
 
 BAD_INPUT, INTERRUPTED = 2, 130
+
+try:
+    import rich  # noqa: F401
+    import typer
+    from typer.exceptions import TyperException
+
+    from .classify import classify
+    from .demo import demo
+    from .env import env
+    from .generate import generate
+    from .train_tiny import train_tiny
+except ModuleNotFoundError as missing:
+    # They come with the extra; a traceback would not say so.
+    if missing.name not in ("typer", "rich"):
+        raise
+    print('bigain: needs typer and rich: pip install "bigain-kernels[evaluation]"', file=sys.stderr)
+    sys.exit(BAD_INPUT)
 
 app = typer.Typer(
     name="bigain",
@@ -42,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TyperException as error:
         message = error.format_message()
     # Our own checks raise ValueError and TypeError; OSError is a file or hub id that cannot be read, ImportError an
-    # optional package that is not installed.
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    # optional package that is not installed, BackendUnavailable a backend asked for by name that lacks an op.
+    except (ValueError, TypeError, OSError, ImportError, BackendUnavailable) as error:
         if os.environ.get("BIGAIN_TRACEBACK"):
             raise
         message = str(error) or type(error).__name__

@@ -139,6 +139,12 @@ def device_and_dtype(device: str | None, dtype: str) -> tuple[torch.device, torc
         raise ValueError(f"device: got {name!r}, expected a torch device such as cpu or cuda") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device: got {name!r}, expected cpu: torch sees no GPU here")
+    # A device that torch knows by name may be absent, or hold no data: only use tells. What torch raises depends on
+    # the device; ImportError stands for a missing extension such as torch.hpu.
+    try:
+        torch.zeros(1, device=chosen).cpu()
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+        raise ValueError(f"device: got {name!r}, expected one that torch can use here, such as cpu") from error
     return chosen, dtypes[dtype]
 
 

@@ -20,6 +20,7 @@ def train_tiny(
     warmup: Annotated[int, typer.Option(help="Steps of warm-up.")] = 200,
     ema: Annotated[float, typer.Option(help="Decay of the averaged weights, which are what is saved.")] = 0.999,
     label_dropout: Annotated[float, typer.Option(help="Fraction of images trained without their label.")] = 0.1,
+    weight_decay: Annotated[float, typer.Option(help="Of AdamW.")] = 0.01,
     log_every: Annotated[int, typer.Option(help="Steps between log lines; the weights are saved at each.")] = 200,
     epochs: Annotated[int, typer.Option(help="Epochs of the digit classifier; 0 trains none.")] = 60,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
@@ -43,6 +44,7 @@ def train_tiny(
         warmup=warmup,
         ema=ema,
         label_dropout=label_dropout,
+        weight_decay=weight_decay,
         log_every=log_every,
         seed=seed,
     )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
@@ -16,6 +17,20 @@ from .tiny_models import ASSETS, DigitClassifier
 
 TINY_DIT = ASSETS / "tiny_dit"
 MODEL_FOLDERS = {"transformer": "DiTTransformer2DModel", "unet": "UNet2DConditionModel"}
+
+
+@contextmanager
+def _upcast(vae: Any) -> Iterator[None]:
+    """A context in which a 16-bit VAE that overflows there (its config says `force_upcast`) computes in float32."""
+    dtype = vae.dtype
+    if dtype not in (torch.float16, torch.bfloat16) or not getattr(vae.config, "force_upcast", False):
+        yield
+        return
+    vae.to(torch.float32)
+    try:
+        yield
+    finally:
+        vae.to(dtype)
 
 
 @dataclass(frozen=True)
@@ -60,10 +75,11 @@ class Checkpoint:
         """Images (n, C, H, W) in [-1, 1] to what the model denoises, on its device. Latents are the mode: no noise."""
         if self.vae is None:
             return images.to(self.device)
-        latents = [
-            self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-            for part in images.split(batch_size)
-        ]
+        with _upcast(self.vae):
+            latents = [
+                self.vae.encode(part.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+                for part in images.split(batch_size)
+            ]
         return torch.cat(latents) * self.vae.config.scaling_factor
 
     @torch.no_grad()
@@ -71,8 +87,9 @@ class Checkpoint:
         """The inverse of `encode`: (n, C, H, W) images in about [-1, 1], float32 on the CPU."""
         if self.vae is None:
             return samples.float().cpu()
-        latents = (samples / self.vae.config.scaling_factor).to(self.vae.dtype)
-        return torch.cat([self.vae.decode(part).sample.float().cpu() for part in latents.split(batch_size)])
+        with _upcast(self.vae):
+            latents = (samples / self.vae.config.scaling_factor).to(self.vae.dtype)
+            return torch.cat([self.vae.decode(part).sample.float().cpu() for part in latents.split(batch_size)])
 
 
 def load_checkpoint(
@@ -172,7 +189,11 @@ def _prompt_denoiser(pipe: Any, scheduler: Any, prompts: list[str]) -> PromptDen
     # SDXL: pooled embeddings, and the original size, crop corner and target size of an uncropped image.
     side = float(pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1))
     time_ids = torch.tensor([side, side, 0.0, 0.0, side, side])
-    return PromptDenoiser(pipe.unet.eval(), scheduler, encoded[0], pooled=encoded[2], time_ids=time_ids)
+    embeddings, pooled = encoded[0], encoded[2]
+    if pipe.config.get("force_zeros_for_empty_prompt", False):
+        # Trained with zeros in the place of no prompt, not with the embedding of the empty one.
+        embeddings, pooled = (torch.cat([e[:-1], torch.zeros_like(e[-1:])]) for e in (embeddings, pooled))
+    return PromptDenoiser(pipe.unet.eval(), scheduler, embeddings, pooled=pooled, time_ids=time_ids)
 
 
 def load_classifier(folder: Path = TINY_DIT) -> DigitClassifier:

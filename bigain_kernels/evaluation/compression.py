@@ -63,15 +63,14 @@ def can_share_plan(compression: Any) -> bool:
 
 
 def with_shared_plan(compression: Any, rows: int) -> Any:
-    """`compression` with one plan for each `rows` rows that belong together; None stays None.
+    """`compression` with one plan for each `rows` rows that belong together.
 
     Raises:
-        ValueError: the method builds no plan.
+        ValueError: the method builds no plan, or there is none.
     """
-    if compression is None:
-        return None
     if not can_share_plan(compression):
-        raise ValueError(f"share_plan: got {type(compression).__name__}, expected a merge method, which builds plans")
+        name = "method none" if compression is None else type(compression).__name__
+        raise ValueError(f"share_plan: got {name}, expected a merge method, which builds plans")
     return replace(compression, share_plan=rows)
 
 

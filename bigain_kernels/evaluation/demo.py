@@ -55,9 +55,8 @@ class DemoConfig:
         steps: DDIM steps.
         guidances: of classifier-free guidance.
         ratio, factor, alpha: of the merge methods, of the pooling methods, and of IE-KVD.
-        stages, timesteps: of the classifier. With two noise samples for an image the uncompressed model has 98 % of the
-            validation digits right, and the methods have room to differ; with four, which are the default of
-            `ClassifierConfig` and what `--full` takes, 99.5 %.
+        stages, timesteps: of the classifier. With two noise samples for an image the methods have room to differ; with
+            four, which are the default of `ClassifierConfig` and what `--full` takes, they come closer.
         seed: of all noise.
         threads: of torch.
         image_chunk, sample_chunk: what a method does before the next has its turn.

@@ -81,7 +81,7 @@ class LabelDenoiser:
 
 
 class PromptDenoiser:
-    """`UNet2DConditionModel` with one text embedding for each class; the last embedding is that of the empty prompt.
+    """`UNet2DConditionModel` with one text embedding for each class; the last embedding is that of no prompt.
 
     Args:
         model: the U-Net.

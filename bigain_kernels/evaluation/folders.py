@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,13 @@ class ImageFolder:
     Attributes:
         paths, names: of each image, its file and its class.
         classes: all class names of the folder, sorted; also those of which `limit` left no image.
+        digest: hash of the list of all files, those that `limit` left out included: the order depends on them.
     """
 
     paths: tuple[Path, ...]
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    digest: str
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -43,7 +46,9 @@ def find_images(root: Path, limit: int | None = None) -> ImageFolder:
     order = np.random.RandomState(0).permutation(len(paths))[:limit]
     chosen = [paths[i] for i in order]
     classes = sorted({path.parent.name for path in paths})
-    return ImageFolder(tuple(chosen), tuple(path.parent.name for path in chosen), tuple(classes))
+    files = "\n".join(path.relative_to(root).as_posix() for path in paths)
+    digest = hashlib.sha256(files.encode(errors="surrogateescape")).hexdigest()[:16]
+    return ImageFolder(tuple(chosen), tuple(path.parent.name for path in chosen), tuple(classes), digest)
 
 
 def load_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> torch.Tensor:

@@ -92,7 +92,8 @@ def generate(
         (n, C, H, W) in the space the model denoises.
 
     Raises:
-        ValueError: labels out of range, or a shared plan with a method that builds none.
+        ValueError: labels out of range, more steps than the model has timesteps, or a shared plan with a method that
+            builds none.
     """
     config = config or GenerateConfig()
     if labels.numel() == 0 or int(labels.min()) < 0 or int(labels.max()) >= denoiser.num_classes:
@@ -100,8 +101,12 @@ def generate(
     chosen = list(range(labels.numel())) if indices is None else list(indices)
     if len(chosen) != labels.numel():
         raise ValueError(f"indices: got {len(chosen)}, expected one for each of the {labels.numel()} labels")
-    if share_plan and config.guidance != 1.0:
-        compression = with_shared_plan(compression, 2)
+    most = len(denoiser.scheduler.alphas_cumprod)
+    if config.steps > most:
+        raise ValueError(f"steps: got {config.steps}, expected at most {most}, the timesteps of the model")
+    if share_plan:
+        paired = with_shared_plan(compression, 2)
+        compression = paired if config.guidance != 1.0 else compression
     batches = []
     with compressed(denoiser, compression):
         for first in range(0, len(chosen), config.batch_size):

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 from .classify import ClassificationResult, ImageResult
 
@@ -27,6 +27,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[ImageResult], int]:
 class ResultsFile:
     """A JSON-lines file: the settings of the run first, then one `ImageResult` a line. A context manager.
 
+    The file is written from the first result on, so a run that fails before it has one leaves what there was.
+
     Args:
         path: the file; its folder is made if missing.
         settings: everything that decides the results; JSON values.
@@ -40,28 +42,34 @@ class ResultsFile:
         self.path = path
         self.images: list[ImageResult] = []
         path.parent.mkdir(parents=True, exist_ok=True)
-        settings = json.loads(json.dumps(settings))
-        whole = 0
+        self._settings = json.loads(json.dumps(settings))
+        self._whole = 0
+        self._file: BinaryIO | None = None
         if resume and path.exists():
-            found, self.images, whole = _read(path)
-            if whole and found != settings:
-                names = sorted(n for n in {*found, *settings} if found.get(n) != settings.get(n))
-                changed = ", ".join(f"{n} {found.get(n)!r} there and {settings.get(n)!r} now" for n in names)
+            found, self.images, self._whole = _read(path)
+            now = self._settings
+            if self.images and found != now:
+                names = sorted(n for n in {*found, *now} if found.get(n) != now.get(n))
+                changed = ", ".join(f"{n} {found.get(n)!r} there and {now.get(n)!r} now" for n in names)
                 raise ValueError(f"resume: got {path} with other settings ({changed}), expected those of this run")
-        self._file = open(path, "r+b" if whole else "wb")  # noqa: SIM115 closed by __exit__
-        self._file.truncate(whole)
-        self._file.seek(whole)
-        if not whole:
-            self._write({"settings": settings})
+            if not self.images:
+                self._whole = 0
 
-    def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
+    def _open(self) -> BinaryIO:
+        file = open(self.path, "r+b" if self._whole else "wb")  # noqa: SIM115 closed by __exit__
+        file.truncate(self._whole)
+        file.seek(self._whole)
+        if not self._whole:
+            file.write(json.dumps({"settings": self._settings}).encode() + b"\n")
+        return file
 
     def add(self, image: ImageResult) -> None:
         """Write one result; it is on disk when this returns."""
+        if self._file is None:
+            self._file = self._open()
         self.images.append(image)
-        self._write(asdict(image))
+        self._file.write(json.dumps(asdict(image)).encode() + b"\n")
+        self._file.flush()
 
     @property
     def result(self) -> ClassificationResult:
@@ -74,4 +82,5 @@ class ResultsFile:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from bigain_kernels import env as environment
+from bigain_kernels.backends import BackendUnavailable
 from bigain_kernels.cli.main import BAD_INPUT, main
 
 WRONG = [
@@ -22,7 +26,7 @@ WRONG = [
     (["classify", "--method", "lgtm", "--stride", "0"], "stride: got"),
     (["classify", "--method", "lgtm", "--stride", "2x2x2"], "stride: got '2x2x2'"),
     (["classify", "--method", "lgtm", "--blocks", "first"], "blocks: got 'first'"),
-    (["classify", "--method", "lgtm", "--blocks", "99", "--limit", "1"], "config: got"),
+    (["classify", "--method", "lgtm", "--blocks", "99", "--limit", "1"], "blocks: got"),
     (["classify", "--method", "todo", "--factor", "0"], "factor: got (0, 0)"),
     (["classify", "--method", "iekvd", "--alpha", "x"], "alpha: got 'x'"),
     (["classify", "--method", "iekvd", "--alpha", "nan"], "alpha: got nan"),
@@ -36,7 +40,13 @@ WRONG = [
     (["classify", "--seed", "-1"], "seed: got -1"),
     (["classify", "--batch-size", "0"], "batch_size: got 0"),
     (["classify", "--method", "lgtm", "--share-plan", "--batch-size", "9"], "batch_size: got 9"),
+    (["classify", "--method", "none", "--share-plan"], "share_plan: got method none"),
+    (["classify", "--resume", "--overwrite"], "resume: got --overwrite"),
     (["classify", "--device", "abacus"], "device: got 'abacus'"),
+    *(
+        (["classify", "--device", name], f"device: got '{name}'")
+        for name in ("xpu", "meta", "vulkan", "hpu", "cuda:77")
+    ),
     (["classify", "--dtype", "int8"], "dtype: got 'int8'"),
     (["classify", "--threads", "0"], "threads: got 0"),
     (["classify", "--checkpoint", "nowhere"], "checkpoint: got nowhere"),
@@ -44,6 +54,9 @@ WRONG = [
     (["generate", "--images", "0"], "images: got 0"),
     (["generate", "--guidance", "0.5"], "guidance: got 0.5"),
     (["generate", "--steps", "0"], "steps: got 0"),
+    (["generate", "--steps", "2000"], "steps: got 2000"),
+    (["generate", "--method", "none", "--share-plan"], "share_plan: got method none"),
+    (["generate", "--device", "meta"], "device: got 'meta'"),
     (["generate", "--label", "cat"], "class: got 'cat'"),
     (["generate", "--label", "10"], "class: got '10'"),
     (["generate", "--batch-size", "0"], "batch_size: got 0"),
@@ -80,7 +93,41 @@ def test_one_line_names_the_argument(
     assert "Traceback" not in captured.err
     # A progress bar may stand above the line; results may not.
     assert captured.out == ""
-    assert not list(tmp_path.rglob("summary.json"))
+    # Nothing is left that the next call would take for results.
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and "training" not in path.name]
+
+
+REFUSED = ["--share-plan --batch-size 5", "--blocks 9", "--timesteps 5000", "--stages 2:11,3:1"]
+
+
+@pytest.mark.parametrize("options", [*(f"--method lgtm {part}" for part in REFUSED), "--method todo --factor 100"])
+def test_a_refused_call_leaves_the_folder_free(options: str, tmp_path: Path) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert main(["classify", "--limit", "1", *out, *options.split()]) == 2
+    again = ["--method", "lgtm", "--share-plan", "--batch-size", "50"]
+    assert main(["classify", "--limit", "1", *out, *again]) == 0
+    before = (tmp_path / "out" / "results.jsonl").read_bytes()
+    assert main(["classify", "--limit", "1", "--overwrite", *out, *options.split()]) == 2
+    assert (tmp_path / "out" / "results.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("package", ["typer", "rich"])
+def test_missing_package_is_named_in_one_line(package: str) -> None:
+    code = f"import sys; sys.modules['{package}'] = None; import bigain_kernels.cli.main"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == 'bigain: needs typer and rich: pip install "bigain-kernels[evaluation]"\n'
+
+
+def test_a_backend_that_lacks_an_op_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> str:
+        raise BackendUnavailable("BIGAIN_BACKEND='cpp': has no implementation of merge for cpu tensors")
+
+    monkeypatch.setattr(environment, "report", fail)
+    assert main(["env"]) == 2
+    assert capsys.readouterr().err == "bigain: BIGAIN_BACKEND='cpp': has no implementation of merge for cpu tensors\n"
 
 
 def test_traceback_on_request(monkeypatch: pytest.MonkeyPatch) -> None:

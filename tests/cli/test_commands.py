@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -19,6 +20,8 @@ from bigain_kernels.cli.main import INTERRUPTED, app, main
 from bigain_kernels.cli.options import Method
 from bigain_kernels.evaluation import demo
 from bigain_kernels.evaluation import generate as generation
+from bigain_kernels.evaluation import train_tiny as training
+from bigain_kernels.evaluation.checkpoints import TINY_DIT
 from bigain_kernels.evaluation.classify import ImageResult
 from bigain_kernels.evaluation.compression import METHODS
 from bigain_kernels.evaluation.data import load_digits
@@ -39,9 +42,16 @@ def _images(path: Path) -> list[dict]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command: str) -> None:
-    result = CliRunner().invoke(app, [command, "--help"])
+    # Wide enough that no text is wrapped.
+    result = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "400"})
     assert result.exit_code == 0
     assert "Usage: " in result.output
+    shown = " ".join(result.output.split())
+    for parameter in typer.main.get_group(app).commands[command].params:
+        help_text = getattr(parameter, "help", None)
+        assert help_text
+        assert parameter.opts[0] in shown
+        assert " ".join(help_text.split()) in shown
 
 
 def test_overview_names_every_command() -> None:
@@ -93,6 +103,35 @@ def test_finished_results_are_not_overwritten_unasked(tmp_path: Path, capsys: py
     assert _bigain("classify", "--limit", 2, "--out", tmp_path, "--overwrite", "--seed", 1) == 0
 
 
+def _digit_folder(root: Path, n: int) -> Path:
+    digits = load_digits("test")
+    for i in range(n):
+        folder = root / str(int(digits.labels[i]))
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generation.to_pixels(digits.images[i : i + 1])[0]).save(folder / f"{i}.png")
+    return root
+
+
+def test_resume_with_a_smaller_limit_reports_that_part(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _bigain("classify", "--limit", 8, "--out", tmp_path) == 0
+    capsys.readouterr()
+    assert _bigain("classify", "--limit", 4, "--out", tmp_path, "--resume") == 0
+    shown = capsys.readouterr().out
+    assert "4 images were classified before" in shown
+    assert "on 4 images; 112 forward evaluations" in shown
+    assert json.loads((tmp_path / "summary.json").read_text())["images"] == 4
+    assert len(_images(tmp_path / "results.jsonl")) == 8
+
+
+def test_resume_refuses_a_folder_with_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out = _digit_folder(tmp_path / "images", 4), tmp_path / "out"
+    assert _bigain("classify", "--images", images, "--limit", 2, "--out", out) == 0
+    assert _bigain("classify", "--images", images, "--limit", 3, "--out", out, "--resume") == 0
+    _digit_folder(tmp_path / "images", 5)
+    assert _bigain("classify", "--images", images, "--limit", 3, "--out", out, "--resume") == 2
+    assert "image_files" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_interrupted_classification_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -114,11 +153,7 @@ def test_interrupted_classification_goes_on(
 
 
 def test_classify_an_image_folder(tmp_path: Path) -> None:
-    digits = load_digits("test")
-    for i in range(6):
-        folder = tmp_path / "images" / str(int(digits.labels[i]))
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(generation.to_pixels(digits.images[i : i + 1])[0]).save(folder / f"{i}.png")
+    _digit_folder(tmp_path / "images", 6)
     assert _bigain("classify", "--images", tmp_path / "images", "--out", tmp_path / "out") == 0
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["images"] == 6
@@ -132,6 +167,19 @@ def test_generate_writes_images(tmp_path: Path) -> None:
     assert names == [f"{i:05d}_{label}.png" for i, label in enumerate((3, 7, 3, 7, 3))]
     assert (tmp_path / "grid.png").exists()
     assert json.loads((tmp_path / "settings.json").read_text())["labels"] == ["3", "7", "3", "7", "3"]
+
+
+def test_generated_images_are_not_overwritten_unasked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = ["generate", "--steps", 1, "--out", tmp_path]
+    # A call that is refused leaves nothing behind, and nothing that was there is lost to it.
+    assert _bigain(*few, "--method", "todo", "--factor", 100) == 2
+    assert _bigain(*few, "--images", 3) == 0
+    assert _bigain(*few, "--images", 2) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("bigain: out: got")
+    assert _bigain(*few, "--overwrite", "--method", "todo", "--factor", 100) == 2
+    assert len(list((tmp_path / "samples").iterdir())) == 3
+    assert _bigain(*few, "--images", 2, "--overwrite") == 0
+    assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
 def test_interrupted_generation_keeps_finished_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,6 +207,27 @@ def test_train_tiny_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFi
     for name in ("classifier.safetensors", "training_log.csv", "scheduler", "transformer"):
         assert (tmp_path / name).exists()
     assert "test accuracy" in capsys.readouterr().out
+    # The recorded command runs, and makes the same model.
+    again = tmp_path / "again"
+    with torch.enable_grad():
+        assert _bigain(*settings["command"].split()[1:], "--out", again) == 0
+    assert json.loads((again / "training.json").read_text()) == settings
+    weights = Path("transformer") / "diffusion_pytorch_model.safetensors"
+    assert (again / weights).read_bytes() == (tmp_path / weights).read_bytes()
+
+
+def test_shipped_training_settings_are_what_its_command_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(training, "train_classifier", lambda *_: {"test_accuracy": 1.0, "seconds": 0.0})
+    monkeypatch.setattr(training, "train_tiny_dit", lambda *_: {"validation_error": 0.0, "seconds": 0.0})
+    try:
+        assert _bigain("train-tiny", "--out", tmp_path, "--steps", 12000, "--seed", 0, "--threads", 1) == 0
+    finally:
+        torch.set_num_threads(threads)
+    written = json.loads((tmp_path / "training.json").read_text())
+    shipped = json.loads((TINY_DIT / "training.json").read_text())
+    versions = {name: shipped[name] for name in ("torch", "diffusers")}
+    assert list((written | versions).items()) == list(shipped.items())
 
 
 def test_demo_shows_one_table_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DConditionModel
 from PIL import Image
 
 from bigain_kernels.evaluation import checkpoints
@@ -64,6 +65,55 @@ def test_latent_pipeline_classifies_and_generates(latent_pipeline: Path) -> None
     assert result.errors.isfinite().all()
     made = generate(checkpoint.denoiser, torch.tensor([0, 2]), GenerateConfig(steps=2))
     assert checkpoint.decode(made, batch_size=1).shape == (2, 3, 16, 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("force", [True, False])
+def test_vae_that_asks_for_it_is_upcast(latent_pipeline: Path, dtype: torch.dtype, force: bool) -> None:
+    checkpoint, whole = load_checkpoint(str(latent_pipeline), dtype=dtype), load_checkpoint(str(latent_pipeline))
+    checkpoint.vae.register_to_config(force_upcast=force)
+    seen: list[torch.dtype] = []
+    for part in (checkpoint.vae.encoder, checkpoint.vae.decoder):
+        part.register_forward_pre_hook(lambda module, arguments: seen.append(arguments[0].dtype))
+    images = torch.rand(3, 3, 16, 16) * 2 - 1
+    latents = checkpoint.encode(images, batch_size=2)
+    assert checkpoint.decode(latents, batch_size=2).shape == images.shape
+    assert seen == [torch.float32 if force else dtype] * 4
+    assert checkpoint.vae.dtype == dtype
+    torch.testing.assert_close(latents, whole.encode(images), atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_sdxl_has_zeros_for_no_prompt_where_its_config_says_so(zeros: bool) -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=12,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=6 * 4 + 5,
+    )
+
+    def encode_prompt(prompts: list[str], **_: object) -> tuple[torch.Tensor | None, ...]:
+        assert prompts == ["a cat", "a dog", ""]
+        return torch.ones(3, 7, 12), None, torch.ones(3, 5), None
+
+    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8)))
+    pipe = SimpleNamespace(
+        unet=unet, vae=vae, config={"force_zeros_for_empty_prompt": zeros}, encode_prompt=encode_prompt
+    )
+    denoiser = checkpoints._prompt_denoiser(pipe, DDIMScheduler(), ["a cat", "a dog"])
+    assert denoiser.pooled is not None
+    for embeddings in (denoiser.embeddings, denoiser.pooled):
+        assert (embeddings[:2] == 1).all()
+        assert (embeddings[2] == (0 if zeros else 1)).all()
+    result = classify(denoiser, torch.rand(1, 4, 8, 8), torch.tensor([0]), ClassifierConfig(stages=((1, 1),)))
+    assert result.errors.isfinite().all()
 
 
 def test_pixel_checkpoint_has_no_latents(tiny) -> None:
@@ -127,6 +177,9 @@ def test_image_folder_mixes_classes_and_keeps_its_order(tmp_path: Path) -> None:
     few = find_images(tmp_path, limit=3)
     assert few.paths == folder.paths[:3]
     assert few.classes == folder.classes
+    assert few.digest == folder.digest
+    shutil.copy(folder.paths[0], tmp_path / "dark" / "new.png")
+    assert find_images(tmp_path).digest != folder.digest
     for channels in (1, 3):
         images = load_images(folder.paths, (channels, 16, 16))
         assert images.shape == (8, channels, 16, 16)

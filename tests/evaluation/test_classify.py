@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bigain_kernels.evaluation.classify import ClassifierConfig, ImageResult, classify, default_stages
+from bigain_kernels.evaluation.compression import make_config
 
 from .toys import SHAPE, PrototypeDenoiser
 
@@ -133,6 +134,17 @@ def test_bad_settings_are_named(name: str, arguments: dict) -> None:
         ClassifierConfig(**arguments)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_error_that_is_not_finite_is_named(value: float) -> None:
+    denoiser = PrototypeDenoiser(5)
+    images, labels = _images(denoiser)
+    denoiser.prototypes[3, 0, 0, 0] = value
+    with pytest.raises(
+        ValueError, match=r"^denoising error: got (nan|inf) for class 3 at timestep 100 of image 0, .*float32"
+    ):
+        classify(denoiser, images, labels, CONFIG)
+
+
 def test_bad_calls_are_named() -> None:
     denoiser = PrototypeDenoiser(5)
     images, labels = _images(denoiser)
@@ -142,7 +154,12 @@ def test_bad_calls_are_named() -> None:
         ("indices", (images, labels), {"indices": [1]}),
         ("timesteps", (images, labels, ClassifierConfig(timesteps=(1000,))), {}),
         ("stages", (images, labels, ClassifierConfig(stages=((1, 9), (2, 1)))), {}),
-        ("batch_size", (images, labels, ClassifierConfig(CONFIG.stages, batch_size=4)), {"share_plan": True}),
+        (
+            "batch_size",
+            (images, labels, ClassifierConfig(CONFIG.stages, batch_size=4)),
+            {"share_plan": True, "compression": make_config("lgtm")},
+        ),
+        ("share_plan", (images, labels), {"share_plan": True}),
     ]
     for name, arguments, options in wrong:
         with pytest.raises(ValueError, match=f"^{name}: got"):

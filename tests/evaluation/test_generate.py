@@ -67,6 +67,13 @@ def test_bad_labels_are_named(labels: list[int]) -> None:
         generate(PrototypeDenoiser(3), torch.tensor([1, 2]), indices=[0])
 
 
+def test_more_steps_than_timesteps_are_named() -> None:
+    with pytest.raises(ValueError, match=r"^steps: got 1001, expected at most 1000"):
+        generate(PrototypeDenoiser(3), torch.tensor([1]), GenerateConfig(steps=1001))
+    with pytest.raises(ValueError, match=r"^share_plan: got method none"):
+        generate(PrototypeDenoiser(3), torch.tensor([1]), share_plan=True)
+
+
 def test_noise_depends_on_its_key_alone() -> None:
     first = seeded_noise([(0, 1, 2), (0, 1, 3)], SHAPE)
     assert torch.equal(seeded_noise([(0, 1, 3)], SHAPE)[0], first[1])

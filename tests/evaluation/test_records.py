@@ -56,9 +56,32 @@ def test_without_resume_it_begins_anew(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
-    ResultsFile(path, SETTINGS).__exit__(None, None, None)
+    with ResultsFile(path, SETTINGS) as results:
+        results.add(_image(0))
     with pytest.raises(ValueError, match=r"^resume: got .* with other settings \(seed 0 there and 1 now\)"):
         ResultsFile(path, {**SETTINGS, "seed": 1}, resume=True)
+
+
+def test_nothing_is_written_before_the_first_result(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    with ResultsFile(path, SETTINGS):
+        pass
+    assert not path.exists()
+    with ResultsFile(path, SETTINGS) as results:
+        results.add(_image(0))
+    before = path.read_bytes()
+    with ResultsFile(path, {**SETTINGS, "seed": 1}):
+        pass
+    assert path.read_bytes() == before
+
+
+def test_a_file_without_results_counts_as_none(tmp_path: Path) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text('{"settings": {"seed": 5}}\n')
+    with ResultsFile(path, SETTINGS, resume=True) as results:
+        results.add(_image(0))
+    with ResultsFile(path, SETTINGS, resume=True) as results:
+        assert results.images == [_image(0)]
 
 
 @pytest.mark.parametrize("content", ["no json\n", '{"settings": {}}\n{"index": 0}\n', '{"else": 1}\n'])

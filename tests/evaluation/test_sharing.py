@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from bigain_kernels.diffusers import LGTMConfig, ToMeConfig, planning
 from bigain_kernels.evaluation.classify import ClassificationResult, ClassifierConfig, classify
-from bigain_kernels.evaluation.compression import make_config, with_shared_plan
+from bigain_kernels.evaluation.compression import MethodOptions, make_config, with_shared_plan
+from bigain_kernels.evaluation.data import load_digits
 from bigain_kernels.evaluation.generate import GenerateConfig, generate
 from bigain_kernels.evaluation.metrics import paired_difference
 
@@ -25,7 +28,7 @@ def results(tiny, digits) -> dict[str, ClassificationResult]:
         images, labels = digits.images[:IMAGES], digits.labels[:IMAGES]
         return classify(tiny.denoiser, images, labels, CONFIG, compression=make_config(method), share_plan=shared)
 
-    found = {name: run(name) for name in ("none", "tome", "lgtm", "todo", "iekvd")}
+    found = {name: run(name) for name in ("none", "tome", "lgtm")}
     return found | {f"{name}, shared": run(name, True) for name in ("tome", "lgtm")}
 
 
@@ -39,9 +42,20 @@ def test_shared_plan_is_above_unshared(results) -> None:
     assert paired_difference(shared.double(), unshared.double()).value > 0
 
 
-def test_alpha_below_one_is_at_least_nearest(results) -> None:
-    difference = paired_difference(results["iekvd"].correct.double(), results["todo"].correct.double())
-    assert difference.value >= -2 * difference.error
+def test_alpha_below_one_is_at_least_nearest(tiny) -> None:
+    validation = load_digits("validation")
+
+    def correct(method: str) -> torch.Tensor:
+        compression = make_config(method, MethodOptions(alpha=0.9))
+        runs = [
+            classify(
+                tiny.denoiser, validation.images, validation.labels, replace(CONFIG, seed=seed), compression=compression
+            )
+            for seed in (0, 1)
+        ]
+        return torch.cat([run.correct for run in runs]).double()
+
+    assert paired_difference(correct("iekvd"), correct("todo")).value >= 0
 
 
 def _count_rows(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
@@ -110,6 +124,7 @@ def test_model_is_left_as_it_was(tiny, digits) -> None:
 
 def test_only_merge_methods_share_plans() -> None:
     assert with_shared_plan(make_config("lgtm"), 10).share_plan == 10
-    assert with_shared_plan(None, 10) is None
+    with pytest.raises(ValueError, match=r"^share_plan: got method none"):
+        with_shared_plan(None, 10)
     with pytest.raises(ValueError, match=r"^share_plan: got IEKVDConfig"):
         with_shared_plan(make_config("iekvd"), 10)

@@ -45,8 +45,8 @@ def test_shipped_classifier_is_good(digits) -> None:
 
 def test_shipped_checkpoint_has_its_command_and_log() -> None:
     settings = json.loads((TINY_DIT / "training.json").read_text())
-    known = set(describe(CONFIG))
-    assert known <= set(settings)
+    assert {"command", *describe(CONFIG)} == set(settings)
+    assert settings["command"].startswith("bigain train-tiny --steps 12000 ")
     with open(TINY_DIT / "training_log.csv") as file:
         rows = list(csv.DictReader(file))
     assert int(rows[-1]["step"]) == settings["steps"]
