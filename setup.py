@@ -1,9 +1,9 @@
-"""What pyproject.toml cannot say: how the native library of csrc/ is built. Everything else stands there."""
+"""What pyproject.toml cannot say: where the Triton kernels lie, and how the native library of csrc/ is built."""
 
 import sys
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
@@ -36,6 +36,9 @@ class BuildPython(build_py):
 
 
 setup(
+    # The folder triton_kernels is installed inside the package: the Triton project has a module of that name.
+    packages=[*find_packages(include=["bigain_kernels*"]), "bigain_kernels.triton_kernels"],
+    package_dir={"bigain_kernels.triton_kernels": "triton_kernels"},
     # The library uses no Python at all, so the wheel fits every Python from the oldest supported on.
     ext_modules=[] if REASON else [Extension("bigain_kernels._native", sources=[], py_limited_api=True)],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},

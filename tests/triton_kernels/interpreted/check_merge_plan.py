@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigain_kernels import reference
+from bigain_kernels.plan import MergePlan
+from bigain_kernels.reference.merge_plan import merged_tiles
+from bigain_kernels.testing import assert_is_partition
+from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels.merge_plan import launch_block_merge_plan, launch_merge_plan
+
+CONFIGS = [*configs.candidates("merge_plan"), {"BLOCK": 64, "num_warps": 1}]
+
+
+def random_match(rows, n, d, seed=0, kind="normal"):
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "normal":
+        similarity = torch.randn(rows, n, generator=generator)
+    else:
+        similarity = torch.randint(-2, 3, (rows, n), generator=generator) / 4
+    order = torch.rand(rows, n, generator=generator).argsort(1)
+    destinations = order[:, :d].sort(1).values.int()
+    if n > 4:
+        similarity[:, ::5], similarity[:, 1::7], similarity[:, 2::9] = torch.nan, -torch.inf, -0.0
+    if d:
+        match = destinations.gather(1, torch.randint(0, d, (rows, n), generator=generator))
+    else:
+        match = torch.arange(n, dtype=torch.int32).repeat(rows, 1)
+    # What stands at destinations is not looked at.
+    similarity.scatter_(1, destinations.long(), 3.0)
+    return similarity, match, destinations
+
+
+def assert_same_tables(tables, plan):
+    for name, table in zip(("slot", "offsets", "members", "anchor"), tables, strict=True):
+        assert torch.equal(table, getattr(plan, name)), name
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize(("n", "d"), [(1, 0), (1, 1), (2, 1), (9, 4), (64, 16), (99, 20), (300, 1), (513, 128)])
+def test_every_r(n, d, kind):
+    inputs = random_match(3, n, d, n, kind)
+    most = n - d if d else 0
+    for r in sorted({0, 1, most // 3, most // 2, most - 1, most} & set(range(most + 1))):
+        plan = reference.merge_plan(*inputs, r, (1, n))
+        assert_same_tables(launch_merge_plan(*inputs, r), plan)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+def test_every_config_and_several_chunks(config, kind):
+    inputs = random_match(2, 600, 150, 7, kind)
+    tables = launch_merge_plan(*inputs, 400, config)
+    assert_same_tables(tables, reference.merge_plan(*inputs, 400, (20, 30)))
+    assert_is_partition(MergePlan(*tables, (20, 30), 200))
+
+
+def test_the_largest_row():
+    """65,536 tokens: counts and positions reach the end of their 16 bits."""
+    inputs = random_match(1, 65_536, 16_384, 3, "ties")
+    for r in (1, 45_000, 49_152):
+        assert_same_tables(launch_merge_plan(*inputs, r), reference.merge_plan(*inputs, r, (256, 256)))
+    everything = (torch.zeros(1, 65_536), torch.full((1, 65_536), 5, dtype=torch.int32), torch.tensor([[5]]).int())
+    for r in (0, 65_535):
+        assert_same_tables(launch_merge_plan(*everything, r), reference.merge_plan(*everything, r, (256, 256)))
+
+
+def test_too_many_tokens():
+    inputs = random_match(1, 65_537, 4)
+    with pytest.raises(ValueError, match="grid: got 65537 tokens, expected at most 65536"):
+        launch_merge_plan(*inputs, 4)
+
+
+def test_strided_inputs():
+    similarity, match, destinations = random_match(2, 60, 15)
+    wide = torch.zeros(2, 100)
+    wide[:, 7:67] = similarity
+    wide_match = match.T.contiguous().T
+    tables = launch_merge_plan(wide[:, 7:67], wide_match, destinations, 30)
+    assert_same_tables(tables, reference.merge_plan(similarity, match, destinations, 30, (6, 10)))
+
+
+@pytest.mark.parametrize("reduce", ["max", "sum", "mean", "min", "std"])
+@pytest.mark.parametrize(
+    ("grid", "stride"), [((8, 8), (2, 2)), ((7, 9), (3, 2)), ((1, 1), (2, 2)), ((4, 6), (1, 1)), ((12, 13), (2, 2))]
+)
+@pytest.mark.parametrize("config", [None, CONFIGS[-1]], ids=["default", "many chunks"])
+def test_block_merge_plan(grid, stride, reduce, config):
+    generator = torch.Generator().manual_seed(2)
+    n = grid[0] * grid[1]
+    # Sixteenths: sums and means are exact in float32, so ties are ties. The first row is random.
+    score = torch.randint(0, 40, (2, n), generator=generator) / 16
+    score[0] = torch.rand(n, generator=generator)
+    score[1, ::11] = torch.nan
+    score[1, 3::13] = torch.inf
+    for r in {0, n // 4, n // 2, n}:
+        plan = reference.block_merge_plan(score, grid, stride, r, reduce)
+        count = merged_tiles(grid, stride, r)
+        tables = launch_block_merge_plan(score, grid, stride, count, reduce, config)
+        assert_same_tables(tables, plan)

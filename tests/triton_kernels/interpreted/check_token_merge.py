@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from bigain_kernels import reference
+from bigain_kernels.plan import MergePlan
+from bigain_kernels.testing import assert_close
+from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels.token_merge import launch_token_merge, launch_token_unmerge
+
+from .check_merge_plan import random_match
+from .inputs import DTYPES, odd_tokens
+
+SHAPES = [
+    (3, 3, 63, 72, True),
+    (4, 2, 64, 64, False),
+    (2, 1, 40, 320, True),
+    (1, 1, 1, 64, False),
+    (1, 1, 9, 1152, False),
+]
+IDS = [f"B{b}-P{p}-N{n}-C{c}" for b, p, n, c, _ in SHAPES]
+
+
+def random_plan(rows, n, seed=0):
+    d = max(n // 4, 1)
+    return reference.merge_plan(*random_match(rows, n, d, seed), (n - d) * 3 // 4, (1, n))
+
+
+def merge(x, plan, *args, **kwargs):
+    return launch_token_merge(x, plan.offsets, plan.members, plan.anchor, *args, **kwargs)
+
+
+def one_slot(n, extra=3):
+    """A plan whose first slot has all tokens but the last few."""
+    similarity = torch.zeros(1, n)
+    similarity[:, -extra:] = -1
+    destinations = torch.zeros(1, 1, dtype=torch.int32)
+    match = torch.zeros(1, n, dtype=torch.int32)
+    return reference.merge_plan(similarity, match, destinations, n - 1 - extra, (1, n))
+
+
+@pytest.mark.parametrize("mode", ["mean", "mlerp", "prune"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "rows", "n", "channels", "strided"), SHAPES, ids=IDS)
+def test_merge(batch, rows, n, channels, strided, dtype, mode):
+    x, plan = odd_tokens(batch, n, channels, dtype, strided), random_plan(rows, n)
+    y = merge(x, plan, mode)
+    expected = reference.token_merge(x.double(), plan, mode)
+    assert_close(y, expected)
+    if mode != "mlerp":
+        # Short slots are summed in the order of the reference: the same bits.
+        torch.testing.assert_close(y, reference.token_merge(x, plan, mode), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["mean", "mlerp"])
+def test_weights(dtype, mode):
+    x, plan = odd_tokens(4, 63, 72, dtype), random_plan(2, 63)
+    generator = torch.Generator().manual_seed(1)
+    weights = torch.randint(1, 9, (4, 63), generator=generator).float()
+    assert_close(merge(x, plan, mode, weights), reference.token_merge(x.double(), plan, mode, weights.double()))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", ["mean", "mlerp"])
+@pytest.mark.parametrize("n", [35, 36, 37, 150])
+def test_long_slots(n, mode, weighted):
+    """Slots of 32 and 33 members take different routes; 147 members are more than two rounds of lanes."""
+    x, plan = odd_tokens(2, n, 72, torch.float32), one_slot(n)
+    x = x.nan_to_num(1.0, 1.0)
+    weights = torch.rand(2, n, generator=torch.Generator().manual_seed(0)) + 0.5 if weighted else None
+    expected = reference.token_merge(x.double(), plan, mode, None if weights is None else weights.double())
+    assert_close(merge(x, plan, mode, weights), expected)
+
+
+def test_equal_tokens_keep_their_value():
+    x = torch.full((1, 150, 64), 0.3, dtype=torch.bfloat16)
+    assert torch.equal(merge(x, one_slot(150)), x[:, :4])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("modulate", [False, True])
+def test_fused_layer_norm(dtype, affine, modulate):
+    batch, n, channels = 4, 63, 72
+    x, plan = odd_tokens(batch, n, channels, dtype, strided=True), random_plan(2, n)
+    x = x.nan_to_num(1.0, 1.0, 1.0)
+    generator = torch.Generator().manual_seed(1)
+    weight, bias = (torch.randn(channels, generator=generator).to(dtype) for _ in range(2))
+    shift, scale = torch.randn(batch, 2 * channels, generator=generator).to(dtype).chunk(2, dim=1)
+    normed = F.layer_norm(x.double(), (channels,), *((weight.double(), bias.double()) if affine else ()), eps=1e-6)
+    if modulate:
+        normed = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    y = merge(
+        x,
+        plan,
+        norm=True,
+        eps=1e-6,
+        **({"norm_weight": weight, "norm_bias": bias} if affine else {}),
+        **({"shift": shift, "scale": scale} if modulate else {}),
+    )
+    assert_close(y, reference.token_merge(normed, plan))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "rows", "n", "channels", "strided"), SHAPES, ids=IDS)
+def test_unmerge(batch, rows, n, channels, strided, dtype, gated, added):
+    plan = random_plan(rows, n)
+    y = odd_tokens(batch, plan.num_slots, channels, dtype, strided)
+    residual = odd_tokens(batch, n, channels, dtype, not strided, seed=1) if added else None
+    gate = odd_tokens(1, batch, channels, dtype, strided, seed=2)[0] if gated else None
+    actual = launch_token_unmerge(y, plan.slot, residual, gate)
+    # The same operations in float32, rounded once.
+    expected = reference.token_unmerge(y, plan, residual, gate)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_config_gives_the_same_bits(dtype):
+    x = odd_tokens(1, 150, 72, dtype)
+    for plan in (one_slot(150), random_plan(1, 150)):
+        for mode in ("mean", "mlerp", "prune"):
+            results = [merge(x, plan, mode, config=config) for config in configs.candidates("token_merge")]
+            for result in results[1:]:
+                torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+        y = odd_tokens(1, plan.num_slots, 72, dtype)
+        results = [launch_token_unmerge(y, plan.slot, x, config=c) for c in configs.candidates("token_unmerge")]
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("given", ["norm_weight", "norm_bias", "shift", "scale"])
+def test_half_a_pair_is_refused(given):
+    x, plan = odd_tokens(1, 9, 64, torch.float32), random_plan(1, 9)
+    with pytest.raises(ValueError, match="expected together with"):
+        merge(x, plan, norm=True, **{given: x[:, 0]})
+
+
+def test_layer_norm_needs_the_mean():
+    x = odd_tokens(1, 9, 64, torch.float32)
+    with pytest.raises(ValueError, match="norm: got True with mode='prune'"):
+        merge(x, MergePlan.identity(1, (3, 3)), "prune", norm=True)

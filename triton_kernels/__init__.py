@@ -1,0 +1,1 @@
+"""Triton kernels of bigain_kernels: one file per op, each with its kernels and a `launch_<op>` function."""

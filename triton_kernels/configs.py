@@ -1,0 +1,73 @@
+"""Launch configs are data: tuned/<architecture>.json, picked by op and size.
+
+A file holds, per op, the candidate configs (all of them correct, all of them bitwise equal) and the index of the
+candidate for each size class. Upper-case entries are constants of the kernel, the others options of its compilation;
+"maxnreg" keeps ptxas from spilling a few registers for the sake of one more program per multiprocessor.
+
+"tuned" says whether a measurement chose; until one did, the choice is a rule of thumb, and `pick` logs that once per op
+and architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_log = logging.getLogger(__name__)
+_FOLDER = Path(__file__).parent / "tuned"
+FALLBACK = "sm_90"
+# Bytes that an op moves (or, for matching, similarities per row) from which on a call is "large".
+LARGE = 1 << 24
+
+Config = dict[str, Any]
+
+
+@functools.cache
+def table(architecture: str) -> dict[str, Any]:
+    """The content of one file; an architecture without a file gets that of FALLBACK."""
+    path = _FOLDER / f"{architecture}.json"
+    if not path.exists():
+        _log.debug("no configs for %s: using those of %s", architecture, FALLBACK)
+        path = _FOLDER / f"{FALLBACK}.json"
+    return json.loads(path.read_text())
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """`sm_90`, `gfx942`, ...; FALLBACK for a CPU, where the kernels run in Triton's interpreter."""
+    if device.type != "cuda":
+        return FALLBACK
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return properties.gcnArchName.split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def candidates(op: str, architecture_name: str = FALLBACK) -> list[Config]:
+    """All configs shipped for an op."""
+    return table(architecture_name)["ops"][op]["candidates"]
+
+
+@functools.cache
+def _pick(op: str, architecture_name: str, size: str) -> Config:
+    content = table(architecture_name)
+    entry = content["ops"][op]
+    if not content["tuned"]:
+        _log.debug("%s: configs of %s are untuned, taking the rule of thumb for size %r", op, architecture_name, size)
+    return entry["candidates"][entry["choice"][size]]
+
+
+def pick(op: str, device: torch.device, work: int) -> Config:
+    """The config for one call; `work` is the measure that LARGE is compared with."""
+    return _pick(op, architecture(device), "large" if work >= LARGE else "small")

@@ -1,0 +1,271 @@
+"""Laplacian scores, inverse norms and the smoothest token of each tile, in one pass over the tokens (L-GTM)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from ._common import (
+    CHANNELS,
+    EXACT,
+    INT_MIN,
+    LOG2_CHANNELS,
+    inverse_norm,
+    ordered_key,
+    pack,
+    tree_sum,
+    unit_last_stride,
+    unpack_index,
+)
+
+
+@triton.jit
+def _load_mean(p_x, o_x, m_x, s_share, SHARE: tl.constexpr):
+    """Values at o_x, averaged over the SHARE rows that lie s_share apart and rounded to the dtype of x, as float32."""
+    b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
+    if SHARE == 1:
+        return b_x.to(tl.float32)
+    b_sum = b_x.to(tl.float32)
+    for i in tl.static_range(1, SHARE):
+        b_sum += tl.load(p_x + o_x + i * s_share, mask=m_x, other=0.0).to(tl.float32)
+    return tl.div_rn(b_sum, SHARE * 1.0).to(p_x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def laplacian_score_kernel(
+    p_x,
+    p_score,
+    p_inverse_norm,
+    p_destinations,
+    p_sources,
+    p_packed,
+    p_mean,
+    height,
+    width,
+    channels,
+    s_xb,
+    s_xn,
+    s_share,
+    SY: tl.constexpr,
+    SX: tl.constexpr,
+    TILE: tl.constexpr,
+    SHARE: tl.constexpr,
+    L2: tl.constexpr,
+    SELECT: tl.constexpr,
+    TILES_Y: tl.constexpr,
+    TILES_X: tl.constexpr,
+):
+    """A program owns TILES_Y x TILES_X tiles of SY x SX tokens; TILE is SY * SX rounded up to a power of two."""
+    i_x, i_y, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n = height * width
+    real_y, real_x = height // SY, width // SX
+    # Tokens of the program, tile by tile; the tiles at the far edges may be cut or lie outside.
+    o_t = tl.arange(0, TILES_Y * TILES_X * TILE)
+    o_tile, o_in = o_t // TILE, o_t % TILE
+    o_tile_y = i_y * TILES_Y + o_tile // TILES_X
+    o_tile_x = i_x * TILES_X + o_tile % TILES_X
+    o_row = o_tile_y * SY + o_in // SX
+    o_column = o_tile_x * SX + o_in % SX
+    m_t = (o_in < SY * SX) & (o_row < height) & (o_column < width)
+    o_n = o_row * width + o_column
+    o_c = tl.arange(0, CHANNELS)
+    o_x = i_b * s_xb + o_n.to(tl.int64)[:, None] * s_xn + o_c[None, :]
+    m_up, m_down = m_t & (o_row > 0), m_t & (o_row + 1 < height)
+    m_left, m_right = m_t & (o_column > 0), m_t & (o_column + 1 < width)
+    s_row = width.to(tl.int64) * s_xn
+
+    b_response_sum = tl.zeros((TILES_Y * TILES_X * TILE, CHANNELS), tl.float32)
+    b_squares = tl.zeros((TILES_Y * TILES_X * TILE, CHANNELS), tl.float32)
+    for i_c in range(0, channels, CHANNELS):
+        m_c = (i_c + o_c < channels)[None, :]
+        b_x = _load_mean(p_x, o_x + i_c, m_t[:, None] & m_c, s_share, SHARE)
+        b_response = 4.0 * b_x
+        b_response -= _load_mean(p_x, o_x + i_c - s_row, m_up[:, None] & m_c, s_share, SHARE)
+        b_response -= _load_mean(p_x, o_x + i_c + s_row, m_down[:, None] & m_c, s_share, SHARE)
+        b_response -= _load_mean(p_x, o_x + i_c - s_xn, m_left[:, None] & m_c, s_share, SHARE)
+        b_response -= _load_mean(p_x, o_x + i_c + s_xn, m_right[:, None] & m_c, s_share, SHARE)
+        b_response_sum += b_response * b_response if L2 else tl.abs(b_response)
+        if SELECT:
+            b_squares = tl.fma(b_x, b_x, b_squares)
+            if SHARE > 1:
+                o_mean = (i_b * n + o_n)[:, None] * channels + i_c + o_c[None, :]
+                tl.store(p_mean + o_mean, b_x.to(p_mean.dtype.element_ty), mask=m_t[:, None] & m_c)
+    b_score = tree_sum(b_response_sum, LOG2_CHANNELS)
+    if L2:
+        b_score = tl.sqrt_rn(b_score)
+    tl.store(p_score + i_b * n + o_n, b_score, mask=m_t)
+
+    if SELECT:
+        tl.store(p_inverse_norm + i_b * n + o_n, inverse_norm(tree_sum(b_squares, LOG2_CHANNELS)), mask=m_t)
+        # The lowest (score, position): the highest (-score, lowest position). NaN counts as +inf.
+        b_key = ordered_key(-tl.where(b_score == b_score, b_score, float("inf")))
+        b_order = pack(tl.where(m_t, b_key, INT_MIN), o_in)
+        b_best = tl.max(tl.reshape(b_order, (TILES_Y * TILES_X, TILE)), axis=1)
+        b_chosen = unpack_index(b_best)
+        o_own = tl.arange(0, TILES_Y * TILES_X)
+        o_own_y, o_own_x = i_y * TILES_Y + o_own // TILES_X, i_x * TILES_X + o_own % TILES_X
+        b_token = (o_own_y * SY + b_chosen // SX) * width + o_own_x * SX + b_chosen % SX
+        m_own = (o_own_y < real_y) & (o_own_x < real_x)
+        tl.store(p_destinations + i_b * (real_y * real_x) + o_own_y * real_x + o_own_x, b_token, mask=m_own)
+
+        # All other tokens are sources: first those of the tiles, then the right strip, then the bottom strip.
+        b_chosen_each = tl.reshape(
+            tl.broadcast_to(b_chosen[:, None], (TILES_Y * TILES_X, TILE)), (TILES_Y * TILES_X * TILE,)
+        )
+        m_real = (o_tile_y < real_y) & (o_tile_x < real_x)
+        m_destination = m_real & (o_in == b_chosen_each)
+        strip = width - real_x * SX
+        o_tile_source = (o_tile_y * real_x + o_tile_x) * (SY * SX - 1) + o_in - (o_in > b_chosen_each).to(tl.int32)
+        o_right = real_y * real_x * (SY * SX - 1) + o_row * strip + o_column - real_x * SX
+        o_source = tl.where(m_real, o_tile_source, tl.where(o_tile_y < real_y, o_right, o_n - real_y * real_x))
+        p_row = p_sources + i_b * (n - real_y * real_x)
+        tl.store(p_row + o_source, o_n, mask=m_t & ~m_destination)
+        # Destinations match themselves; sources start below every similarity.
+        b_first = tl.where(m_destination, ordered_key(tl.full(o_n.shape, float("-inf"), tl.float32)), INT_MIN)
+        tl.store(p_packed + i_b * n + o_n, pack(b_first, o_n), mask=m_t)
+
+
+@triton.jit(do_not_specialize=["height", "width"])
+def select_destinations_kernel(
+    p_score,
+    p_destinations,
+    height,
+    width,
+    s_sb,
+    SY: tl.constexpr,
+    SX: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_X: tl.constexpr,
+):
+    """A program owns one row of tiles; BLOCK_X is at least the number of tiles in it."""
+    i_y, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles_x = width // SX
+    o_tile, o_in = tl.arange(0, BLOCK_X), tl.arange(0, TILE)
+    m_tile = o_tile < tiles_x
+    m_t = m_tile[:, None] & (o_in < SY * SX)[None, :]
+    o_n = (i_y * SY + o_in // SX)[None, :] * width + o_tile[:, None] * SX + (o_in % SX)[None, :]
+    b_score = tl.load(p_score + i_b * s_sb + o_n, mask=m_t, other=0.0)
+    b_key = ordered_key(-tl.where(b_score == b_score, b_score, float("inf")))
+    b_order = pack(tl.where(m_t, b_key, INT_MIN), tl.broadcast_to(o_in[None, :], (BLOCK_X, TILE)))
+    b_chosen = unpack_index(tl.max(b_order, axis=1))
+    # Ascending order: by row inside the tiles, then by tile. The rank of a tile is what comes before it.
+    b_row = b_chosen // SX
+    b_rank = tl.zeros((BLOCK_X,), tl.int32)
+    b_before = tiles_x * 0
+    for row in tl.static_range(SY):
+        b_here = (m_tile & (b_row == row)).to(tl.int32)
+        b_rank = tl.where(b_row == row, b_before + tl.cumsum(b_here, 0) - 1, b_rank)
+        b_before += tl.sum(b_here, 0)
+    b_token = (i_y * SY + b_row) * width + o_tile * SX + b_chosen % SX
+    p_row = p_destinations + (i_b * (height // SY) + i_y) * tiles_x
+    tl.store(p_row + b_rank, b_token, mask=m_tile)
+
+
+def _launch(
+    x: Tensor,
+    grid: tuple[int, int],
+    stride: tuple[int, int],
+    l2: bool,
+    share: int,
+    outputs: dict[str, Tensor],
+    select: bool,
+    config: configs.Config | None,
+) -> None:
+    rows, channels = x.shape[0] // share, x.shape[2]
+    if rows * x.shape[1] == 0:
+        return
+    config = config or configs.pick("laplacian_score", x.device, x.numel() * x.element_size())
+    (height, width), (sy, sx) = grid, stride
+    # Large tiles leave room for fewer of them in a program.
+    tile = triton.next_power_of_2(sy * sx)
+    tiles_y, tiles_x = config["TILES_Y"], config["TILES_X"]
+    while tiles_y * tiles_x * tile > config["TOKENS"] and tiles_y * tiles_x > 1:
+        tiles_y, tiles_x = (tiles_y // 2, tiles_x) if tiles_y > tiles_x else (tiles_y, tiles_x // 2)
+    blocks = (triton.cdiv(triton.cdiv(width, sx), tiles_x), triton.cdiv(triton.cdiv(height, sy), tiles_y), rows)
+    laplacian_score_kernel[blocks](
+        p_x=x,
+        **outputs,
+        height=height,
+        width=width,
+        channels=channels,
+        s_xb=x.stride(0),
+        s_xn=x.stride(1),
+        s_share=rows * x.stride(0),
+        SY=sy,
+        SX=sx,
+        TILE=tile,
+        SHARE=share,
+        L2=l2,
+        SELECT=select,
+        TILES_Y=tiles_y,
+        TILES_X=tiles_x,
+        num_warps=config["num_warps"],
+        **EXACT,
+    )
+
+
+def launch_laplacian_score(
+    x: Tensor, grid: tuple[int, int], norm: str = "l1", config: configs.Config | None = None
+) -> Tensor:
+    """Score (B, N) float32 of every token of x (B, N, C); one launch."""
+    x = unit_last_stride(x)
+    score = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
+    unused = dict.fromkeys(("p_inverse_norm", "p_destinations", "p_sources", "p_packed", "p_mean"), score)
+    _launch(x, grid, (2, 2), norm == "l2", 1, {"p_score": score, **unused}, False, config)
+    return score
+
+
+def launch_score_and_select(
+    x: Tensor, grid: tuple[int, int], stride: tuple[int, int], share: int = 1, config: configs.Config | None = None
+) -> dict[str, Tensor]:
+    """The first launch of L-GTM: everything that matching needs, from one pass over x (k * P, N, C), k = share.
+
+    Returns:
+        score (P, N) float32; inverse_norm (P, N) float32, 0 for a token without direction; destinations (P, D) int32
+        in the order of the tiles (ascending from one row of tiles to the next); sources (P, N - D) int32; packed
+        (P, N) int64, `pack(-inf, itself)` at destinations and less than any similarity at sources; mean (P, N, C), the
+        tokens averaged over the rows that share (x itself when k = 1).
+    """
+    x = unit_last_stride(x)
+    rows, n, channels = x.shape[0] // share, x.shape[1], x.shape[2]
+    d = (grid[0] // stride[0]) * (grid[1] // stride[1])
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=x.device)
+
+    outputs = {
+        "score": empty(rows, n),
+        "inverse_norm": empty(rows, n),
+        "destinations": empty(rows, d, dtype=torch.int32),
+        "sources": empty(rows, n - d, dtype=torch.int32),
+        "packed": empty(rows, n, dtype=torch.int64),
+        "mean": x if share == 1 else empty(rows, n, channels, dtype=x.dtype),
+    }
+    _launch(x, grid, stride, False, share, {f"p_{k}": v for k, v in outputs.items()}, True, config)
+    return outputs
+
+
+def launch_select_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """The lowest score of each tile, ascending: score (B, N) float32 to (B, D) int32; one launch."""
+    score = unit_last_stride(score)
+    (height, width), (sy, sx) = grid, stride
+    tiles_y, tiles_x = height // sy, width // sx
+    destinations = torch.empty((score.shape[0], tiles_y * tiles_x), dtype=torch.int32, device=score.device)
+    if destinations.numel():
+        select_destinations_kernel[tiles_y, score.shape[0]](
+            p_score=score,
+            p_destinations=destinations,
+            height=height,
+            width=width,
+            s_sb=score.stride(0),
+            SY=sy,
+            SX=sx,
+            TILE=triton.next_power_of_2(sy * sx),
+            BLOCK_X=triton.next_power_of_2(tiles_x),
+            num_warps=4,
+            **EXACT,
+        )
+    return destinations

@@ -1,0 +1,42 @@
+"""The whole of L-GTM planning in three launches: score pass, matching, tables."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .bipartite_match import launch_match, pick_match, split_of
+from .laplacian_score import launch_score_and_select
+from .merge_plan import Tables, launch_merge_plan_packed
+
+
+def launch_lgtm_plan(
+    x: Tensor, grid: tuple[int, int], stride: tuple[int, int], r: int, window: int | None = None, share: int = 1
+) -> Tables:
+    """Tables (slot, offsets, members, anchor) of the plan of `methods.lgtm_plan` for x (k * P, N, C), k = share.
+
+    The score pass also averages the rows that share, and leaves behind the norms, the destinations, the list of
+    sources and the packed results at destinations; matching fills in the sources; the plan is made from the packed
+    (similarity, match) words. r is at most N - D.
+    """
+    scored = launch_score_and_select(x, grid, stride, share)
+    packed, destinations, sources = scored["packed"], scored["destinations"], scored["sources"]
+    if destinations.shape[1] and sources.numel():
+        tokens = scored["mean"]
+        config = pick_match(tokens, sources.shape[1], destinations.shape[1], window)
+        split = split_of(tokens, sources.shape[1], destinations.shape[1], window, config)
+        launch_match(
+            tokens,
+            scored["inverse_norm"],
+            sources,
+            destinations,
+            grid[1] // stride[1],
+            grid,
+            stride,
+            window,
+            split,
+            dict.fromkeys(("p_packed", "p_similarity", "p_match"), packed),
+            True,
+            config,
+        )
+    # Without destinations, or without sources, the score pass has left every token as its own match.
+    return launch_merge_plan_packed(packed, r)

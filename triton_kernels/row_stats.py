@@ -1,0 +1,94 @@
+"""Statistics of each token, for calls in which no score pass has computed them."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import configs
+from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum
+
+STATS = ("norm", "layernorm")
+
+
+@triton.jit(do_not_specialize=["n"])
+def row_stats_kernel(
+    p_x,
+    p_first,
+    p_second,
+    n,
+    channels,
+    s_xb,
+    s_xn,
+    eps,
+    LAYERNORM: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    o_c = tl.arange(0, CHANNELS)
+    m_t = o_t < n
+    p_rows = p_x + i_b * s_xb + o_t.to(tl.int64)[:, None] * s_xn + o_c[None, :]
+
+    b_mean = tl.zeros((BLOCK_T,), tl.float32)
+    if LAYERNORM:
+        b_sum = tl.zeros((BLOCK_T, CHANNELS), tl.float32)
+        for i_c in range(0, channels, CHANNELS):
+            m_x = m_t[:, None] & (i_c + o_c < channels)[None, :]
+            b_sum += tl.load(p_rows + i_c, mask=m_x, other=0.0).to(tl.float32)
+        b_mean = tl.div_rn(tree_sum(b_sum, LOG2_CHANNELS), tl.cast(channels, tl.float32))
+
+    # The second read of a row comes from the cache. Squares of deviations do not cancel as E[x^2] - E[x]^2 does.
+    b_squares = tl.zeros((BLOCK_T, CHANNELS), tl.float32)
+    for i_c in range(0, channels, CHANNELS):
+        m_x = m_t[:, None] & (i_c + o_c < channels)[None, :]
+        b_x = tl.load(p_rows + i_c, mask=m_x, other=0.0).to(tl.float32)
+        b_x = tl.where(m_x, b_x - b_mean[:, None], 0.0)
+        b_squares = tl.fma(b_x, b_x, b_squares)
+    b_total = tree_sum(b_squares, LOG2_CHANNELS)
+
+    o_out = i_b * n + o_t
+    if LAYERNORM:
+        b_variance = tl.div_rn(b_total, tl.cast(channels, tl.float32))
+        tl.store(p_first + o_out, b_mean, mask=m_t)
+        tl.store(p_second + o_out, tl.div_rn(1.0, tl.sqrt_rn(b_variance + eps)), mask=m_t)
+    else:
+        tl.store(p_first + o_out, tl.sqrt_rn(b_total), mask=m_t)
+
+
+def launch_row_stats(
+    x: Tensor, stats: str, eps: float = 0.0, config: configs.Config | None = None
+) -> tuple[Tensor, Tensor]:
+    """Per-token statistics of x (B, N, C), unit last stride.
+
+    Args:
+        x: tokens.
+        stats: "norm" or "layernorm".
+        eps: added to the variance under the root; read with "layernorm" only.
+        config: a candidate of `row_stats`.
+
+    Returns:
+        "norm": the L2 norms (B, N) float32, twice; "layernorm": mean and 1 / standard deviation, (B, N) float32 each.
+    """
+    batch, n, channels = x.shape
+    first = torch.empty((batch, n), dtype=torch.float32, device=x.device)
+    second = torch.empty_like(first) if stats == "layernorm" else first
+    if first.numel() == 0:
+        return first, second
+    config = config or configs.pick("row_stats", x.device, x.numel() * x.element_size())
+    row_stats_kernel[triton.cdiv(n, config["BLOCK_T"]), batch](
+        p_x=x,
+        p_first=first,
+        p_second=second,
+        n=n,
+        channels=channels,
+        s_xb=x.stride(0),
+        s_xn=x.stride(1),
+        eps=eps,
+        LAYERNORM=stats == "layernorm",
+        **config,
+        **EXACT,
+    )
+    return first, second
