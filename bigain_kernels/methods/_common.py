@@ -1,4 +1,4 @@
-"""What the methods share: averaging the rows that share a plan, and random numbers that hang on nothing but a seed."""
+"""What the methods share: checks, matching, and random numbers that hang on nothing but a seed."""
 
 from __future__ import annotations
 
@@ -25,17 +25,6 @@ def check_method(
         if x.shape[0] % share_plan != 0:
             raise ValueError(f"share_plan: got {share_plan}, expected a divisor of {x.shape[0]}, the batch of x")
     return grid, stride, merged_count(ratio, grid, stride)
-
-
-def share_mean(x: Tensor, share_plan: int | None) -> Tensor:
-    """Mean of the `share_plan` rows that share a plan: (k * P, N, C) to (P, N, C), row b belonging to plan row b mod P.
-
-    The mean is accumulated in float32 and rounded to the dtype of x.
-    """
-    if share_plan is None or share_plan == 1:
-        return x
-    rows = x.unflatten(0, (share_plan, x.shape[0] // share_plan))
-    return rows.to(torch.promote_types(x.dtype, torch.float32)).mean(0).to(x.dtype)
 
 
 def match_and_plan(

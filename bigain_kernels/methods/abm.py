@@ -6,7 +6,8 @@ from torch import Tensor
 
 from ..ops import block_merge_plan, laplacian_score
 from ..plan import MergePlan
-from ._common import check_method, share_mean
+from ..reference.lgtm_plan import share_mean
+from ._common import check_method
 
 
 def abm_plan(
@@ -38,5 +39,5 @@ def abm_plan(
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, reduce or share_plan.
     """
     grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
-    score = laplacian_score(share_mean(x, share_plan), grid)
+    score = laplacian_score(share_mean(x, share_plan or 1), grid)
     return block_merge_plan(score, grid, stride, r, reduce)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from ..ops import laplacian_score, select_destinations
+from ..checks import check_count
+from ..ops.lgtm_plan import NO_WINDOW
 from ..plan import MergePlan
-from ._common import check_method, match_and_plan, share_mean
+from ._common import check_method
 
 
 def lgtm_plan(
@@ -38,6 +40,9 @@ def lgtm_plan(
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, window or share_plan.
     """
     grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
-    x = share_mean(x, share_plan)
-    destinations = select_destinations(laplacian_score(x, grid), grid, stride)
-    return match_and_plan(x, destinations, r, grid, stride, window)
+    if window is not None:
+        check_count("window", window)
+    slot, offsets, members, anchor = torch.ops.bigain.lgtm_plan(
+        x.detach(), *grid, *stride, r, NO_WINDOW if window is None else window, share_plan or 1
+    )
+    return MergePlan(slot, offsets, members, anchor, grid, x.shape[1] - r)

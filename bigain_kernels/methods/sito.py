@@ -10,7 +10,8 @@ from torch import Tensor
 from ..checks import check_number
 from ..ops import select_destinations
 from ..plan import MergePlan
-from ._common import check_method, check_random, counter_random, match_and_plan, share_mean
+from ..reference.lgtm_plan import share_mean
+from ._common import check_method, check_random, counter_random, match_and_plan
 
 _STREAM = 2
 
@@ -64,7 +65,7 @@ def sito_plan(
     if noise < 0:
         raise ValueError(f"noise: got {noise}, expected at least 0")
     timestep = check_random(seed, timestep, x, share_plan)
-    x = share_mean(x, share_plan)
+    x = share_mean(x, share_plan or 1)
     values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     unit = values / values.square().sum(-1, keepdim=True).sqrt()
     # A token without a direction counts for nothing here, and its own NaN score is never chosen.

@@ -8,7 +8,8 @@ from torch import Tensor
 from ..checks import check_choice
 from ..plan import MergePlan
 from ..reference.laplacian_score import tile_tokens
-from ._common import check_method, check_random, counter_random, match_and_plan, share_mean
+from ..reference.lgtm_plan import share_mean
+from ._common import check_method, check_random, counter_random, match_and_plan
 
 DESTINATIONS = ("random", "first")
 _STREAM = 1
@@ -73,6 +74,6 @@ def tome_plan(
     grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
     check_choice("destinations", destinations, DESTINATIONS)
     timestep = check_random(seed, timestep, x, share_plan)
-    x = share_mean(x, share_plan)
+    x = share_mean(x, share_plan or 1)
     chosen = tome_destinations(x.shape[0], grid, stride, destinations, seed, timestep, x.device)
     return match_and_plan(x, chosen, r, grid, stride, window)

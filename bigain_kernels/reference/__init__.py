@@ -8,6 +8,7 @@ from .attention import kv_downsample_attention
 from .bipartite_match import bipartite_match
 from .kv_downsample import kv_downsample
 from .laplacian_score import laplacian_score, select_destinations
+from .lgtm_plan import lgtm_plan
 from .merge_plan import block_merge_plan, merge_plan
 from .token_merge import token_merge, token_unmerge
 
@@ -17,6 +18,7 @@ __all__ = [
     "kv_downsample",
     "kv_downsample_attention",
     "laplacian_score",
+    "lgtm_plan",
     "merge_plan",
     "select_destinations",
     "token_merge",

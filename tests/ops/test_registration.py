@@ -26,6 +26,7 @@ OP_CALLS = {
     "select_destinations": (SCORE, 6, 8, 2, 2),
     "bipartite_match": (X, DESTINATIONS, -1, 1, 1, 1, 1),
     "bipartite_match window": (X, DESTINATIONS, 1, 6, 8, 2, 2),
+    "lgtm_plan": (X, 6, 8, 2, 2, 20, -1, 2),
     "merge_plan": (SIMILARITY, MATCH, DESTINATIONS, 20),
     "block_merge_plan": (SCORE, 6, 8, 2, 2, 20, "mean"),
     "token_merge": (X, *TABLES, "mean", None),
