@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from bigain_kernels import reference
-from bigain_kernels.methods._common import share_mean
+from bigain_kernels.reference.lgtm_plan import share_mean
 from bigain_kernels.testing import assert_close
 from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.laplacian_score import (

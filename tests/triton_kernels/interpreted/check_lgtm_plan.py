@@ -6,8 +6,8 @@ import torch
 from bigain_kernels import max_ratio, reference, use_backend
 from bigain_kernels.checks import merged_count
 from bigain_kernels.methods import lgtm_plan
-from bigain_kernels.methods._common import share_mean
 from bigain_kernels.plan import MergePlan
+from bigain_kernels.reference.lgtm_plan import share_mean
 from bigain_kernels.testing import SIMILARITY_TOLERANCE, assert_is_partition
 from bigain_kernels.triton_kernels.lgtm_plan import launch_lgtm_plan
 
