@@ -4,14 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test lint sanitize bench format clean help
+.PHONY: demo test lint sanitize bench gpu format clean help
 
 help:
 	@echo "make demo      set up .venv, then classify and generate under every method; results in demo/"
 	@echo "make test      set up .venv, then run the tests"
 	@echo "make lint      ruff (lint and format) and mypy"
 	@echo "make sanitize  the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer"
-	@echo "make bench     the CPU kernels against eager PyTorch and tomesd; adds rows to benchmarks/results/cpu.csv"
+	@echo "make bench     all kernels against eager PyTorch and tomesd; rows and plots in benchmarks/results/"
+	@echo "make gpu       on a machine with a GPU, without .venv: tests, sanitizer, benchmarks; all in gpu/ (TUNE=1 tunes too)"
 	@echo "make format    let ruff rewrite the files"
 	@echo "make clean     remove .venv, demo/ and build products"
 
@@ -37,7 +38,11 @@ sanitize: $(STAMP)
 	$(BIN)/python csrc/sanitize.py --numprocesses 2
 
 bench: $(STAMP)
-	$(BIN)/python benchmarks/bench_cpu.py --csv benchmarks/results/cpu.csv
+	$(BIN)/python -m benchmarks.run --out benchmarks/results
+
+# No .venv: the Python of the machine has the torch and the Triton that fit its GPU. Nothing is fetched.
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out gpu $(if $(TUNE),--tune)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

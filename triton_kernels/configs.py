@@ -27,13 +27,18 @@ LARGE = 1 << 24
 Config = dict[str, Any]
 
 
+def path_of(architecture: str) -> Path:
+    """The file of an architecture, which need not exist."""
+    return _FOLDER / f"{architecture}.json"
+
+
 @functools.cache
 def table(architecture: str) -> dict[str, Any]:
     """The content of one file; an architecture without a file gets that of FALLBACK."""
-    path = _FOLDER / f"{architecture}.json"
+    path = path_of(architecture)
     if not path.exists():
         _log.debug("no configs for %s: using those of %s", architecture, FALLBACK)
-        path = _FOLDER / f"{FALLBACK}.json"
+        path = path_of(FALLBACK)
     return json.loads(path.read_text())
 
 

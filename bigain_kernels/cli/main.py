@@ -20,6 +20,7 @@ try:
     from .env import env
     from .generate import generate
     from .train_tiny import train_tiny
+    from .tune import tune
 except ModuleNotFoundError as missing:
     # They come with the extra; a traceback would not say so.
     if missing.name not in ("typer", "rich"):
@@ -38,7 +39,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
 )
-for command in (demo, classify, generate, train_tiny, env):
+for command in (demo, classify, generate, train_tiny, env, tune):
     app.command(command.__name__.replace("_", "-"))(command)
 
 

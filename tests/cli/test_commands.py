@@ -27,7 +27,7 @@ from bigain_kernels.evaluation.compression import METHODS
 from bigain_kernels.evaluation.data import load_digits
 from bigain_kernels.evaluation.records import ResultsFile
 
-COMMANDS = ["demo", "classify", "generate", "train-tiny", "env"]
+COMMANDS = ["demo", "classify", "generate", "train-tiny", "env", "tune"]
 
 
 def _bigain(*arguments: str | Path) -> int:

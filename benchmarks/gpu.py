@@ -1,0 +1,125 @@
+"""The one command for a machine with a GPU: `make gpu`, or `python -m benchmarks.gpu --out FOLDER [--tune]`.
+
+Installs the project in the Python that runs it (no network, no dependencies), then runs the GPU tests, NVIDIA's
+compute-sanitizer on small shapes, when asked the tuning of the Triton kernels, and all benchmarks. Each part is a
+process with a time limit; what does not fit into --minutes is left out and named. Everything goes to one folder:
+
+    summary.txt      a line per part: passed, failed, out of time or left out
+    environment.txt  of the installation; versions, GPU, backends
+    tests.txt        of pytest
+    sanitizer.txt    of compute-sanitizer: memcheck, racecheck, initcheck
+    tuned_*.json     the configs that tuning chose, with --tune
+    <gpu>.csv        the rows of the benchmarks; benchmarks.txt is what they printed
+
+The status is 1 when a part did not pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+# Nothing is started with less than this left.
+LEAST_SECONDS = 15.0
+
+
+class Part(NamedTuple):
+    """One process: its name, the file its output goes to, its command and the most seconds it may take."""
+
+    name: str
+    log: str
+    command: Sequence[str]
+    seconds: float
+    environment: Mapping[str, str] = MappingProxyType({})
+
+
+def parts(out: Path, tune: bool, minutes: float) -> list[Part]:
+    """What to run, in order; a compute-sanitizer that is not there is left for `run` to name."""
+    python = sys.executable
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
+    pytest = [python, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
+    checks = ["-o", "python_files=check_*.py", "tests/triton_kernels/interpreted"]
+    found = [
+        Part(
+            "install", "environment.txt", install, 240, {"BIGAIN_BUILD_CUDA": "auto", "BIGAIN_CUDA_ARCHS": gpu_arch()}
+        ),
+        Part("environment", "environment.txt", [python, "-m", "bigain_kernels.env"], 60),
+        Part("kernel checks", "tests.txt", [*pytest, *checks], 200),
+        Part("gpu tests", "tests.txt", [*pytest, "tests/gpu", "tests/csrc/cuda"], 200),
+    ]
+    for tool in ("memcheck", "racecheck", "initcheck"):
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", python, "tests/gpu/small_launches.py"]
+        found.append(Part(f"sanitizer {tool}", "sanitizer.txt", command, 60))
+    if tune:
+        command = [python, "-m", "bigain_kernels.tune", "--out", str(out / "tuned.json")]
+        found.append(Part("tune", "tune.txt", command, 150))
+    bench = [python, "-m", "benchmarks.run", "--device", "cuda", "--out", str(out), "--no-plots"]
+    return [*found, Part("benchmarks", "benchmarks.txt", bench, 60 * minutes)]
+
+
+def gpu_arch() -> str:
+    """What BIGAIN_CUDA_ARCHS shall be for the first GPU, `90a` for sm_90; empty (all of them) where it is unknown."""
+    if shutil.which("nvidia-smi") is None:
+        return ""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].replace(".", "")
+    return f"{told}a" if told in ("90", "100") else told
+
+
+def run(part: Part, out: Path, seconds: float) -> str:
+    """Run a part for at most so many seconds; "passed", or what happened instead."""
+    if shutil.which(part.command[0]) is None:
+        return f"left out: {part.command[0]} is not on PATH"
+    seconds = min(part.seconds, seconds)
+    command = list(part.command)
+    if part.name == "benchmarks":
+        # They write what they have when their own time is over.
+        command += ["--minutes", f"{max(seconds - 45, 5) / 60:.2f}"]
+    with (out / part.log).open("a") as log:
+        log.write(f"$ {' '.join(command)}\n")
+        log.flush()
+        environment = {**os.environ, **part.environment, "PYTHONUNBUFFERED": "1"}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, timeout=seconds, check=False
+            )
+        except subprocess.TimeoutExpired:
+            return f"out of time after {seconds:.0f} s"
+    return "passed" if done.returncode == 0 else f"failed with status {done.returncode}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of all results")
+    parser.add_argument("--tune", action="store_true", help="measure the launch configs before the benchmarks")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
+    parser.add_argument("--part", action="append", help="run only these parts, by name")
+    arguments = parser.parse_args()
+    out = arguments.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * arguments.minutes
+    lines, passed = [], True
+    for part in parts(out, arguments.tune, arguments.minutes):
+        if arguments.part and part.name not in arguments.part:
+            continue
+        begin = time.monotonic()
+        left = deadline - begin
+        result = run(part, out, left) if left > LEAST_SECONDS else "left out: no time"
+        passed &= result == "passed"
+        lines.append(f"{part.name:22} {result} ({time.monotonic() - begin:.0f} s, see {part.log})")
+        print(lines[-1], flush=True)
+        (out / "summary.txt").write_text("\n".join(lines) + "\n")
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,219 @@
+"""`python -m bigain_kernels.tune` (or `bigain tune`): measure the launch configs of the Triton kernels on this GPU.
+
+Every candidate of `triton_kernels/tuned/<architecture>.json` is run on shapes of models in use. One whose result
+differs in a single bit from that of the first candidate stops the run: configs are a matter of speed alone. In each
+size class the candidate with the lowest geometric mean of its times is written down. Nothing tunes itself at run time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from .timing import time_cuda
+
+# (batch, grid, channels): SD 2 at 512 and 768, SDXL at 1024, DiT-XL/2 at 512 with 2 and 32 rows, Flux-class.
+SHAPES = (
+    (2, (64, 64), 320),
+    (2, (96, 96), 320),
+    (2, (64, 64), 640),
+    (2, (32, 32), 1152),
+    (32, (32, 32), 1152),
+    (1, (64, 64), 3072),
+)
+RATIO, STRIDE = 0.7, (2, 2)
+
+Call = Callable[[], Any]
+# Microseconds of a call.
+Measure = Callable[[Call], float]
+
+
+def _measure(call: Call) -> float:
+    return time_cuda(call, "graph", seconds=0.03).median
+
+
+def calls(x: Tensor, grid: tuple[int, int]) -> dict[str, Call]:
+    """A call for every op of the tables, on tokens (B, N, C); the launchers pick their configs themselves."""
+    from .triton_kernels import bipartite_match, kv_downsample, laplacian_score, merge_plan, row_stats, token_merge
+    from .triton_kernels.lgtm_plan import launch_lgtm_plan
+
+    r = int(x.shape[1] * RATIO)
+    scored = laplacian_score.launch_score_and_select(x, grid, STRIDE)
+    destinations = scored["destinations"].sort(dim=1).values
+    similarity, match = bipartite_match.launch_bipartite_match(x, destinations)
+    tables = launch_lgtm_plan(x, grid, STRIDE, r)
+    merged, pair = token_merge.launch_token_merge(x, *tables), [x, x.flip(1)]
+    is_fp32 = x.dtype == torch.float32
+
+    def matched() -> Any:
+        return bipartite_match.launch_bipartite_match(x, destinations)
+
+    def matched_window() -> Any:
+        return bipartite_match.launch_bipartite_match(x, destinations, 1, grid, STRIDE)
+
+    return {
+        "laplacian_score": lambda: laplacian_score.launch_score_and_select(x, grid, STRIDE),
+        "row_stats": lambda: row_stats.launch_row_stats(x, "layernorm", 1e-5),
+        "match_prepare": matched,
+        "bipartite_match_fp32" if is_fp32 else "bipartite_match": matched,
+        **({} if is_fp32 else {"bipartite_match_window": matched_window}),
+        "merge_plan": lambda: merge_plan.launch_merge_plan(similarity, match, destinations, r),
+        "token_merge": lambda: token_merge.launch_token_merge(x, *tables),
+        "token_unmerge": lambda: token_merge.launch_token_unmerge(merged, tables[0], x, x[:, 0]),
+        "kv_downsample": lambda: kv_downsample.launch_kv_downsample(pair, grid, (2, 2), 0.9),
+    }
+
+
+@contextmanager
+def forced(op: str, config: dict[str, Any]) -> Iterator[None]:
+    """Let the launchers of the block use `config` for `op`, and what they would use anyway for other ops."""
+    from .triton_kernels import configs
+
+    pick = configs.pick
+
+    def forced_pick(name: str, device: torch.device, work: int) -> dict[str, Any]:
+        return config if name == op else pick(name, device, work)
+
+    with mock.patch.object(configs, "pick", forced_pick):
+        yield
+
+
+def size_of(op: str, call: Call) -> str:
+    """The size class that a call falls into for an op, "small" or "large"."""
+    from .triton_kernels import configs
+
+    pick, seen = configs.pick, []
+
+    def watching_pick(name: str, device: torch.device, work: int) -> dict[str, Any]:
+        if name == op:
+            seen.append("large" if work >= configs.LARGE else "small")
+        return pick(name, device, work)
+
+    with mock.patch.object(configs, "pick", watching_pick):
+        call()
+    assert seen, f"the call that shall measure {op} uses no config of it"
+    return seen[0]
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    return [tensor for each in (result.values() if isinstance(result, dict) else result) for tensor in _tensors(each)]
+
+
+def _same_bits(one: Any, other: Any) -> bool:
+    return all(
+        torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+        for a, b in zip(_tensors(one), _tensors(other), strict=True)
+    )
+
+
+def times(op: str, candidates: list[dict[str, Any]], call: Call, measure: Measure) -> list[float]:
+    """Microseconds of a call with every candidate of an op.
+
+    Raises:
+        RuntimeError: two candidates give different bits.
+    """
+    found, first = [], None
+    for config in candidates:
+        with forced(op, config):
+            result = call()
+            first = result if first is None else first
+            if not _same_bits(result, first):
+                raise RuntimeError(f"{op}: config {config} gives other bits than {candidates[0]}; this is a bug")
+            found.append(measure(call))
+    return found
+
+
+def best(measured: Iterable[list[float]]) -> int:
+    """Index of the candidate with the lowest geometric mean over several calls; the first of equals."""
+    sums = [sum(map(math.log, each)) for each in zip(*measured, strict=True)]
+    return sums.index(min(sums))
+
+
+def dump(table: dict[str, Any]) -> str:
+    """The text of a table: a line per candidate."""
+    head = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in table.items() if key != "ops"]
+    ops = []
+    for op, entry in table["ops"].items():
+        candidates = ",\n".join(f"        {json.dumps(config)}" for config in entry["candidates"])
+        ops.append(
+            f'    {json.dumps(op)}: {{\n      "candidates": [\n{candidates}\n      ],\n'
+            f'      "choice": {json.dumps(entry["choice"])}\n    }}'
+        )
+    return "\n".join(["{", *head, '  "ops": {', ",\n".join(ops), "  }", "}"]) + "\n"
+
+
+def tune(
+    table: dict[str, Any],
+    device: str,
+    note: str,
+    shapes: Iterable[tuple[int, tuple[int, int], int]] = SHAPES,
+    measure: Measure = _measure,
+    log: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """The table with the choices that measuring makes; ops and classes that no shape reaches keep theirs.
+
+    Args:
+        table: content of a file of tuned/.
+        device: "cuda", or "cpu" in Triton's interpreter.
+        note: what measured: GPU, versions, commit.
+        shapes: (batch, grid, channels) to measure on, in bfloat16, and the first also in float32.
+        measure: microseconds of a call.
+        log: is given a line for each op, shape and list of times.
+    """
+    measured: dict[tuple[str, str], list[list[float]]] = {}
+    todo = [(shape, torch.bfloat16) for shape in shapes]
+    todo.append((todo[0][0], torch.float32))
+    for (batch, grid, channels), dtype in todo:
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.randn((batch, grid[0] * grid[1], channels), generator=generator, device=device).to(dtype)
+        for op, call in calls(x, grid).items():
+            if dtype == torch.float32 and not op.endswith("_fp32"):
+                continue
+            size = size_of(op, call)
+            found = times(op, table["ops"][op]["candidates"], call, measure)
+            measured.setdefault((op, size), []).append(found)
+            line = ", ".join(f"{value:.1f}" for value in found)
+            log(f"{op} {tuple(x.shape)} {size}: {line} us")
+    ops = {op: {**entry, "choice": dict(entry["choice"])} for op, entry in table["ops"].items()}
+    for (op, size), lists in measured.items():
+        ops[op]["choice"][size] = best(lists)
+    return {**table, "tuned": True, "note": note, "ops": ops}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and write the file; 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(prog="python -m bigain_kernels.tune", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, help="file to write; default: that of this GPU, in the installed package")
+    options = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("tune: found no GPU that torch can use, expected one to measure on", file=sys.stderr)
+        return 2
+    import triton
+
+    from .triton_kernels import configs
+
+    name = configs.architecture(torch.device("cuda", torch.cuda.current_device()))
+    out = options.out or configs.path_of(name)
+    note = f"measured on {torch.cuda.get_device_name()} with torch {torch.__version__} and triton {triton.__version__}"
+    with torch.no_grad():
+        table = tune({**configs.table(name), "architecture": name}, "cuda", note, log=print)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(dump(table))
+    print(f"wrote {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
