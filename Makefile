@@ -12,7 +12,7 @@ help:
 	@echo "make lint      ruff (lint and format) and mypy"
 	@echo "make sanitize  the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     all kernels against eager PyTorch and tomesd; rows and plots in benchmarks/results/"
-	@echo "make gpu       on a machine with a GPU, without .venv: tests, sanitizer, benchmarks; all in gpu/ (TUNE=1 tunes too)"
+	@echo "make gpu       on a machine with a GPU, without .venv: tests, sanitizer, benchmarks; all in gpu/ (TUNE=1, MODELS=1 add parts)"
 	@echo "make format    let ruff rewrite the files"
 	@echo "make clean     remove .venv, demo/ and build products"
 
@@ -42,7 +42,7 @@ bench: $(STAMP)
 
 # No .venv: the Python of the machine has the torch and the Triton that fit its GPU. Nothing is fetched.
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out gpu $(if $(TUNE),--tune)
+	$(PYTHON) -m benchmarks.gpu --out gpu $(if $(TUNE),--tune) $(if $(MODELS),--models)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

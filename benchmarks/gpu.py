@@ -1,4 +1,4 @@
-"""The one command for a machine with a GPU: `make gpu`, or `python -m benchmarks.gpu --out FOLDER [--tune]`.
+"""The one command for a machine with a GPU: `make gpu`, or `python -m benchmarks.gpu --out FOLDER [--tune] [--models]`.
 
 Installs the project in the Python that runs it (no network, no dependencies), then runs the GPU tests, NVIDIA's
 compute-sanitizer on small shapes, when asked the tuning of the Triton kernels, and all benchmarks. Each part is a
@@ -8,8 +8,8 @@ process with a time limit; what does not fit into --minutes is left out and name
     environment.txt  of the installation; versions, GPU, backends
     tests.txt        of pytest
     sanitizer.txt    of compute-sanitizer: memcheck, racecheck, initcheck
-    tuned_*.json     the configs that tuning chose, with --tune
-    <gpu>.csv        the rows of the benchmarks; benchmarks.txt is what they printed
+    tuned.json       the configs that tuning chose, with --tune
+    rows.csv         of the benchmarks, for benchmarks/results/; benchmarks.txt is what they printed
 
 The status is 1 when a part did not pass.
 """
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     environment: Mapping[str, str] = MappingProxyType({})
 
 
-def parts(out: Path, tune: bool, minutes: float) -> list[Part]:
+def parts(out: Path, tune: bool, models: bool, minutes: float) -> list[Part]:
     """What to run, in order; a compute-sanitizer that is not there is left for `run` to name."""
     python = sys.executable
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
@@ -62,8 +62,16 @@ def parts(out: Path, tune: bool, minutes: float) -> list[Part]:
     if tune:
         command = [python, "-m", "bigain_kernels.tune", "--out", str(out / "tuned.json")]
         found.append(Part("tune", "tune.txt", command, 150))
-    bench = [python, "-m", "benchmarks.run", "--device", "cuda", "--out", str(out), "--no-plots"]
-    return [*found, Part("benchmarks", "benchmarks.txt", bench, 60 * minutes)]
+    rows = ["--device", "cuda", "--csv", str(out / "rows.csv")]
+    ceilings = [python, "-m", "benchmarks.bench_ceilings", *rows]
+    found.append(Part("ceilings", "benchmarks.txt", ceilings, 60))
+    found.append(
+        Part("benchmarks", "benchmarks.txt", [python, "-m", "benchmarks.run", "--no-plots", *rows], 60 * minutes)
+    )
+    if models:
+        models_command = [python, "-m", "benchmarks.bench_model", *rows]
+        found.append(Part("models", "benchmarks.txt", models_command, 60 * minutes))
+    return found
 
 
 def gpu_arch() -> str:
@@ -81,8 +89,8 @@ def run(part: Part, out: Path, seconds: float) -> str:
         return f"left out: {part.command[0]} is not on PATH"
     seconds = min(part.seconds, seconds)
     command = list(part.command)
-    if part.name == "benchmarks":
-        # They write what they have when their own time is over.
+    if part.log == "benchmarks.txt":
+        # They start nothing new when their own time is nearly over.
         command += ["--minutes", f"{max(seconds - 45, 5) / 60:.2f}"]
     with (out / part.log).open("a") as log:
         log.write(f"$ {' '.join(command)}\n")
@@ -101,6 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("gpu"), help="folder of all results")
     parser.add_argument("--tune", action="store_true", help="measure the launch configs before the benchmarks")
+    parser.add_argument("--models", action="store_true", help="whole models after the benchmarks; needs diffusers")
     parser.add_argument("--minutes", type=float, default=9.0, help="for everything together")
     parser.add_argument("--part", action="append", help="run only these parts, by name")
     arguments = parser.parse_args()
@@ -108,7 +117,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * arguments.minutes
     lines, passed = [], True
-    for part in parts(out, arguments.tune, arguments.minutes):
+    for part in parts(out, arguments.tune, arguments.models, arguments.minutes):
         if arguments.part and part.name not in arguments.part:
             continue
         begin = time.monotonic()

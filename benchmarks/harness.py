@@ -15,7 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from importlib.util import find_spec
@@ -78,13 +78,17 @@ class Session:
     problems: tuple[str, ...]
     providers: tuple[str, ...] | None = None
     seconds: float = 0.1
+    csv: Path | None = None
     deadline: float | None = None
     rows: list[Row] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
 
-    @property
-    def is_late(self) -> bool:
-        return self.deadline is not None and time.monotonic() > self.deadline
+    def is_late(self, op: str, problem: str) -> bool:
+        """Whether the time is over; then notes that the problem was left out."""
+        late = self.deadline is not None and time.monotonic() > self.deadline
+        if late:
+            self.failures.append(f"{op} {problem}: not run, out of time")
+        return late
 
 
 def own_backends(op: str, device: str) -> list[str]:
@@ -165,27 +169,36 @@ def _times(case: Case, session: Session) -> dict[tuple[str, str], Timing]:
 def run(module: Any, session: Session) -> None:
     """Run one benchmark module over the problems of a session; prints a line per row."""
     op, targets = module.OP, getattr(module, "TARGETS", {}).get(session.device, {})
-    dtype = DTYPES[session.dtype]
-    bandwidth, rate = ceilings(session.device, dtype)
+    ours = own_backends(op, session.device)
     for name in session.problems:
         if name in getattr(module, "SKIP", ()):
             continue
-        if session.is_late:
-            session.failures.append(f"{op} {name}: not run, out of time")
+        if session.is_late(op, name):
             continue
         problem = PROBLEMS[name]
         torch.compiler.reset()
-        case = module.build(problem, problem.make(session.device, dtype))
-        known = len(session.failures)
-        times = _times(case, session)
-        session.failures[known:] = [f"{op} {name} {failure}" for failure in session.failures[known:]]
-        floor = max(case.bytes / bandwidth, case.flops / rate) * 1e6
-        for (provider, mode), timing in times.items():
-            session.rows.append(
-                Row(op, name, session.dtype, provider, mode, timing, floor, case.bytes, case.flops),
-            )
-        print_times(op, name, times, floor, own_backends(op, session.device))
+        case = module.build(problem, problem.make(session.device, DTYPES[session.dtype]))
+        times = run_case(session, op, name, case, ours)
         judge(session, op, name, times, {other: ratio for (where, other), ratio in targets.items() if where == name})
+
+
+def run_case(session: Session, op: str, name: str, case: Case, ours: Sequence[str]) -> dict[tuple[str, str], Timing]:
+    """Check and time the providers of one case, add its rows and print them; `ours` are compared with the others."""
+    bandwidth, rate = ceilings(session.device, DTYPES[session.dtype])
+    known = len(session.failures)
+    times = _times(case, session)
+    session.failures[known:] = [f"{op} {name} {failure}" for failure in session.failures[known:]]
+    floor = max(case.bytes / bandwidth, case.flops / rate) * 1e6
+    rows = [
+        Row(op, name, session.dtype, provider, mode, timing, floor, case.bytes, case.flops)
+        for (provider, mode), timing in times.items()
+    ]
+    session.rows += rows
+    if session.csv is not None:
+        # At once: a run that is cut off leaves what it has measured.
+        write_csv(session.csv, session.device, rows)
+    print_times(op, name, times, floor, ours)
+    return times
 
 
 def judge(
@@ -206,11 +219,11 @@ def print_times(
     op: str, problem: str, times: Mapping[tuple[str, str], Timing], floor: float, ours: Iterable[str]
 ) -> None:
     """A block for one problem: time with its spread, share of the floor, and speed of our first backend over each."""
-    print(f"{op} {problem}: floor {floor:.1f} us")
+    print(f"{op} {problem}" + (f": floor {floor:.1f} us" if floor else ""))
     first = next((name for name in ours if any(provider == name for provider, _ in times)), None)
     for (provider, mode), timing in times.items():
         line = f"    {provider:12} {mode:6} {timing.median:11.1f} us  ({timing.p20:.1f} to {timing.p80:.1f})"
-        line += f"  {100 * floor / timing.median:5.1f} % of floor"
+        line += f"  {100 * floor / timing.median:5.1f} % of floor" if floor else ""
         if first is not None and provider != first and (first, mode) in times:
             line += f"  {first} is {timing.median / times[first, mode].median:.2f}x faster"
         print(line, flush=True)
@@ -235,18 +248,18 @@ def commit() -> str:
     return run.stdout.strip() or "unknown"
 
 
-def write_csv(path: Path, session: Session) -> None:
-    """Append the rows, with what identifies the run."""
+def write_csv(path: Path, device: str, rows: Sequence[Row]) -> None:
+    """Append rows, with what identifies the run."""
     triton = metadata.version("triton") if find_spec("triton") is not None else "none"
     command = shlex.join(["python", "-m", module_name(), *sys.argv[1:]])
-    facts = [device_name(session.device), torch.__version__, triton, commit(), command]
+    facts = [device_name(device), torch.__version__, triton, commit(), command]
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.writer(file)
         if is_new:
             writer.writerow(COLUMNS)
-        for row in session.rows:
+        for row in rows:
             numbers = [f"{value:.3f}" for value in (*row.timing, row.floor)]
             writer.writerow([*row[:5], *numbers, row.bytes, row.flops, *facts])
 
@@ -265,6 +278,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--problem", action="append", choices=tuple(PROBLEMS), help="default: those of the device")
     options.add_argument("--provider", action="append", help="default: all that run here")
     options.add_argument("--seconds", type=float, default=0.1, help="about how long each provider is timed")
+    options.add_argument("--minutes", type=float, help="start nothing new after this time")
     options.add_argument("--csv", type=Path, help="append the rows to this file")
     return options
 
@@ -273,7 +287,13 @@ def session_of(arguments: argparse.Namespace) -> Session:
     dtype = arguments.dtype or ("bfloat16" if arguments.device == "cuda" else "float32")
     problems = tuple(arguments.problem or DEFAULT[arguments.device])
     return Session(
-        arguments.device, dtype, problems, tuple(arguments.provider) if arguments.provider else None, arguments.seconds
+        arguments.device,
+        dtype,
+        problems,
+        tuple(arguments.provider) if arguments.provider else None,
+        arguments.seconds,
+        arguments.csv,
+        None if arguments.minutes is None else time.monotonic() + 60 * arguments.minutes,
     )
 
 
@@ -284,10 +304,8 @@ def print_heading(session: Session) -> None:
     print(f"measured here: copy {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e12:.3f} TFLOP/s\n", flush=True)
 
 
-def finish(session: Session, path: Path | None) -> int:
-    """Write the rows, say what failed; the exit status."""
-    if path is not None:
-        write_csv(path, session)
+def finish(session: Session) -> int:
+    """Say what failed; the exit status."""
     for failure in session.failures:
         print(f"FAILED {failure}")
     return 1 if session.failures else 0
@@ -300,7 +318,7 @@ def main(module: Any) -> int:
     session = session_of(arguments)
     print_heading(session)
     run(module, session)
-    return finish(session, arguments.csv)
+    return finish(session)
 
 
 def tokens_bytes(x: Tensor, share: float = 1.0) -> int:

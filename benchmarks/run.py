@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import re
 import sys
-import time
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,21 +41,18 @@ def device_file(session: harness.Session) -> str:
 def main() -> int:
     options = harness.parser(__doc__)
     options.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    options.add_argument("--minutes", type=float, help="start nothing new after this time")
     options.add_argument("--no-plots", action="store_true", help="draw nothing; `python -m benchmarks.plot` does later")
     options.add_argument("--module", action="append", choices=MODULES, help="default: all")
     arguments = options.parse_args()
     torch.set_grad_enabled(False)
     session = harness.session_of(arguments)
-    if arguments.minutes is not None:
-        session.deadline = time.monotonic() + 60 * arguments.minutes
+    table = session.csv = arguments.csv or arguments.out / f"{device_file(session)}.csv"
     harness.print_heading(session)
     for name in arguments.module or MODULES:
         harness.run(import_module(f"benchmarks.{name}"), session)
     if session.device == "cpu" and arguments.module is None:
         session.failures += bench_memory.compare()
-    table = arguments.csv or arguments.out / f"{device_file(session)}.csv"
-    status = harness.finish(session, table)
+    status = harness.finish(session)
     print(f"{len(session.rows)} rows in {table}")
     if arguments.no_plots or find_spec("matplotlib") is None:
         print(f"no plots drawn; to draw them: python -m benchmarks.plot {table}")

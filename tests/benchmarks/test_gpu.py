@@ -11,14 +11,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def test_parts_in_order(tmp_path):
-    names = [part.name for part in gpu.parts(tmp_path, tune=True, minutes=9)]
+    names = [part.name for part in gpu.parts(tmp_path, tune=True, models=True, minutes=9)]
     assert names[:2] == ["install", "environment"]
-    assert names.index("tune") < names.index("benchmarks")
-    assert "tune" not in [part.name for part in gpu.parts(tmp_path, tune=False, minutes=9)]
+    assert names.index("tune") < names.index("ceilings") < names.index("benchmarks") < names.index("models")
+    fewer = [part.name for part in gpu.parts(tmp_path, tune=False, models=False, minutes=9)]
+    assert not {"tune", "models"} & set(fewer)
 
 
 def test_what_the_parts_run_exists(tmp_path):
-    for part in gpu.parts(tmp_path, tune=True, minutes=9):
+    for part in gpu.parts(tmp_path, tune=True, models=True, minutes=9):
         for word in part.command:
             if word.startswith("tests/"):
                 assert (ROOT / word).exists(), f"{part.name}: {word}"

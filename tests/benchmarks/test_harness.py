@@ -50,7 +50,7 @@ def test_a_wrong_result_gets_no_row(session):
     harness.run(module, session)
     assert [row.provider for row in session.rows] == ["right"]
     assert session.failures == ["laplacian_score tiny wrong: got 2"]
-    assert harness.finish(session, None) == 1
+    assert harness.finish(session) == 1
     assert session.rows[0].floor == pytest.approx(1.0)  # 1000 bytes at 1 GB/s
 
 
@@ -83,11 +83,41 @@ def test_every_benchmark_passes_its_checks(session, name, dtype, monkeypatch):
     assert providers & {"eager", "full"}, "nothing to compare with"
 
 
+def test_models(session, tmp_path, monkeypatch):
+    bench_model = pytest.importorskip("benchmarks.bench_model", reason="needs diffusers")
+    command = ["bench_model", "--model", "dit_tiny", "--seconds", "0.001", "--csv", str(tmp_path / "rows.csv")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert bench_model.main() == 0
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["provider"] for row in rows] == ["unpatched", "lgtm", "lgtm_shared", "iekvd"]
+
+
+def test_compressed_models_share_the_weights_and_compress():
+    bench_model = pytest.importorskip("benchmarks.bench_model", reason="needs diffusers")
+    model = bench_model.MODELS["dit_tiny"]
+    modules = bench_model.instances(model, "cpu", torch.float32)
+    inputs = model.inputs("cpu", torch.float32)
+    with torch.no_grad():
+        outputs = {name: module(**inputs, return_dict=False)[0] for name, module in modules.items()}
+    for name, module in modules.items():
+        assert next(module.parameters()).data_ptr() == next(modules["unpatched"].parameters()).data_ptr()
+        assert (name == "unpatched") == torch.equal(outputs[name], outputs["unpatched"])
+
+
+def test_attention_of_pytorch_is_a_row(session, monkeypatch, capsys):
+    from benchmarks import bench_ceilings
+
+    monkeypatch.setattr(sys, "argv", ["bench_ceilings", "--problem", "dit_256", "--seconds", "0.001"])
+    assert bench_ceilings.main() == 0
+    assert "attention dit_256: floor" in capsys.readouterr().out
+
+
 def test_rows_say_where_they_come_from(session, tmp_path, monkeypatch):
     monkeypatch.setenv("BIGAIN_COMMIT", "abc1234")
-    session.rows.append(harness.Row("op", "tiny", "float32", "cpp", "eager", summary([1.0, 2.0]), 0.5, 10, 0))
+    row = harness.Row("op", "tiny", "float32", "cpp", "eager", summary([1.0, 2.0]), 0.5, 10, 0)
     for _ in range(2):
-        harness.write_csv(tmp_path / "new" / "cpu.csv", session)
+        harness.write_csv(tmp_path / "new" / "cpu.csv", "cpu", [row])
     with (tmp_path / "new" / "cpu.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2
