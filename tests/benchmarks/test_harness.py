@@ -133,10 +133,8 @@ def test_plots(session, tmp_path):
     from benchmarks.plot import plot_file
 
     for provider in ("cpp", "eager"):
-        session.rows.append(
-            harness.Row("token_merge", "tiny", "float32", provider, "eager", summary([1, 2]), 0.5, 9, 0)
-        )
-    harness.write_csv(tmp_path / "cpu.csv", session)
+        row = harness.Row("token_merge", "tiny", "float32", provider, "eager", summary([1.0, 2.0]), 0.5, 9, 0)
+        harness.write_csv(tmp_path / "cpu.csv", "cpu", [row])
     assert plot_file(tmp_path / "cpu.csv", tmp_path / "plots") == [tmp_path / "plots" / "cpu_token_merge.png"]
     assert (tmp_path / "plots" / "cpu_token_merge.png").stat().st_size > 5000
 
