@@ -1,5 +1,8 @@
 """kv_downsample_attention, factor 2, with keys and values given: pooling and attention together.
 
+"pool" pools in one launch and then attends, "fused" is the Triton kernel that pools while it attends; "triton" is one
+of the two, by the table of the architecture.
+
 "pooled" is PyTorch's attention on keys and values that are pooled already, the target to come within 5 % of; "full" is
 attention over all keys, what an unpatched layer does. Both use the fastest backend of the machine.
 """
@@ -26,10 +29,14 @@ CHECKED = 256
 
 def build(problem: Problem, x: Tensor) -> harness.Case:
     grid, pair = problem.grid, (FACTOR, FACTOR)
-    q, k, v = (split_heads(each, problem.heads) for each in (x, x.flip(1), x.flip(0, 1)))
-    pooled_k, pooled_v = (
-        split_heads(bk.kv_downsample(each, grid, pair, ALPHA), problem.heads) for each in (x.flip(1), x.flip(0, 1))
-    )
+    keys_in, values_in = x.flip(1), x.flip(0, 1)
+    q, k, v = (split_heads(each, problem.heads) for each in (x, keys_in, values_in))
+
+    def pool() -> list[Tensor]:
+        rows = bk.kv_downsample((keys_in, values_in), grid, pair, ALPHA)
+        return [split_heads(each, problem.heads) for each in rows]
+
+    pooled_k, pooled_v = pool()
     on_pooled, on_all = fastest(q, pooled_k, pooled_v), fastest(q, k, v)
     few = q[:, :, :CHECKED]
     exact = reference.kv_downsample_attention(few.double(), k.double(), v.double(), grid, pair, ALPHA)
@@ -46,9 +53,14 @@ def build(problem: Problem, x: Tensor) -> harness.Case:
             lambda: bk.kv_downsample_attention(q, k, v, grid, pair, ALPHA),
             lambda: reference.kv_downsample_attention(q, k, v, grid, pair, ALPHA),
         ),
+        "pool": lambda: attend(q, *pool(), on_pooled),
         "pooled": lambda: attend(q, pooled_k, pooled_v, on_pooled),
         "full": lambda: attend(q, k, v, on_all),
     }
+    if "triton" in providers:
+        from bigain_kernels.triton_kernels.attention import launch_kv_downsample_attention
+
+        providers["fused"] = lambda: launch_kv_downsample_attention(q, k, v, grid, pair, ALPHA)
     keys = pooled_k.shape[2]
     flops = 4 * problem.batch * problem.tokens * keys * problem.channels
     return harness.Case(providers, check, harness.tokens_bytes(x, 4), flops)

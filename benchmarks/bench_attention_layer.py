@@ -1,7 +1,8 @@
 """A whole self-attention layer, projections included: hidden states in, output projection out.
 
 "unpatched" attends to all tokens; "eager" is ToDo as published (keys and values projected from hidden states reduced
-by nearest interpolation); "pool" pools with kv_downsample and then projects; our backends use pooled_kv_projection.
+by nearest interpolation); "pool" pools with kv_downsample and then projects; our backends use pooled_kv_projection,
+and "fused" is its Triton kernel that pools while it projects.
 PyTorch's attention uses the fastest backend of the machine everywhere.
 """
 
@@ -78,6 +79,10 @@ def build(problem: Problem, x: Tensor) -> harness.Case:
         "eager": lambda: from_pooled(published.todo_downsample(x, grid, FACTOR)),
         "unpatched": lambda: layer(F.linear(x, w_k), F.linear(x, w_v), on_all),
     }
+    if "triton" in providers:
+        from bigain_kernels.triton_kernels.pooled_kv_projection import launch_pooled_kv_projection
+
+        providers["fused"] = lambda: layer(*launch_pooled_kv_projection(x, grid, pair, ALPHA, w_k, w_v), on_pooled)
     keys = tokens // FACTOR**2
     flops = problem.batch * channels * (4 * tokens * channels + 4 * keys * channels + 4 * tokens * keys)
     return harness.Case(providers, check, harness.tokens_bytes(x, 2) + 4 * w_q.numel() * w_q.element_size(), flops)

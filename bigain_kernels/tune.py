@@ -22,18 +22,20 @@ from torch import Tensor
 
 from .timing import time_cuda
 
-# (batch, grid, channels): SD 2 at 512 and 768, SDXL at 1024, DiT-XL/2 at 512 with 2 and 32 rows, Flux-class.
+# (batch, grid, channels, heads): SD 2 at 512 and 768, SDXL at 1024, DiT-XL/2 at 512 with 2 and 32 rows, Flux-class.
 SHAPES = (
-    (2, (64, 64), 320),
-    (2, (96, 96), 320),
-    (2, (64, 64), 640),
-    (2, (32, 32), 1152),
-    (32, (32, 32), 1152),
-    (1, (64, 64), 3072),
+    (2, (64, 64), 320, 5),
+    (2, (96, 96), 320, 5),
+    (2, (64, 64), 640, 10),
+    (2, (32, 32), 1152, 16),
+    (32, (32, 32), 1152, 16),
+    (1, (64, 64), 3072, 24),
 )
-RATIO, STRIDE = 0.7, (2, 2)
+RATIO, STRIDE, FACTOR, ALPHA = 0.7, (2, 2), (2, 2), 0.9
 
 Call = Callable[[], Any]
+# Pool inside the kernel, or before it.
+ROUTES = ("fused", "pooled")
 # Microseconds of a call.
 Measure = Callable[[Call], float]
 
@@ -42,7 +44,32 @@ def _measure(call: Call) -> float:
     return time_cuda(call, "graph", seconds=0.03).median
 
 
-def calls(x: Tensor, grid: tuple[int, int]) -> dict[str, Call]:
+def attention_calls(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
+    """As `calls`, for the ops around attention."""
+    from .triton_kernels import attention, pooled_kv_projection
+
+    q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (x, x.flip(1), x.flip(0, 1)))
+    bias = torch.zeros((x.shape[0], x.shape[1]), dtype=torch.float32, device=x.device)
+    weight = x.flatten(0, 1)[: x.shape[2]] * x.shape[2] ** -0.5
+
+    def pooled() -> Any:
+        return attention.launch_kv_downsample_attention(q, k, v, grid, FACTOR, ALPHA)
+
+    def proportional() -> Any:
+        return attention.launch_kv_downsample_attention(q, k, v, grid, (1, 1), 1.0, key_bias=bias)
+
+    def projected() -> Any:
+        return pooled_kv_projection.launch_pooled_kv_projection(x, grid, FACTOR, ALPHA, weight, weight)
+
+    return {
+        attention.config_op(x.dtype, q.shape[3], blends=True): pooled,
+        # float32 has the same entry for both.
+        attention.config_op(x.dtype, q.shape[3], blends=False): proportional,
+        pooled_kv_projection.config_op(x.dtype): projected,
+    }
+
+
+def calls(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
     """A call for every op of the tables, on tokens (B, N, C); the launchers pick their configs themselves."""
     from .triton_kernels import bipartite_match, kv_downsample, laplacian_score, merge_plan, row_stats, token_merge
     from .triton_kernels.lgtm_plan import launch_lgtm_plan
@@ -70,7 +97,23 @@ def calls(x: Tensor, grid: tuple[int, int]) -> dict[str, Call]:
         "merge_plan": lambda: merge_plan.launch_merge_plan(similarity, match, destinations, r),
         "token_merge": lambda: token_merge.launch_token_merge(x, *tables),
         "token_unmerge": lambda: token_merge.launch_token_unmerge(merged, tables[0], x, x[:, 0]),
-        "kv_downsample": lambda: kv_downsample.launch_kv_downsample(pair, grid, (2, 2), 0.9),
+        "kv_downsample": lambda: kv_downsample.launch_kv_downsample(pair, grid, FACTOR, ALPHA),
+        **attention_calls(x, grid, heads),
+    }
+
+
+def routed(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
+    """A call for every op that has two implementations."""
+    from .triton_kernels.registration import IMPLEMENTATIONS
+
+    q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (x, x.flip(1), x.flip(0, 1)))
+    weight = x.flatten(0, 1)[: x.shape[2]] * x.shape[2] ** -0.5
+    pool = (*grid, *FACTOR, ALPHA, None)
+    return {
+        "kv_downsample_attention": lambda: IMPLEMENTATIONS["kv_downsample_attention"](
+            q, k, v, *pool, None, None, 0, k.shape[2]
+        ),
+        "pooled_kv_projection": lambda: IMPLEMENTATIONS["pooled_kv_projection"](x, *pool, weight, weight, None, None),
     }
 
 
@@ -103,6 +146,23 @@ def size_of(op: str, call: Call) -> str:
         call()
     assert seen, f"the call that shall measure {op} uses no config of it"
     return seen[0]
+
+
+def route_times(op: str, call: Call, measure: Measure) -> tuple[str, list[float]]:
+    """The size class of a call of an op with two implementations, and its microseconds by each of `ROUTES`."""
+    from .triton_kernels import configs
+
+    sizes, found = [], []
+    for route in ROUTES:
+
+        def forced_route(name: str, device: torch.device, work: int, route: str = route) -> str:
+            if name == op:
+                sizes.append("large" if work >= configs.LARGE else "small")
+            return route
+
+        with mock.patch.object(configs, "route", forced_route):
+            found.append(measure(call))
+    return sizes[0], found
 
 
 def _tensors(result: Any) -> list[Tensor]:
@@ -158,7 +218,7 @@ def tune(
     table: dict[str, Any],
     device: str,
     note: str,
-    shapes: Iterable[tuple[int, tuple[int, int], int]] = SHAPES,
+    shapes: Iterable[tuple[int, tuple[int, int], int, int]] = SHAPES,
     measure: Measure = _measure,
     log: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
@@ -168,28 +228,41 @@ def tune(
         table: content of a file of tuned/.
         device: "cuda", or "cpu" in Triton's interpreter.
         note: what measured: GPU, versions, commit.
-        shapes: (batch, grid, channels) to measure on, in bfloat16, and the first also in float32.
+        shapes: (batch, grid, channels, heads) to measure on, in bfloat16, and the first also in float32.
         measure: microseconds of a call.
         log: is given a line for each op, shape and list of times.
     """
     measured: dict[tuple[str, str], list[list[float]]] = {}
+    by_route: dict[tuple[str, str], list[list[float]]] = {}
+
+    def note_times(op: str, x: Tensor, size: str, found: list[float]) -> None:
+        log(f"{op} {tuple(x.shape)} {size}: {', '.join(f'{value:.1f}' for value in found)} us")
+
     todo = [(shape, torch.bfloat16) for shape in shapes]
     todo.append((todo[0][0], torch.float32))
-    for (batch, grid, channels), dtype in todo:
+    for (batch, grid, channels, heads), dtype in todo:
         generator = torch.Generator(device).manual_seed(0)
         x = torch.randn((batch, grid[0] * grid[1], channels), generator=generator, device=device).to(dtype)
-        for op, call in calls(x, grid).items():
-            if dtype == torch.float32 and not op.endswith("_fp32"):
+        for op, call in calls(x, grid, heads).items():
+            # Only some entries are for float32 alone.
+            if dtype == torch.float32 and "_fp32" not in op:
                 continue
             size = size_of(op, call)
             found = times(op, table["ops"][op]["candidates"], call, measure)
             measured.setdefault((op, size), []).append(found)
-            line = ", ".join(f"{value:.1f}" for value in found)
-            log(f"{op} {tuple(x.shape)} {size}: {line} us")
+            note_times(op, x, size, found)
+        if dtype != torch.float32:
+            for op, call in routed(x, grid, heads).items():
+                size, found = route_times(op, call, measure)
+                by_route.setdefault((op, size), []).append(found)
+                note_times(f"{op} {'/'.join(ROUTES)}", x, size, found)
     ops = {op: {**entry, "choice": dict(entry["choice"])} for op, entry in table["ops"].items()}
     for (op, size), lists in measured.items():
         ops[op]["choice"][size] = best(lists)
-    return {**table, "tuned": True, "note": note, "ops": ops}
+    routes = {op: dict(choice) for op, choice in table["routes"].items()}
+    for (op, size), lists in by_route.items():
+        routes[op][size] = ROUTES[best(lists)]
+    return {**table, "tuned": True, "note": note, "routes": routes, "ops": ops}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,7 +8,7 @@ import torch
 from bigain_kernels import tune
 from bigain_kernels.triton_kernels import configs
 
-SHAPES = [(1, (4, 6), 64), (2, (6, 4), 64)]
+SHAPES = [(1, (4, 6), 64, 2), (2, (6, 4), 64, 1)]
 
 
 def small(table):
@@ -33,11 +33,14 @@ def test_the_fastest_candidate_is_chosen_and_the_rest_is_kept():
     tuned = tune.tune(table, "cpu", "a note", SHAPES, measure)
     assert tuned["tuned"] is True
     assert tuned["note"] == "a note"
-    measured = set(tune.calls(torch.randn(1, 24, 64).bfloat16(), (4, 6))) | {"bipartite_match_fp32"}
+    measured = set(tune.calls(torch.randn(1, 24, 64).bfloat16(), (4, 6), 2))
+    measured |= {"bipartite_match_fp32", "attention_fp32", "pooled_kv_projection_fp32"}
     assert measured <= set(tuned["ops"])
     for op, entry in tuned["ops"].items():
         assert entry["choice"] == {"small": 1 if op in measured else 0, "large": 0}, op
         assert entry["candidates"] == table["ops"][op]["candidates"]
+    assert tuned["routes"]["pooled_kv_projection"] == {"small": "pooled", "large": "pooled"}
+    assert table["routes"]["pooled_kv_projection"]["small"] == "fused", "the argument was changed"
     assert table["ops"]["token_merge"]["choice"]["small"] == 0, "the argument was changed"
     assert json.loads(tune.dump(tuned)) == tuned
 
