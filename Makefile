@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest Triton that is supported: the machine code of the kernels is looked at with both.
+OLD_TRITON := build/triton-3.6
 
 .PHONY: demo test lint sanitize bench gpu format clean help
 
@@ -16,7 +18,7 @@ help:
 	@echo "make format    let ruff rewrite the files"
 	@echo "make clean     remove .venv, demo/ and build products"
 
-$(STAMP): pyproject.toml requirements.txt setup.py $(wildcard csrc/*.py csrc/cpu/*)
+$(STAMP): pyproject.toml requirements.txt setup.py $(wildcard csrc/*.py csrc/*.h csrc/cpu/*)
 	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else "PYTHON: got Python %d.%d, expected 3.11 to 3.13 (diffusers 0.42 and triton 3.9 need 3.11); try: make PYTHON=python3.12 ..." % v)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
@@ -26,7 +28,10 @@ $(STAMP): pyproject.toml requirements.txt setup.py $(wildcard csrc/*.py csrc/cpu
 demo: $(STAMP)
 	$(BIN)/bigain demo --out demo
 
-test: $(STAMP)
+$(OLD_TRITON): | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+test: $(STAMP) $(OLD_TRITON)
 	$(BIN)/python -m pytest --numprocesses 2
 
 lint: $(STAMP)

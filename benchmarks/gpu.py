@@ -46,18 +46,19 @@ def parts(out: Path, tune: bool, models: bool, minutes: float) -> list[Part]:
     """What to run, in order; a compute-sanitizer that is not there is left for `run` to name."""
     python = sys.executable
     install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--editable", "."]
-    pytest = [python, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-o", "addopts=-ra"]
-    checks = ["-o", "python_files=check_*.py", "tests/triton_kernels/interpreted"]
+    tests = [python, "-m", "tests.gpu.run", "--seconds", "280", "tests/csrc/cuda"]
+    small = [python, "tests/gpu/small_launches.py"]
+    switches = {"BIGAIN_BUILD_CUDA": "auto", "BIGAIN_CUDA_ARCHS": gpu_arch()}
     found = [
-        Part(
-            "install", "environment.txt", install, 240, {"BIGAIN_BUILD_CUDA": "auto", "BIGAIN_CUDA_ARCHS": gpu_arch()}
-        ),
+        Part("install", "environment.txt", install, 240, switches),
         Part("environment", "environment.txt", [python, "-m", "bigain_kernels.env"], 60),
-        Part("kernel checks", "tests.txt", [*pytest, *checks], 200),
-        Part("gpu tests", "tests.txt", [*pytest, "tests/gpu", "tests/csrc/cuda"], 200),
+        # In many processes: nearly all of their time goes into compiling kernels.
+        Part("tests", "tests.txt", tests, 300),
+        # Once without the sanitizer, under which compiling would take too long.
+        Part("small launches", "sanitizer.txt", small, 60),
     ]
     for tool in ("memcheck", "racecheck", "initcheck"):
-        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", python, "tests/gpu/small_launches.py"]
+        command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *small]
         found.append(Part(f"sanitizer {tool}", "sanitizer.txt", command, 60))
     if tune:
         command = [python, "-m", "bigain_kernels.tune", "--out", str(out / "tuned.json")]

@@ -5,7 +5,9 @@ registers, spills, shared memory and the kinds of instructions. Exits with 1 whe
 
 * no spills and no local memory;
 * shared memory within what the architecture gives a program;
-* matching uses the tensor cores: wgmma (HGMMA) on sm_90, tcgen05 (UTC...MMA) on sm_100, MMA instructions elsewhere;
+* matching, attention and projections use the tensor cores: wgmma (HGMMA) on sm_90, tcgen05 (UTC...MMA) on sm_100, MMA
+  instructions elsewhere and in float32 attention with wide heads, whose tiles are too small for the former two;
+* all configs of a kernel sum the rows of a tile in one order (attention: no other kernel leaves that to the compiler);
 * the memory-bound kernels load and store 16 bytes at a time;
 * no double-precision arithmetic.
 
@@ -23,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +33,14 @@ from unittest import mock
 
 import torch
 
+from .aot_recipes import GRID, SHAPE, recipes
+
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 # Bytes of shared memory (LDS) that one program may have.
 SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
 # Kernels that move data: the width of their accesses is their speed.
 STREAMS_IN = ("laplacian_score", "row_stats", "match_prepare", "token_merge", "token_unmerge", "kv_downsample")
+MULTIPLIES = ("bipartite_match", "kv_downsample_attention", "pooled_kv_projection")
 STREAMS_OUT = ("token_merge", "token_unmerge", "kv_downsample")
 _TYPES = {
     torch.float16: "fp16",
@@ -45,8 +50,6 @@ _TYPES = {
     torch.int64: "i64",
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
-_SHAPE = (2, 4096, 320)
-_GRID = (64, 64)
 
 
 class Launch(NamedTuple):
@@ -77,6 +80,7 @@ class Result(NamedTuple):
     spills: int
     shared: int
     instructions: Counter[str]
+    row_order: str
     broken: list[str]
 
 
@@ -119,131 +123,6 @@ def specialize(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tup
     return signature, constants, attributes
 
 
-def _plan_tables(batch: int, n: int, m: int) -> dict[str, torch.Tensor]:
-    widths = {"slot": n, "offsets": m + 1, "members": n, "anchor": m}
-    return {name: torch.empty((batch, w), dtype=torch.int32, device="meta") for name, w in widths.items()}
-
-
-def _recipes(dtype: torch.dtype) -> list[tuple[str, str, str, Callable[[dict[str, Any] | None], Any]]]:
-    """(kernel, variant, op of the config, call) for every kernel; the call gets a config."""
-    from bigain_kernels.triton_kernels import bipartite_match, kv_downsample, laplacian_score, merge_plan, row_stats
-    from bigain_kernels.triton_kernels import token_merge as merging
-
-    batch, n, channels = _SHAPE
-    x = torch.empty(_SHAPE, dtype=dtype, device="meta")
-    m = n - int(0.7 * n)
-    tables = _plan_tables(batch, n, m)
-    merge_tables = {name: tables[name] for name in ("offsets", "members", "anchor")}
-    vector = torch.empty((channels,), dtype=dtype, device="meta")
-    rows = torch.empty((batch, channels), dtype=dtype, device="meta")
-    y = torch.empty((batch, m, channels), dtype=dtype, device="meta")
-    destinations = torch.empty((batch, n // 4), dtype=torch.int32, device="meta")
-    match_op = "bipartite_match_fp32" if dtype == torch.float32 else "bipartite_match"
-    window_op = "bipartite_match_fp32" if dtype == torch.float32 else "bipartite_match_window"
-
-    def match(window: int | None, split: int) -> Callable[[dict[str, Any] | None], Any]:
-        return lambda config: bipartite_match.launch_bipartite_match(
-            x, destinations, window, _GRID, (2, 2), config=None if config is None else {**config, "SPLIT": split}
-        )
-
-    return [
-        (
-            "laplacian_score",
-            "score",
-            "laplacian_score",
-            lambda c: laplacian_score.launch_laplacian_score(x, _GRID, config=c),
-        ),
-        (
-            "laplacian_score",
-            "select",
-            "laplacian_score",
-            lambda c: laplacian_score.launch_score_and_select(x, _GRID, (2, 2), config=c),
-        ),
-        (
-            "laplacian_score",
-            "select, share 2",
-            "laplacian_score",
-            lambda c: laplacian_score.launch_score_and_select(x, _GRID, (2, 2), share=2, config=c),
-        ),
-        ("row_stats", "norm", "row_stats", lambda c: row_stats.launch_row_stats(x, "norm", config=c)),
-        ("row_stats", "layernorm", "row_stats", lambda c: row_stats.launch_row_stats(x, "layernorm", 1e-5, config=c)),
-        ("match_prepare", "", "match_prepare", match(None, 1)),
-        ("bipartite_match", "", match_op, match(None, 1)),
-        ("bipartite_match", "split", match_op, match(None, 4)),
-        ("bipartite_match", "window", window_op, match(1, 1)),
-        ("token_merge", "mean", "token_merge", lambda c: merging.launch_token_merge(x, **merge_tables, config=c)),
-        (
-            "token_merge",
-            "mlerp",
-            "token_merge",
-            lambda c: merging.launch_token_merge(x, **merge_tables, mode="mlerp", config=c),
-        ),
-        (
-            "token_merge",
-            "prune",
-            "token_merge",
-            lambda c: merging.launch_token_merge(x, **merge_tables, mode="prune", config=c),
-        ),
-        (
-            "token_merge",
-            "adaLN",
-            "token_merge",
-            lambda c: merging.launch_token_merge(
-                x, **merge_tables, norm=True, norm_weight=vector, norm_bias=vector, shift=rows, scale=rows, config=c
-            ),
-        ),
-        ("token_unmerge", "", "token_unmerge", lambda c: merging.launch_token_unmerge(y, tables["slot"], config=c)),
-        (
-            "token_unmerge",
-            "gate, residual",
-            "token_unmerge",
-            lambda c: merging.launch_token_unmerge(y, tables["slot"], x, rows, config=c),
-        ),
-        (
-            "kv_downsample",
-            "2 tensors",
-            "kv_downsample",
-            lambda c: kv_downsample.launch_kv_downsample([x, x], _GRID, (2, 2), 0.9, config=c),
-        ),
-    ] + [
-        recipe
-        for recipe in _plan_recipes(merge_plan)
-        # Planning sees no tokens, so one dtype stands for all.
-        if dtype == torch.bfloat16
-    ]
-
-
-def _plan_recipes(merge_plan: Any) -> list[tuple[str, str, str, Callable[[dict[str, Any] | None], Any]]]:
-    # 16,384 tokens fill every block and take several of the smaller ones.
-    batch, n, d, grid = 2, 16_384, 4096, (128, 128)
-    score = torch.empty((batch, n), dtype=torch.float32, device="meta")
-    match = torch.empty((batch, n), dtype=torch.int32, device="meta")
-    packed = torch.empty((batch, n), dtype=torch.int64, device="meta")
-    small = packed[:, :1024].contiguous()
-    destinations = torch.empty((batch, d), dtype=torch.int32, device="meta")
-    return [
-        ("merge_plan", "packed", "merge_plan", lambda c: merge_plan.launch_merge_plan_packed(packed, 9000, config=c)),
-        (
-            "merge_plan",
-            "packed, N=1024",
-            "merge_plan",
-            lambda c: merge_plan.launch_merge_plan_packed(small, 700, config=c),
-        ),
-        (
-            "merge_plan",
-            "",
-            "merge_plan",
-            lambda c: merge_plan.launch_merge_plan(score, match, destinations, 9000, config=c),
-        ),
-        (
-            "block_merge_plan",
-            "max",
-            "merge_plan",
-            lambda c: merge_plan.launch_block_merge_plan(score, grid, (2, 2), 3000, "max", config=c),
-        ),
-    ]
-
-
 def cases(
     architecture: str,
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
@@ -253,19 +132,20 @@ def cases(
     from bigain_kernels.triton_kernels import configs
 
     for dtype in dtypes:
-        for kernel, variant, op, call in _recipes(dtype):
-            if dtype == torch.float16 and kernel != "bipartite_match":
+        for kernel, variant, op, call in recipes(dtype):
+            if dtype == torch.float16 and kernel not in MULTIPLIES:
                 continue  # moves the same bytes as bfloat16
             entry = configs.table(architecture)["ops"][op]
             chosen = [entry["candidates"][entry["choice"]["large"]]] if default_only else entry["candidates"]
             for config in chosen:
+                # The launcher of another kernel launches these first, and looks up their configs itself.
+                looked_up = kernel in ("match_prepare", "huge_mean")
                 with record_launches() as launches:
-                    # match_prepare is launched by the matching launcher, which looks up its config itself.
-                    call(None if kernel == "match_prepare" else config)
+                    call(None if looked_up else config)
                 (launch,) = (each for each in launches if each.name == kernel)
-                if kernel == "match_prepare":
+                if looked_up:
                     launch.arguments.update(config)
-                if kernel == "bipartite_match" and architecture.startswith("gfx"):
+                if kernel in MULTIPLIES and architecture.startswith("gfx"):
                     # The launcher asks the PyTorch at hand, which is not the one of that GPU.
                     launch.arguments["PRECISION"] = "ieee"
                 name = f"{kernel} ({variant})" if variant else kernel
@@ -334,8 +214,10 @@ def broken_rules(case: Case, architecture: str, spills: int, shared: int, instru
         broken.append(f"shared memory {shared} over {SHARED_LIMIT[architecture]}")
     if _any(instructions, r"(DADD|DMUL|DFMA|DSETP|DMMA|F2F\.F64|I2F\.F64|v_(add|mul|fma|div_\w+)_f64)"):
         broken.append("double precision")
-    if kernel == "bipartite_match":
+    if kernel in MULTIPLIES:
         wanted = {"sm_90": "HGMMA", "sm_100": r"UTC\w*MMA"}.get(architecture, "v_mfma" if amd else "HMMA")
+        if case.launch.arguments["BLOCK_M"] < 64 and not amd:
+            wanted = "HMMA"
         if not _any(instructions, wanted):
             broken.append(f"no {wanted}")
     wide_in = r"(global|buffer)_load_dwordx4" if amd else r"LDG\.E\.128|LDG\.E\S*\.128|LDGSTS\S*\.128"
@@ -347,14 +229,39 @@ def broken_rules(case: Case, architecture: str, spills: int, shared: int, instru
     return broken
 
 
+def row_order(ttgir: str) -> str:
+    """In which order the compiler sums: the kind of matrix instruction (M x K), and how the columns of tiles whose rows
+    are summed are spread over registers, lanes and warps.
+
+    Two configs with the same answer give the same bits, however many rows a tile has and which warps have them.
+    """
+    layouts = dict(re.findall(r"^(#\w+) = (#ttg\..*)$", ttgir, re.MULTILINE))
+    shapes = re.findall(
+        r"(?:nvidia_mma|amd_mfma)<\{.*?instrShape = \[(\d+), \d+((?:, \d+)?)\]", "\n".join(layouts.values())
+    )
+    found = {f"{m}{k.replace(', ', ' x ')} products" for m, k in shapes}
+    for body, tile in re.findall(r'"tt\.reduce"(.*?)\}\) : \(tensor<(.*?)>\)', ttgir, re.DOTALL):
+        shape = re.fullmatch(r"\d+x(\d+)xf32, (#\w+)", tile)
+        if shape is None or "axis = 1 " not in body or "arith.addf" not in body:
+            continue  # a maximum is the same in any order
+        columns, name = shape.groups()
+        layout = layouts[name]
+        if "#ttg.linear" in layout:
+            places = re.findall(r"(register|lane|warp) = \[(.*?)\](?=, \w+ =|\})", layout)
+            spread = {place: [c for c in re.findall(r"\[\d+, (\d+)\]", bases) if c != "0"] for place, bases in places}
+            found.add(f"{columns} columns: {spread}")
+        else:
+            found.add(f"{columns} columns: " + re.sub(r"warpsPerCTA = \[\d+, (\d+)\]", r"\1 warps a row", layout))
+    return "; ".join(sorted(found))
+
+
 def examine(case: Case, architecture: str) -> Result:
     """Compile a case and judge the machine code."""
     compiled = compile_case(case.launch, architecture)
     read = _read_amd if architecture.startswith("gfx") else _read_nvidia
     registers, spills, shared, instructions = read(compiled)
-    return Result(
-        registers, spills, shared, instructions, broken_rules(case, architecture, spills, shared, instructions)
-    )
+    broken = broken_rules(case, architecture, spills, shared, instructions)
+    return Result(registers, spills, shared, instructions, row_order(compiled.asm["ttgir"]), broken)
 
 
 _CLASSES = {
@@ -388,9 +295,10 @@ def main(arguments: list[str] | None = None) -> int:
         raise SystemExit("TRITON_INTERPRET: is set, expected unset: the interpreter compiles nothing")
     import triton
 
-    print(f"triton {triton.__version__}, torch {torch.__version__}; x is {_SHAPE} on a {_GRID} grid")
+    print(f"triton {triton.__version__}, torch {torch.__version__}; x is {SHAPE} on a {GRID} grid")
     failures = 0
     seen: dict[str, Result] = {}
+    orders: dict[tuple[str, str, str], str] = {}
     for architecture in options.architecture or ARCHITECTURES:
         print(f"\n## {architecture}\n")
         print("| kernel | dtype | config | registers | spills | shared | instructions | |")
@@ -401,6 +309,9 @@ def main(arguments: list[str] | None = None) -> int:
             if key not in seen:
                 seen[key] = examine(case, architecture)
             result = seen[key]
+            order = orders.setdefault((architecture, case.op, case.dtype), result.row_order)
+            if result.row_order != order:
+                result.broken.append(f"sums rows as {result.row_order}, another config as {order}")
             failures += bool(result.broken)
             verdict = "; ".join(result.broken) or "ok"
             print(

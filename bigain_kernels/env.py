@@ -41,6 +41,7 @@ def report() -> str:
     lines = [f"{name:16} {version}" for name, version in versions().items()]
     lines += [f"{'device':16} {device}" for device in devices()]
     lines.append(f"{'native library':16} {native.report()}")
+    lines.append(f"{'CUDA library':16} {native.cuda_report()}")
     for choice in backends.report(usable_device_types()):
         lines.append(f"{choice.op:24} {choice.device:5} {choice.backend:10} {choice.reason}")
     return "\n".join(lines)

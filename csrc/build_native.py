@@ -21,6 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
+TARGET_VERSION = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
 SWITCH = "BIGAIN_BUILD_CPU"
 
 OPS = ("isa", "laplacian_score", "bipartite_match", "merge_plan", "token_merge", "kv_downsample")
@@ -90,7 +91,8 @@ def why_not() -> str:
     return ""
 
 
-def _escape(path: Path | str) -> str:
+def escape(path: Path | str) -> str:
+    """A path as ninja writes it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
@@ -102,8 +104,7 @@ def ninja_file(output: Path, sanitize: bool) -> str:
     optimize = SANITIZE + " -fopenmp-simd" if sanitize else FAST
     # Clang does not peel loops for alignment. GCC must not: the order of a sum would depend on the address.
     kernel_flags = "" if is_clang else "--param=vect-max-peeling-for-alignment=0"
-    target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    op_flags = f"-isystem {_escape(torch / 'include')} -DTORCH_TARGET_VERSION={target}"
+    op_flags = f"-isystem {escape(torch / 'include')} -DTORCH_TARGET_VERSION={TARGET_VERSION}"
     if is_x86:
         op_flags += " -DBIGAIN_X86_ISAS"
     link = "-shared -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared -Wl,-z,defs"
@@ -124,7 +125,7 @@ def ninja_file(output: Path, sanitize: bool) -> str:
 
     def compile_one(stem: str, name: str, extra: str) -> None:
         objects.append(f"{name}.o")
-        lines.extend([f"build {name}.o: compile {_escape(ROOT / 'cpu' / stem)}.cpp", f"  extra = {extra}"])
+        lines.extend([f"build {name}.o: compile {escape(ROOT / 'cpu' / stem)}.cpp", f"  extra = {extra}"])
 
     for stem in OPS:
         compile_one(stem, stem, op_flags)
@@ -134,21 +135,25 @@ def ninja_file(output: Path, sanitize: bool) -> str:
                 compile_one(stem, f"{stem}.{isa}", f"{kernel_flags} {machine} -DBIGAIN_ISA={isa}")
     # libtorch_cpu is loaded before by `import torch`; naming it here lets the loader find its symbols, no path is kept.
     lines += [
-        f"build {_escape(output)}: link {' '.join(objects)}",
-        f"  libraries = -L{_escape(torch / 'lib')} -ltorch_cpu",
-        f"default {_escape(output)}",
+        f"build {escape(output)}: link {' '.join(objects)}",
+        f"  libraries = -L{escape(torch / 'lib')} -ltorch_cpu",
+        f"default {escape(output)}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def build(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:
-    """Build the library at `output`, with objects in `folder`; what is up to date is not built again."""
-    output, folder = output.resolve(), folder.resolve()
+def run_ninja(text: str, output: Path, folder: Path, jobs: int | None) -> None:
+    """Run ninja in `folder` on the text of a build.ninja that makes `output`."""
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(ninja_file(output, sanitize))
+    (folder / "build.ninja").write_text(text)
     limit = jobs or int(os.environ.get("MAX_JOBS", 0))
     subprocess.run([find_ninja(), "-C", str(folder), *(["-j", str(limit)] if limit else [])], check=True)
+
+
+def build(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:
+    """Build the library at `output`, with objects in `folder`; what is up to date is not built again."""
+    run_ninja(ninja_file(output.resolve(), sanitize), output, folder, jobs)
 
 
 if __name__ == "__main__":

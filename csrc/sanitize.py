@@ -1,7 +1,7 @@
 """The tests of the native library under AddressSanitizer and UndefinedBehaviorSanitizer: `python csrc/sanitize.py`.
 
-Builds the library with both, with outputs filled with NaN before the kernels run, into build/sanitize. The first
-finding ends the run. Arguments go to pytest.
+Builds the CPU library and the emulated CUDA library with both, with outputs filled with NaN before the kernels run,
+into build/sanitize. The first finding ends the run. Arguments go to pytest.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import build_cuda
 import build_native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,20 +28,25 @@ def runtime(name: str) -> str:
 
 def main() -> int:
     library = ROOT / "build" / "sanitize" / "_native.so"
+    emulated = ROOT / "build" / "sanitize_emulated" / "_emulated.so"
     build_native.build(library, library.parent, sanitize=True)
+    build_cuda.build_emulated(emulated, emulated.parent, sanitize=True)
     environment = {
         **os.environ,
         "BIGAIN_NATIVE_LIBRARY": str(library),
+        "BIGAIN_EMULATED_LIBRARY": str(emulated),
         # Python is not linked with the sanitizer: it is loaded first by force, with the libstdc++ whose throws it sees.
         "LD_PRELOAD": f"{runtime('libasan.so')} {runtime('libstdc++.so')}",
-        # Python frees little at exit.
-        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0",
+        # Python frees little at exit. The threads of the emulator change stacks.
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "2",
     }
     # The sanitizer writes to the file of standard error, which pytest must not hide.
-    options = ["--ignore=tests/csrc/test_build.py", "-p", "no:cacheprovider", "-q", "--capture=sys"]
-    tests = ["tests/csrc", *options, *sys.argv[1:]]
+    options = ["-p", "no:cacheprovider", "-q", "--capture=sys"]
+    # These build libraries of their own.
+    builds = ["test_build.py", "cuda/test_build.py", "cuda/test_machine_code.py", "cuda/test_emulator.py"]
+    tests = ["tests/csrc", *(f"--ignore=tests/csrc/{name}" for name in builds), *options, *sys.argv[1:]]
     return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment).returncode
 
 

@@ -4,13 +4,8 @@ import os
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from bigain_kernels import native, use_backend
-
-# Derandomized: the same examples on every run and machine, so that a red test is a changed program.
-settings.register_profile("ci", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; more threads each only make them wait for one another.

@@ -2,8 +2,9 @@
 
 Every kernel gives the same bits under every config. Sums therefore never use `tl.sum` on floats, whose order follows
 the register layout: they accumulate elementwise over channel blocks of the constant width CHANNELS, and the block is
-folded by `tree_sum`, whose order is written down. Kernels are launched with EXACT, which keeps the compiler from
-contracting a multiplication and an addition in one config and not in another.
+folded by `tree_sum`, whose order is written down. (Attention does sum rows of scores with `tl.sum`; attention.py says
+why that is one order.) Kernels are launched with EXACT, which keeps the compiler from contracting a multiplication and
+an addition in one config and not in another.
 """
 
 from __future__ import annotations

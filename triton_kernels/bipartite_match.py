@@ -156,6 +156,7 @@ def bipartite_match_kernel(
     b_inverse = tl.load(p_inverse_norm + b_source, mask=m_m, other=0.0)
     # Rows without a direction are read as zeros: no NaN enters the products.
     m_a = b_inverse > 0.0
+    b_row_scale = tl.where(m_a, b_inverse, 1.0)
     p_a = p_x + b_source.to(tl.int64)[:, None] * s_xn
 
     lowest = INT_MAX
@@ -195,9 +196,10 @@ def bipartite_match_kernel(
         b_b = tl.load(p_b, mask=(b_scale > 0.0)[None, :] & m_k[:, None], other=0.0)
         b_dot = tl.dot(b_a, b_b, b_dot, input_precision=PRECISION)
         if i_k == steps - 1:
-            # -inf for what cannot be matched; adding zero also makes -0 and 0 one similarity.
+            # -inf for what cannot be matched; adding zero also makes -0 and 0 one similarity. The row's own scale is
+            # applied before comparing: it can round two values to one, and parts of a split compare what is rounded.
             b_bias = tl.where(b_scale > 0.0, 0.0, float("-inf"))
-            b_cosine = tl.fma(b_dot, b_scale[None, :], b_bias[None, :])
+            b_cosine = tl.fma(b_dot * b_scale[None, :], b_row_scale[:, None], b_bias[None, :])
             if WINDOW:
                 b_away_y = tl.abs(b_tile_y[:, None] - tl.minimum(b_destination // width // SY, last_y)[None, :])
                 b_away_x = tl.abs(b_tile_x[:, None] - tl.minimum(b_destination % width // SX, last_x)[None, :])
@@ -210,9 +212,8 @@ def bipartite_match_kernel(
             b_best = tl.where(m_better, b_high, b_best)
             b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
-    # The source's own inverse norm scales all its similarities alike. -inf times 0 would be NaN.
     m_matched = m_a & (b_best > float("-inf"))
-    b_similarity = tl.where(m_matched, b_best * tl.where(m_a, b_inverse, 1.0), float("-inf"))
+    b_similarity = tl.where(m_matched, b_best, float("-inf"))
     b_match = tl.where(m_matched, b_best_token, lowest)
     o_out = i_b * n + b_source
     if PACKED:

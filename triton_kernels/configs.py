@@ -6,6 +6,9 @@ candidate for each size class. Upper-case entries are constants of the kernel, t
 
 "tuned" says whether a measurement chose; until one did, the choice is a rule of thumb, and `pick` logs that once per op
 and architecture.
+
+"routes" says, for ops that have two implementations (pool first, or pool inside another kernel), which one is taken in
+each size class; see registration.py.
 """
 
 from __future__ import annotations
@@ -71,6 +74,11 @@ def _pick(op: str, architecture_name: str, size: str) -> Config:
     if not content["tuned"]:
         _log.debug("%s: configs of %s are untuned, taking the rule of thumb for size %r", op, architecture_name, size)
     return entry["candidates"][entry["choice"][size]]
+
+
+def route(op: str, device: torch.device, work: int) -> str:
+    """Which of two implementations of an op, "fused" or "pooled"; `work` is the measure that LARGE is compared with."""
+    return table(architecture(device))["routes"][op]["large" if work >= LARGE else "small"]
 
 
 def pick(op: str, device: torch.device, work: int) -> Config:

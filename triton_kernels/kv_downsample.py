@@ -36,6 +36,7 @@ def _pool(
     SY: tl.constexpr,
     SX: tl.constexpr,
     DIVIDES: tl.constexpr,
+    ALPHA: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -48,9 +49,14 @@ def _pool(
     o_corner = (o_row * SY * width + o_column * SX).to(tl.int64)
     # The nearest-exact rule. When the factor divides the grid this is the middle token of the window, read anyway.
     o_near = ((2 * o_row + 1) * height // (2 * out_y)) * width + (2 * o_column + 1) * width // (2 * out_x)
+    p_near = p_rows + o_near.to(tl.int64)[:, None] * s_xn
+    p_out = p_y + (i_b * (out_y * out_x) + o_t)[:, None] * s_yn + o_c[None, :]
+    if ALPHA == "one":
+        tl.store(p_out, tl.load(p_near, mask=m_y), mask=m_y)
+        return
     b_near = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
-    if not DIVIDES:
-        b_near = tl.load(p_rows + o_near.to(tl.int64)[:, None] * s_xn, mask=m_y, other=0.0).to(tl.float32)
+    if not DIVIDES and ALPHA != "zero":
+        b_near = tl.load(p_near, mask=m_y, other=0.0).to(tl.float32)
     b_sum = tl.zeros((BLOCK_T, BLOCK_C), tl.float32)
     if SY * SX <= UNROLLED:
         for i in tl.static_range(SY * SX):
@@ -67,8 +73,12 @@ def _pool(
             if DIVIDES:
                 b_near = tl.where(i == SY // 2 * SX + SX // 2, b_x, b_near)
     b_average = tl.div_rn(b_sum, SY * SX * 1.0)
-    b_y = alpha * b_near + beta * b_average
-    p_out = p_y + (i_b * (out_y * out_x) + o_t)[:, None] * s_yn + o_c[None, :]
+    b_y = b_average
+    if ALPHA != "zero":
+        b_y = alpha * b_near + beta * b_average
+    if ALPHA == "rows":
+        # What has weight zero is left out: zero times an infinite token would be NaN.
+        b_y = tl.where(alpha == 1.0, b_near, tl.where(alpha == 0.0, b_average, b_y))
     tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_y)
 
 
@@ -104,7 +114,7 @@ def kv_downsample_kernel(
     batch,
     alpha,
     beta,
-    ROW_ALPHA: tl.constexpr,
+    ALPHA: tl.constexpr,
     TENSORS: tl.constexpr,
     SY: tl.constexpr,
     SX: tl.constexpr,
@@ -112,35 +122,38 @@ def kv_downsample_kernel(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """Program (block of channels, block of pooled tokens, tensor and batch row)."""
+    """Program (block of channels, block of pooled tokens, tensor and batch row).
+
+    ALPHA says where alpha comes from: "one" and "zero" from nowhere, "number" from `alpha`, "rows" from p_alpha (B,).
+    """
     i_c, i_t, i_z = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i_tensor, i_b = i_z // batch, (i_z % batch).to(tl.int64)
-    if ROW_ALPHA:
+    if ALPHA == "rows":
         alpha = tl.load(p_alpha + i_b)
         beta = 1.0 - alpha
     # A branch per tensor: what the compiler knows about each pointer's alignment survives.
     if i_tensor == 0:
         _pool(
             p_x0, p_y0, channels_0, s_xb0, s_xn0, s_yn0, i_c, i_t, i_b, height, width, alpha, beta,
-            SY, SX, DIVIDES, BLOCK_T, BLOCK_C,
+            SY, SX, DIVIDES, ALPHA, BLOCK_T, BLOCK_C,
         )  # fmt: skip
     if TENSORS > 1:
         if i_tensor == 1:
             _pool(
                 p_x1, p_y1, channels_1, s_xb1, s_xn1, s_yn1, i_c, i_t, i_b, height, width, alpha, beta,
-                SY, SX, DIVIDES, BLOCK_T, BLOCK_C,
+                SY, SX, DIVIDES, ALPHA, BLOCK_T, BLOCK_C,
             )  # fmt: skip
     if TENSORS > 2:
         if i_tensor == 2:
             _pool(
                 p_x2, p_y2, channels_2, s_xb2, s_xn2, s_yn2, i_c, i_t, i_b, height, width, alpha, beta,
-                SY, SX, DIVIDES, BLOCK_T, BLOCK_C,
+                SY, SX, DIVIDES, ALPHA, BLOCK_T, BLOCK_C,
             )  # fmt: skip
     if TENSORS > 3:
         if i_tensor == 3:
             _pool(
                 p_x3, p_y3, channels_3, s_xb3, s_xn3, s_yn3, i_c, i_t, i_b, height, width, alpha, beta,
-                SY, SX, DIVIDES, BLOCK_T, BLOCK_C,
+                SY, SX, DIVIDES, ALPHA, BLOCK_T, BLOCK_C,
             )  # fmt: skip
 
 
@@ -191,7 +204,7 @@ def launch_kv_downsample(
             batch=batch,
             alpha=number,
             beta=1.0 - number,
-            ROW_ALPHA=row_alpha,
+            ALPHA="rows" if row_alpha else {0.0: "zero", 1.0: "one"}.get(number, "number"),
             TENSORS=tensors,
             SY=sy,
             SX=sx,

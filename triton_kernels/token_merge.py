@@ -1,9 +1,7 @@
 """Merging tokens by a plan, and copying the result back to every token.
 
-The order of every sum is fixed. A slot of up to LONG members is summed in ascending token order, as the reference
-does, to the bit. A longer one is summed by LANES interleaved lanes, lane i taking members i, i + LANES, ... in order,
-and the lanes are folded by `tree_sum`: when one destination attracts thousands of sources, LANES rows are in flight
-instead of one. No program waits for another and nothing is accumulated in memory.
+The order of every sum is fixed, and no program waits for another or accumulates in memory: see `segment_mean`. Slots of
+HUGE members or more are done by programs of their own, in the same launch, before all others.
 
 Programs own a few slots and CHANNELS channels. A whole row is needed only for the length of a mean ("mlerp"); the
 statistics that mlerp and a fused LayerNorm need of the tokens come from `row_stats`, one launch before. LayerNorm is
@@ -20,111 +18,112 @@ from torch import Tensor
 from . import configs
 from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum, unit_last_stride
 from .row_stats import launch_row_stats
+from .segment_mean import HUGE, HUGE_CHANNELS, POSITIONS, huge_mean, huge_slots, largest_norm, segment_mean
 
-LONG = tl.constexpr(32)
-LANES = tl.constexpr(32)
-LOG2_LANES = tl.constexpr(5)
-# Rows loaded before the first is added.
-UNROLL = tl.constexpr(4)
-_INTEGERS = ["n", "num_slots", "plan_rows"]
+# Programs that share CHANNELS channels of a huge slot.
+PARTS = tl.constexpr(CHANNELS.value // HUGE_CHANNELS.value)
+_INTEGERS = ["n", "num_slots", "plan_rows", "spread"]
 
 
 @triton.jit
-def _load_token(
-    p_x, p_weights, p_mean, p_inverse, b_token, m_token, o_c, m_c, s_xn, WEIGHTS: tl.constexpr, NORM: tl.constexpr
-):
-    """Tokens (T, CHANNELS) as float32, normalized and weighted when asked, zero where masked; and their weights."""
-    b_x = tl.load(
-        p_x + b_token.to(tl.int64)[:, None] * s_xn + o_c[None, :], mask=m_token[:, None] & m_c[None, :], other=0.0
-    ).to(tl.float32)
-    b_weight = m_token.to(tl.float32)
-    if NORM:
-        b_mean = tl.load(p_mean + b_token, mask=m_token, other=0.0)
-        b_inverse = tl.load(p_inverse + b_token, mask=m_token, other=0.0)
-        b_x = (b_x - b_mean[:, None]) * b_inverse[:, None]
-    if WEIGHTS:
-        b_weight = tl.load(p_weights + b_token, mask=m_token, other=0.0).to(tl.float32)
-        b_x = b_x * b_weight[:, None]
-    return b_x, b_weight
+def _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE: tl.constexpr, MODULATE: tl.constexpr):
+    """(T, C) normalized means with the affine parts of LayerNorm and adaLN."""
+    if AFFINE:
+        b_y = b_y * tl.load(p_norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        b_y = b_y + tl.load(p_norm_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    if MODULATE:
+        b_y = b_y * (1.0 + tl.load(p_scale + o_c, mask=m_c, other=0.0).to(tl.float32))[None, :]
+        b_y = b_y + tl.load(p_shift + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+    return b_y
 
 
 @triton.jit
-def _segment_mean(
-    p_x,
-    p_weights,
-    p_mean,
-    p_inverse,
-    p_members,
-    b_begin,
-    b_size,
-    o_c,
-    m_c,
-    s_xn,
-    WEIGHTS: tl.constexpr,
-    NORM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-):
-    """Mean over the members of each of BLOCK_M slots, (BLOCK_M, CHANNELS) float32."""
-    b_sum = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
-    b_total = tl.zeros((BLOCK_M,), tl.float32)
-    b_short = tl.where(b_size <= LONG, b_size, 0)
-    for i in range(0, tl.max(b_short, 0), UNROLL):
-        for j in tl.static_range(UNROLL):
-            m_m = i + j < b_short
-            b_token = tl.load(p_members + b_begin + i + j, mask=m_m, other=0)
-            b_x, b_weight = _load_token(p_x, p_weights, p_mean, p_inverse, b_token, m_m, o_c, m_c, s_xn, WEIGHTS, NORM)
-            # Adding what is masked would turn -0 into 0.
-            b_sum = tl.where(m_m[:, None], b_sum + b_x, b_sum)
-            b_total += b_weight
-
-    if tl.max(b_size, 0) > LONG:
-        o_m, o_l = tl.arange(0, BLOCK_M), tl.arange(0, LANES)
-        for i_m in range(0, BLOCK_M):
-            size = tl.sum(tl.where(o_m == i_m, b_size, 0), 0)
-            if size > LONG:
-                begin = tl.sum(tl.where(o_m == i_m, b_begin, 0), 0)
-                b_lanes = tl.zeros((LANES, CHANNELS), tl.float32)
-                b_lane_weight = tl.zeros((LANES,), tl.float32)
-                for i in range(0, size, LANES * UNROLL):
-                    for j in tl.static_range(UNROLL):
-                        o_j = i + j * LANES + o_l
-                        m_l = o_j < size
-                        b_token = tl.load(p_members + begin + o_j, mask=m_l, other=0)
-                        b_x, b_weight = _load_token(
-                            p_x, p_weights, p_mean, p_inverse, b_token, m_l, o_c, m_c, s_xn, WEIGHTS, NORM
-                        )
-                        b_lanes += b_x
-                        b_lane_weight += b_weight
-                b_long = tree_sum(tl.trans(b_lanes), LOG2_LANES)
-                b_long_weight = tree_sum(b_lane_weight[None, :], LOG2_LANES)
-                b_sum = tl.where((o_m == i_m)[:, None], b_long[None, :], b_sum)
-                b_total = tl.where(o_m == i_m, b_long_weight, b_total)
-
-    if not WEIGHTS:
-        b_total = tl.maximum(b_size, 1).to(tl.float32)
-    return tl.div_rn(b_sum, tl.broadcast_to(b_total[:, None], (BLOCK_M, CHANNELS)))
+def _mean_slots(
+    p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
+    num_slots, channels, s_xn, s_yn, o_m, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
+    MODULATE: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Means of slots o_m (BLOCK_M,) in channels o_c, but for huge slots."""
+    m_m, m_c = o_m < num_slots, o_c < channels
+    b_begin = tl.load(p_offsets + o_m, mask=m_m, other=0)
+    b_size = tl.load(p_offsets + o_m + 1, mask=m_m, other=0) - b_begin
+    m_m = m_m & (b_size < HUGE)
+    b_y = segment_mean(
+        p_x, p_weights, p_mean, p_inverse, p_members, b_begin, tl.where(m_m, b_size, 0), o_c, m_c, s_xn,
+        WEIGHTS, NORM, BLOCK_M,
+    )  # fmt: skip
+    b_y = _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
+    p_out = p_y + o_m.to(tl.int64)[:, None] * s_yn + o_c[None, :]
+    tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 
 @triton.jit
-def _largest_norm(p_norm, p_members, b_begin, b_size):
-    """The largest norm among the members of each slot; NaN if one is NaN."""
-    b_largest = b_size.to(tl.float32) * 0.0
-    for i in range(0, tl.max(b_size, 0)):
-        b_token = tl.load(p_members + b_begin + i, mask=i < b_size, other=0)
-        b_norm = tl.load(p_norm + b_token, mask=i < b_size, other=0.0)
-        b_largest = tl.where((b_norm > b_largest) | (b_norm != b_norm), b_norm, b_largest)
-    return b_largest
+def _mlerp_slots(
+    p_x, p_weights, p_mean, p_norm, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m, o_c,
+    WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Means of slots o_m (BLOCK_M,) in the length of the largest member, a block of channels after the other."""
+    m_m = o_m < num_slots
+    b_begin = tl.load(p_offsets + o_m, mask=m_m, other=0)
+    b_size = tl.load(p_offsets + o_m + 1, mask=m_m, other=0) - b_begin
+    m_huge = b_size >= HUGE
+    p_own_huge = p_huge + tl.cdiv(b_begin, HUGE).to(tl.int64)[:, None] * s_yn + o_c[None, :]
+    p_out = p_y + o_m.to(tl.int64)[:, None] * s_yn + o_c[None, :]
+    b_squares = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
+    b_ratio = tl.zeros((BLOCK_M,), tl.float32)
+    # First the length of the mean, then the mean again, from the cache, to be stored in that length.
+    for step in range(0, 2):
+        for i in range(0, channels, CHANNELS):
+            m_c = i + o_c < channels
+            b_mean = segment_mean(
+                p_x, p_weights, p_mean, p_norm, p_members, b_begin, tl.where(m_huge, 0, b_size), i + o_c, m_c, s_xn,
+                WEIGHTS, False, BLOCK_M,
+            )  # fmt: skip
+            b_huge = tl.load(p_own_huge + i, mask=m_huge[:, None] & m_c[None, :], other=0.0)
+            b_mean = tl.where(m_huge[:, None], b_huge, b_mean)
+            if step == 0:
+                b_squares = tl.fma(b_mean, b_mean, b_squares)
+            else:
+                b_y = b_mean * b_ratio[:, None]
+                tl.store(p_out + i, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+        if step == 0:
+            b_length = tl.sqrt_rn(tree_sum(b_squares, LOG2_CHANNELS))
+            b_largest = largest_norm(p_norm, p_members, b_begin, b_size, BLOCK_M)
+            b_ratio = tl.div_rn(b_largest, tl.where(b_length == 0.0, 1.0, b_length))
+
+
+@triton.jit
+def _huge_slots(
+    p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_slot, p_offsets, p_members,
+    p_y, n, channels, s_xn, s_yn, i_g, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
+    MODULATE: tl.constexpr, BY_SLOT: tl.constexpr,
+):  # fmt: skip
+    """Means of the huge slots of group i_g in channels o_c, stored in the row of the slot, or of its first position."""
+    m_c = o_c < channels
+    m_found, b_slot, b_begin, b_size = huge_slots(p_slot, p_offsets, p_members, n, i_g)
+    o_p = tl.arange(0, POSITIONS)
+    for i in range(0, tl.max(tl.where(m_found, o_p + 1, 0), 0)):
+        size = tl.sum(tl.where(m_found & (o_p == i), b_size, 0), 0)
+        if size > 0:
+            begin = tl.sum(tl.where(o_p == i, b_begin, 0), 0)
+            b_mean = huge_mean(p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM)
+            b_y = _affine(b_mean[None, :], p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
+            row = tl.sum(tl.where(o_p == i, b_slot, 0), 0) if BY_SLOT else i_g * POSITIONS + i
+            p_out = p_y + row.to(tl.int64) * s_yn + o_c[None, :]
+            tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_c[None, :])
 
 
 @triton.jit(do_not_specialize=_INTEGERS)
 def token_merge_kernel(
     p_x,
+    p_slot,
     p_offsets,
     p_members,
     p_anchor,
     p_weights,
     p_mean,
     p_inverse,
+    p_huge,
     p_norm_weight,
     p_norm_bias,
     p_scale,
@@ -134,6 +133,7 @@ def token_merge_kernel(
     num_slots,
     channels,
     plan_rows,
+    spread,
     s_xb,
     s_xn,
     s_wb,
@@ -148,63 +148,88 @@ def token_merge_kernel(
 ):
     """Program (block of channels, block of slots, batch row). "mlerp" has one block of channels and loops over them.
 
-    s_yn is the row length of p_y (B, M, C), which is contiguous; a divisor of it that the compiler knows widens stores.
+    With "mean", the first `spread` blocks of slots are huge slots instead: see `huge_slots`. With "mlerp" their means
+    are in p_huge already. s_yn is the row length of p_y (B, M, C), which is contiguous; a divisor of it that the
+    compiler knows widens stores.
     """
-    i_c, i_m, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    i_m = tl.program_id(1) - spread
     i_p = i_b % plan_rows
     p_x += i_b * s_xb
     p_weights += i_b * s_wb
     p_mean += i_b * n
     p_inverse += i_b * n
+    p_slot += i_p * n
     p_members += i_p * n
     p_offsets += i_p * (num_slots + 1)
     p_anchor += i_p * num_slots
+    p_scale += i_b * s_ab
+    p_shift += i_b * s_ab
     p_y += i_b * num_slots * s_yn
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    m_m = o_m < num_slots
     o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
-    m_c = o_c < channels
-    p_out = p_y + o_m.to(tl.int64)[:, None] * s_yn + o_c[None, :]
-
     if MODE == "prune":
-        b_token = tl.load(p_anchor + o_m, mask=m_m, other=0)
-        m_y = m_m[:, None] & m_c[None, :]
-        tl.store(p_out, tl.load(p_x + b_token.to(tl.int64)[:, None] * s_xn + o_c[None, :], mask=m_y), mask=m_y)
-        return
+        b_token = tl.load(p_anchor + o_m, mask=o_m < num_slots, other=0)
+        m_y = (o_m < num_slots)[:, None] & (o_c < channels)[None, :]
+        b_y = tl.load(p_x + b_token.to(tl.int64)[:, None] * s_xn + o_c[None, :], mask=m_y)
+        tl.store(p_y + o_m.to(tl.int64)[:, None] * s_yn + o_c[None, :], b_y, mask=m_y)
+    elif MODE == "mlerp":
+        p_huge += i_b * tl.cdiv(n, HUGE) * s_yn
+        _mlerp_slots(
+            p_x, p_weights, p_mean, p_inverse, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m,
+            o_c, WEIGHTS, BLOCK_M,
+        )  # fmt: skip
+    elif i_m < 0:
+        # The programs of one group share its channels.
+        i_part, i_g = (i_m + spread) % PARTS, (i_m + spread) // PARTS
+        o_part = i_c * CHANNELS + i_part * HUGE_CHANNELS + tl.arange(0, HUGE_CHANNELS)
+        _huge_slots(
+            p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_slot, p_offsets,
+            p_members, p_y, n, channels, s_xn, s_yn, i_g, o_part, WEIGHTS, NORM, AFFINE, MODULATE, True,
+        )  # fmt: skip
+    else:
+        _mean_slots(
+            p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
+            num_slots, channels, s_xn, s_yn, o_m, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M,
+        )  # fmt: skip
 
-    b_begin = tl.load(p_offsets + o_m, mask=m_m, other=0)
-    b_size = tl.load(p_offsets + o_m + 1, mask=m_m, other=0) - b_begin
-    if MODE == "mlerp":
-        b_squares = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
-        b_ratio = tl.zeros((BLOCK_M,), tl.float32)
-        # First the length of the mean, then the mean again, from the cache, to be stored in that length.
-        for step in range(0, 2):
-            for i in range(0, channels, CHANNELS):
-                b_y = _segment_mean(
-                    p_x, p_weights, p_mean, p_inverse, p_members, b_begin, b_size, i + o_c, i + o_c < channels, s_xn,
-                    WEIGHTS, NORM, BLOCK_M,
-                )  # fmt: skip
-                if step == 0:
-                    b_squares = tl.fma(b_y, b_y, b_squares)
-                else:
-                    m_y = m_m[:, None] & (i + o_c < channels)[None, :]
-                    tl.store(p_out + i, (b_y * b_ratio[:, None]).to(p_y.dtype.element_ty), mask=m_y)
-            if step == 0:
-                b_length = tl.sqrt_rn(tree_sum(b_squares, LOG2_CHANNELS))
-                b_largest = _largest_norm(p_inverse, p_members, b_begin, b_size)
-                b_ratio = tl.div_rn(b_largest, tl.where(b_length == 0.0, 1.0, b_length))
-        return
 
-    b_y = _segment_mean(
-        p_x, p_weights, p_mean, p_inverse, p_members, b_begin, b_size, o_c, m_c, s_xn, WEIGHTS, NORM, BLOCK_M
-    )
-    if AFFINE:
-        b_y = b_y * tl.load(p_norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        b_y = b_y + tl.load(p_norm_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    if MODULATE:
-        b_y = b_y * (1.0 + tl.load(p_scale + i_b * s_ab + o_c, mask=m_c, other=0.0).to(tl.float32))[None, :]
-        b_y = b_y + tl.load(p_shift + i_b * s_ab + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+@triton.jit(do_not_specialize=["n", "num_slots", "plan_rows"])
+def huge_mean_kernel(
+    p_x,
+    p_slot,
+    p_offsets,
+    p_members,
+    p_weights,
+    p_huge,
+    n,
+    num_slots,
+    channels,
+    plan_rows,
+    s_xb,
+    s_xn,
+    s_wb,
+    s_hn,
+    WEIGHTS: tl.constexpr,
+):
+    """Program (HUGE_CHANNELS channels, group of positions, batch row): means of the huge slots for "mlerp".
+
+    p_huge is (B, positions, C) float32, contiguous, a row for each position divisible by HUGE; s_hn is C. Rows whose
+    position is not the first in a huge slot are left alone, and not read.
+    """
+    i_c, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_p = i_b % plan_rows
+    p_x += i_b * s_xb
+    p_weights += i_b * s_wb
+    p_members += i_p * n
+    p_huge += i_b * tl.cdiv(n, HUGE) * s_hn
+    p_slot += i_p * n
+    p_offsets += i_p * (num_slots + 1)
+    o_c = i_c * HUGE_CHANNELS + tl.arange(0, HUGE_CHANNELS)
+    _huge_slots(
+        p_x, p_weights, p_x, p_x, p_x, p_x, p_x, p_x, p_slot, p_offsets, p_members, p_huge, n, channels, s_xn, s_hn,
+        i_g, o_c, WEIGHTS, False, False, False, False,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "plan_rows"])
@@ -247,6 +272,7 @@ def token_unmerge_kernel(
 
 def launch_token_merge(
     x: Tensor,
+    slot: Tensor,
     offsets: Tensor,
     members: Tensor,
     anchor: Tensor,
@@ -260,11 +286,13 @@ def launch_token_merge(
     scale: Tensor | None = None,
     config: configs.Config | None = None,
 ) -> Tensor:
-    """(B, N, C) tokens to (B, M, C) slots by tables of P rows; one launch, two with "mlerp" or `norm`.
+    """(B, N, C) tokens to (B, M, C) slots by tables of P rows.
+
+    One launch with "mean" and "prune", two with `norm`, two or (where a slot may be huge) three with "mlerp".
 
     Args:
         x: (B, N, C), unit last stride.
-        offsets, members, anchor: (P, M + 1), (P, N), (P, M) int32, contiguous; P divides B.
+        slot, offsets, members, anchor: (P, N), (P, M + 1), (P, N), (P, M) int32, contiguous; P divides B.
         mode: "mean", "mlerp" or "prune".
         weights: (B, N) weights of the tokens, or None.
         norm: merge LayerNorm(x) instead of x, not rounded in between; mode "mean" only.
@@ -295,16 +323,45 @@ def launch_token_merge(
         shift, scale = unit_last_stride(shift), unit_last_stride(scale)
         if shift.stride(0) != scale.stride(0):
             shift, scale = shift.contiguous(), scale.contiguous()
+    if norm_weight is not None and norm_bias is not None:
+        norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
     config = config or configs.pick("token_merge", x.device, x.numel() * x.element_size())
+    # The largest slot has at most N - M + 1 members.
+    groups = triton.cdiv(n, HUGE.value * POSITIONS.value) if n - num_slots + 1 >= HUGE.value else 0
+    spread = groups * PARTS.value if mode == "mean" else 0
+    huge = mean
+    if mode == "mlerp" and groups:
+        huge = torch.empty((batch, triton.cdiv(n, HUGE.value), channels), dtype=torch.float32, device=x.device)
+        huge_mean_kernel[triton.cdiv(channels, HUGE_CHANNELS.value), groups, batch](
+            p_x=x,
+            p_slot=slot,
+            p_offsets=offsets,
+            p_members=members,
+            p_weights=weights,
+            p_huge=huge,
+            n=n,
+            num_slots=num_slots,
+            channels=channels,
+            plan_rows=offsets.shape[0],
+            s_xb=x.stride(0),
+            s_xn=x.stride(1),
+            s_wb=weights.stride(0),
+            s_hn=channels,
+            WEIGHTS=weights is not x,
+            **configs.pick("huge_mean", x.device, x.numel() * x.element_size()),
+            **EXACT,
+        )
     blocks = 1 if mode == "mlerp" else triton.cdiv(channels, CHANNELS.value)
-    token_merge_kernel[blocks, triton.cdiv(num_slots, config["BLOCK_M"]), batch](
+    token_merge_kernel[blocks, spread + triton.cdiv(num_slots, config["BLOCK_M"]), batch](
         p_x=x,
+        p_slot=slot,
         p_offsets=offsets,
         p_members=members,
         p_anchor=anchor,
         p_weights=weights,
         p_mean=mean,
         p_inverse=inverse,
+        p_huge=huge,
         p_norm_weight=x if norm_weight is None else norm_weight,
         p_norm_bias=x if norm_bias is None else norm_bias,
         p_scale=x if scale is None else scale,
@@ -314,6 +371,7 @@ def launch_token_merge(
         num_slots=num_slots,
         channels=channels,
         plan_rows=offsets.shape[0],
+        spread=spread,
         s_xb=x.stride(0),
         s_xn=x.stride(1),
         s_wb=weights.stride(0),

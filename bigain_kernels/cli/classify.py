@@ -40,6 +40,7 @@ def classify(
     factor: opt.FactorOption = 2,
     alpha: opt.AlphaOption = "0.9",
     blocks: opt.BlocksOption = None,
+    proportional: opt.ProportionalOption = False,
     share_plan: Annotated[
         bool, typer.Option("--share-plan", help="One plan for all classes of an image (merge methods).")
     ] = False,
@@ -70,7 +71,8 @@ def classify(
     from ..evaluation.records import ResultsFile
 
     opt.set_threads(threads)
-    compression = make_config(method.value, opt.method_options(ratio, stride, factor, alpha, blocks, seed))
+    options = opt.method_options(ratio, stride, factor, alpha, blocks, seed, proportional)
+    compression = make_config(method.value, options)
     if share_plan:
         with_shared_plan(compression, 1)
     if limit is not None and limit < 1:

@@ -11,8 +11,11 @@ import typer
 from .options import progress_bar
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from ..evaluation.demo import Demo
     from ..evaluation.demo_results import DemoResult
+    from ..evaluation.pooling_order import PoolingOrder
 
 
 def demo(
@@ -39,6 +42,7 @@ def demo(
     from ..evaluation.demo import FULL, Demo, DemoConfig
     from ..evaluation.demo_files import write_all
     from ..evaluation.demo_results import summarise
+    from ..evaluation.pooling_order import compare_pooling_orders
 
     given: dict[str, Any] = {
         "images": images,
@@ -53,40 +57,59 @@ def demo(
     config = replace(FULL if full else DemoConfig(), **{k: v for k, v in given.items() if v is not None})
     job = Demo(config, checkpoint or TINY_DIT)
     interrupted = False
+    orders: list[PoolingOrder] = []
     with progress_bar() as progress:
         task = progress.add_task("warming up", total=job.total)
         try:
             job.run(lambda text: progress.update(task, advance=1, description=text))
+            progress.update(task, description="comparing orders of pooling")
+            orders = compare_pooling_orders()
         except KeyboardInterrupt:
             interrupted = True
     result = summarise(job)
     if interrupted and not result.rows[0].images:
         raise KeyboardInterrupt
     _show(job, result)
-    page = write_all(job, result, out, pictures=pictures and not interrupted)
+    if orders:
+        _show_orders(orders)
+    page = write_all(job, result, out, orders, pictures=pictures and not interrupted)
     typer.echo(f"\nPictures and numbers: {page}")
     if interrupted:
         raise typer.Exit(130)
 
 
 def _show(job: Demo, result: DemoResult) -> None:
+    from ..evaluation.demo_files import caption, table_cells
+
+    console = _print_table(*table_cells(result), left=2)
+    console.print(caption(job, result), style="dim", highlight=False)
+    for note in result.notes:
+        console.print(f"* {note}", highlight=False)
+
+
+def _show_orders(orders: list[PoolingOrder]) -> None:
+    from ..evaluation.demo_files import ORDER_CAPTION, ORDER_TITLE, order_cells
+
+    console = _print_table(*order_cells(orders), left=0, title=ORDER_TITLE)
+    console.print(ORDER_CAPTION, style="dim", highlight=False)
+
+
+def _print_table(heading: list[str], rows: list[list[str]], left: int, title: str | None = None) -> Console:
+    """Print a table whose first `left` columns are flush left, and return the console, wide enough for it."""
     from rich import box
     from rich.console import Console
     from rich.measure import Measurement
     from rich.table import Table
 
-    from ..evaluation.demo_files import caption, table_cells
-
     console = Console()
-    heading, rows = table_cells(result)
     table = Table(box=box.SIMPLE, show_lines=False)
-    for column, title in enumerate(heading):
-        table.add_column(title, justify="left" if column < 2 else "right", no_wrap=True)
+    for column, name in enumerate(heading):
+        table.add_column(name, justify="left" if column < left else "right", no_wrap=True)
     for row in rows:
         table.add_row(*row)
     # Cells are never cut; a narrower terminal wraps the lines.
     console.width = max(console.width, Measurement.get(console, console.options.update(width=1000), table).maximum)
+    if title:
+        console.print(f"\n{title}", style="bold", highlight=False)
     console.print(table)
-    console.print(caption(job, result), style="dim", highlight=False)
-    for note in result.notes:
-        console.print(f"* {note}", highlight=False)
+    return console

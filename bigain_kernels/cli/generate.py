@@ -38,6 +38,7 @@ def generate(
     factor: opt.FactorOption = 2,
     alpha: opt.AlphaOption = "0.9",
     blocks: opt.BlocksOption = None,
+    proportional: opt.ProportionalOption = False,
     share_plan: Annotated[
         bool, typer.Option("--share-plan", help="One plan for both rows of a guidance pair (merge methods).")
     ] = False,
@@ -56,7 +57,8 @@ def generate(
     from ..evaluation.generate import GenerateConfig
 
     opt.set_threads(threads)
-    compression = make_config(method.value, opt.method_options(ratio, stride, factor, alpha, blocks, seed))
+    options = opt.method_options(ratio, stride, factor, alpha, blocks, seed, proportional)
+    compression = make_config(method.value, options)
     if share_plan:
         with_shared_plan(compression, 2)
     if images < 1:

@@ -73,6 +73,14 @@ BlocksOption = Annotated[
     str | None,
     typer.Option(help="Indices of the blocks to compress, such as 0,1,2. Default: all.", rich_help_panel=_METHOD),
 ]
+ProportionalOption = Annotated[
+    bool,
+    typer.Option(
+        "--proportional",
+        help="Weigh every merged key by the number of tokens it stands for (merge methods).",
+        rich_help_panel=_METHOD,
+    ),
+]
 SeedOption = Annotated[int, typer.Option(help="Of the noise, and of random choices of a method.", rich_help_panel=_RUN)]
 BatchOption = Annotated[int | None, typer.Option(help="Rows of one forward pass.", rich_help_panel=_RUN)]
 ThreadsOption = Annotated[
@@ -107,7 +115,9 @@ def pair(name: str, text: str) -> tuple[int, int]:
     return values[0], values[-1]
 
 
-def method_options(ratio: str, stride: str, factor: int, alpha: str, blocks: str | None, seed: int) -> MethodOptions:
+def method_options(
+    ratio: str, stride: str, factor: int, alpha: str, blocks: str | None, seed: int, proportional: bool
+) -> MethodOptions:
     from ..evaluation.compression import MethodOptions
 
     return MethodOptions(
@@ -117,6 +127,7 @@ def method_options(ratio: str, stride: str, factor: int, alpha: str, blocks: str
         alpha=schedule("alpha", alpha),
         seed=seed,
         blocks=None if blocks is None else numbers("blocks", blocks),
+        proportional=proportional,
     )
 
 

@@ -9,15 +9,23 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel
-from diffusers.models.attention_processor import Attention, FusedAttnProcessor2_0
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention_processor import FusedAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from . import context as hooks
 from .configs import CompressionConfig, MergeConfig
-from .layers import REPLACEABLE, Layer, decide, find_layers, find_model
+from .grids import GridReader
+from .joint import FluxPoolAttnProcessor, QwenPoolAttnProcessor, SD3PoolAttnProcessor
+from .layers import ATTENTIONS, REPLACEABLE, Layer, decide, find_layers, find_model
 from .processors import (
     FusedMergeAttnProcessor,
     FusedPoolAttnProcessor,
@@ -25,19 +33,35 @@ from .processors import (
     MergeAttnProcessor,
     PoolAttnProcessor,
 )
+from .projections import path_of
 from .report import CompressionReport, Decision
 
 logger = logging.getLogger(__name__)
 
-PROCESSORS = (MergeAttnProcessor, FusedMergeAttnProcessor, PoolAttnProcessor, FusedPoolAttnProcessor)
+_JOINT = {"flux": FluxPoolAttnProcessor, "sd3": SD3PoolAttnProcessor, "qwen": QwenPoolAttnProcessor}
+PROCESSORS = (
+    MergeAttnProcessor,
+    FusedMergeAttnProcessor,
+    PoolAttnProcessor,
+    FusedPoolAttnProcessor,
+    *_JOINT.values(),
+)
+_ENTER = {
+    UNet2DConditionModel: hooks.enter_unet,
+    DiTTransformer2DModel: hooks.enter_dit,
+    FluxTransformer2DModel: hooks.enter_flux,
+    SD3Transformer2DModel: hooks.enter_sd3,
+    QwenImageTransformer2DModel: hooks.enter_qwen,
+}
 
 
 @dataclass
 class _PatchedLayer:
-    """A compressed layer; `previous` holds the processors to restore, by whether they use joint projections."""
+    """A compressed layer; `previous` holds the processors to restore, by whether they use fused projections."""
 
     name: str
-    attn: Attention
+    attn: Any
+    family: str
     previous: dict[bool, Any] = field(default_factory=dict)
 
 
@@ -48,16 +72,15 @@ class Patch:
     config: CompressionConfig
     layers: list[_PatchedLayer]
     handles: list[RemovableHandle]
+    grid_reader: GridReader = field(default_factory=GridReader)
 
     def install(self, layer: _PatchedLayer) -> None:
         """Replace the processor of a layer by the one that compresses the same kind of projections."""
         previous = layer.attn.processor
         fused = isinstance(previous, FusedAttnProcessor2_0)
         layer.previous[fused] = previous
-        if isinstance(self.config, MergeConfig):
-            layer.attn.set_processor(FusedMergeAttnProcessor() if fused else MergeAttnProcessor())
-        else:
-            layer.attn.set_processor(FusedPoolAttnProcessor() if fused else PoolAttnProcessor())
+        layer.attn.set_processor(_stand_in(self.config, layer.family, fused))
+        _move_backend(previous, layer.attn.processor)
 
     def verify(self, model: nn.Module) -> None:
         """Before every forward pass: compression is in place, whatever was done to the model since.
@@ -73,7 +96,7 @@ class Patch:
             processor = type(layer.attn.processor)
             if processor in PROCESSORS:
                 continue
-            if processor not in REPLACEABLE:
+            if processor not in REPLACEABLE[layer.family]:
                 raise RuntimeError(
                     f"{layer.name}: its compressing processor was replaced by {processor.__name__}, which "
                     "compression cannot stand in for; leave this layer out of the config or use "
@@ -81,6 +104,21 @@ class Patch:
                 )
             logger.info("%s: compressing again, in place of %s", layer.name, processor.__name__)
             self.install(layer)
+
+
+def _stand_in(config: CompressionConfig, family: str, fused: bool) -> Any:
+    """A new processor that compresses the attention of a family of layers."""
+    if family in _JOINT:
+        return _JOINT[family]()
+    if isinstance(config, MergeConfig):
+        return FusedMergeAttnProcessor() if fused else MergeAttnProcessor()
+    return FusedPoolAttnProcessor() if fused else PoolAttnProcessor()
+
+
+def _move_backend(source: Any, target: Any) -> None:
+    """Hand on what `set_attention_backend` left on a processor."""
+    if getattr(source, "_attention_backend", None) is not getattr(target, "_attention_backend", None):
+        target._attention_backend = source._attention_backend
 
 
 def _refuse_context_parallel(model: nn.Module) -> None:
@@ -93,12 +131,21 @@ def _refuse_context_parallel(model: nn.Module) -> None:
         )
 
 
-def _previous_processor(attn: Attention, patch: Patch | None) -> Any:
+def _previous_processor(attn: Any, patch: Patch | None) -> Any:
     """The processor that a layer has without compression."""
     processor = attn.processor
     if type(processor) not in PROCESSORS or patch is None:
         return processor
     return next(layer.previous[processor.fused] for layer in patch.layers if layer.attn is attn)
+
+
+def _path(layer: Layer, config: CompressionConfig, old: Patch | None) -> str:
+    """`Decision.path` of a layer that is compressed."""
+    processor = _previous_processor(layer.attn, old)
+    # Attention, unlike FluxAttention, keeps this attribute when its projections are no longer used fused.
+    flux = layer.family == "flux"
+    fused = layer.attn.fused_projections if flux else isinstance(processor, FusedAttnProcessor2_0)
+    return path_of(layer.attn, config, fused, text_inside=flux and layer.attn.added_kv_proj_dim is None)
 
 
 def _check_blocks(config: CompressionConfig, layers: list[Layer]) -> None:
@@ -124,8 +171,7 @@ def _register_hooks(model: nn.Module, patched: list[Layer], merges: bool) -> lis
     def hook(module: nn.Module, function: Callable[..., Any]) -> None:
         handles.append(module.register_forward_pre_hook(function, with_kwargs=True))
 
-    is_dit = isinstance(model, DiTTransformer2DModel)
-    hook(model, hooks.enter_dit if is_dit else hooks.enter_unet)
+    hook(model, next(enter for cls, enter in _ENTER.items() if isinstance(model, cls)))
     compressed = {id(layer.attn) for layer in patched}
     transformers = {id(layer.transformer) for layer in patched}
     blocks = {id(layer.block) for layer in patched}
@@ -136,9 +182,9 @@ def _register_hooks(model: nn.Module, patched: list[Layer], merges: bool) -> lis
             untouched.update(id(m) for m in module.modules())
         elif isinstance(module, Transformer2DModel):
             hook(module, hooks.enter_transformer)
-        elif id(module) in blocks and merges and not is_dit:
+        elif id(module) in blocks and merges and isinstance(model, UNet2DConditionModel):
             hook(module, hooks.enter_block)
-        elif isinstance(module, Attention) and id(module) not in compressed and id(module) not in untouched:
+        elif isinstance(module, ATTENTIONS) and id(module) not in compressed and id(module) not in untouched:
             hook(module, hooks.skip_attention)
     return handles
 
@@ -146,10 +192,15 @@ def _register_hooks(model: nn.Module, patched: list[Layer], merges: bool) -> lis
 def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> CompressionReport:
     """Compress the tokens of a diffusers model's attention, in place.
 
-    Works on UNet2DConditionModel (Stable Diffusion 1.5, 2.x, SDXL) and DiTTransformer2DModel, bare or in a pipeline.
-    A second call replaces the first. Weights, `state_dict` and the saved config stay as they are. Call the model as
+    Works on UNet2DConditionModel (Stable Diffusion 1.5, 2.x, SDXL), DiTTransformer2DModel and, with IE-KVD and ToDo,
+    FluxTransformer2DModel, SD3Transformer2DModel and QwenImageTransformer2DModel, bare or in a pipeline. A second call
+    replaces the first. Weights, `state_dict` and the saved config stay as they are. Call the model as
     before, at any resolution; fusing projections, loading IP-Adapters, `compile_repeated_blocks`, offloading and
     `copy.deepcopy` work before and after. Inference only.
+
+    The grid of a Flux model's tokens is read from `img_ids`, once for each such tensor, which waits for the device. To
+    avoid that, in CUDA graphs or `torch.compile(model, fullgraph=True)`, give it with the call, in tokens:
+    `joint_attention_kwargs={"bigain_grid": (H, W)}`.
 
     Args:
         model_or_pipe: the model, or a pipeline with it as `unet` or `transformer`.
@@ -177,7 +228,10 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     report = CompressionReport(
         type(model).__name__,
         resolved,
-        tuple(Decision(layer.name, layer.kind, layer.index, *d) for layer, d in zip(layers, decisions, strict=True)),
+        tuple(
+            Decision(layer.name, layer.kind, layer.index, yes, reason, _path(layer, config, old) if yes else "")
+            for layer, (yes, reason) in zip(layers, decisions, strict=True)
+        ),
     )
     if not report.patched:
         raise ValueError(f"config: got {config}, expected one that compresses at least one layer\n{report}")
@@ -185,8 +239,8 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
 
     patched = [layer for layer, (yes, _) in zip(layers, decisions, strict=True) if yes]
     merges = isinstance(config, MergeConfig)
-    patch = Patch(resolved, [_PatchedLayer(layer.name, layer.attn) for layer in patched], [])
-    needs_source = merges and not isinstance(model, DiTTransformer2DModel)
+    patch = Patch(resolved, [_PatchedLayer(layer.name, layer.attn, layer.family) for layer in patched], [])
+    needs_source = merges and isinstance(model, UNet2DConditionModel)
     for layer, entry in zip(patched, patch.layers, strict=True):
         layer.attn._bigain = LayerPatch(resolved, needs_source)
         if hooks.is_random(resolved):
@@ -221,6 +275,7 @@ def remove_token_compression(model_or_pipe: Any) -> None:
         if type(kept.get(key)) in PROCESSORS:
             kept[key] = layer.previous[kept[key].fused]
         if type(current) in PROCESSORS:
+            _move_backend(current, layer.previous[current.fused])
             layer.attn.set_processor(layer.previous[current.fused])
         del layer.attn._bigain
         if hasattr(layer.attn, "bigain_block"):

@@ -3,61 +3,44 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import ClassVar
+
+from ..checks import check_choice, check_count, check_number, check_pair
+from ..methods.schedule import check_schedule
 
 Schedule = float | tuple[float, float]
 
 MODULES = ("attn1", "attn2")
 REDUCTIONS = ("max", "sum", "mean", "min", "std")
 MERGE_MODES = ("mean", "mlerp", "prune")
+POOLED = ("keys", "hidden")
 DOWNSAMPLE_LEVELS = (1, 2, 4, 8)
 DEFAULT_TRAIN_TIMESTEPS = 1000
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _count(name: str, value: object, minimum: int) -> None:
-    if not _is_int(value):
-        raise TypeError(f"{name}: got {value!r}, expected an integer")
-    if value < minimum:  # type: ignore[operator]
-        raise ValueError(f"{name}: got {value}, expected at least {minimum}")
-
-
 def _number(name: str, value: object, low: float = float("-inf"), high: float = float("inf"), why: str = "") -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
-    if not isfinite(value) or not low <= value <= high:
-        wanted = "a finite number" if (low, high) == (float("-inf"), float("inf")) else f"{low:g} <= {name} <= {high:g}"
-        raise ValueError(f"{name}: got {value}, expected {wanted}{why}")
-    return float(value)
+    check_number(name, value)
+    if not low <= value <= high:  # type: ignore[operator]
+        raise ValueError(f"{name}: got {value}, expected {low:g} <= {name} <= {high:g}{why}")
+    return float(value)  # type: ignore[arg-type]
 
 
 def _schedule(
     name: str, value: object, low: float = float("-inf"), high: float = float("inf"), why: str = ""
 ) -> Schedule:
-    if not isinstance(value, (tuple, list)):
-        return _number(name, value, low, high, why)
-    if len(value) != 2:
-        raise ValueError(f"{name}: got {value!r}, expected one number or a pair (first step, last step)")
-    return _number(name, value[0], low, high, why), _number(name, value[1], low, high, why)
+    check_schedule(name, value)
+    if isinstance(value, (tuple, list)):
+        return _number(name, value[0], low, high, why), _number(name, value[1], low, high, why)
+    return _number(name, value, low, high, why)
 
 
 def _pair(name: str, value: object) -> tuple[int, int]:
-    if _is_int(value):
-        value = (value, value)
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_int(v) for v in value):
-        raise TypeError(f"{name}: got {value!r}, expected an integer or two, (rows, columns)")
-    if value[0] < 1 or value[1] < 1:
-        raise ValueError(f"{name}: got {tuple(value)}, expected both to be at least 1")
-    return value[0], value[1]
+    return check_pair(name, (value, value) if isinstance(value, int) else value)
 
 
-def _choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}: got {value!r}, expected one of {list(choices)}")
+def _flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,12 +49,15 @@ class CompressionConfig:
 
     Args:
         max_downsample: deepest resolution level of a U-Net to compress, counted from its latent grid: 1 is the full
-            resolution alone, 2 half resolution too, then 4 and 8. DiT has one level and ignores it.
+            resolution alone, 2 half resolution too, then 4 and 8. Transformers have one level and ignore it.
         blocks: indices of the transformer blocks to compress, counted in module order (the report of
             `apply_token_compression` lists them); None is all of them. A U-Net block must also pass `max_downsample`.
-        start: where in the noise schedule compression begins, a fraction: 0 is the noisiest timestep.
+        start: where in the noise schedule compression begins, a fraction: 0 is the noisiest timestep. For flow-matching
+            models (Flux, Qwen-Image, Stable Diffusion 3) it is a fraction of sigma, which a shifted schedule does not
+            pass evenly.
         end: where it ends, a fraction of at least `start`: 1 is the cleanest timestep. Both ends are included.
-        modules: which attentions of a block: "attn1", the self-attention, and, for merge methods, "attn2".
+        modules: which attentions of a block: "attn1", the self-attention (joint attention counts as such), and, for
+            merge methods, "attn2", the cross-attention.
         num_train_timesteps: length T of the noise schedule that `start`, `end` and schedules refer to. None is that of
             the pipeline's scheduler, and 1000 for a bare model.
 
@@ -97,7 +83,7 @@ class CompressionConfig:
             if not isinstance(self.blocks, (tuple, list, range)):
                 raise TypeError(f"blocks: got {self.blocks!r}, expected a sequence of block indices or None")
             for index in self.blocks:
-                _count("blocks", index, 0)
+                check_count("blocks", index, 0)
             if len(set(self.blocks)) != len(self.blocks):
                 raise ValueError(f"blocks: got {tuple(self.blocks)}, expected each index once")
             object.__setattr__(self, "blocks", tuple(self.blocks))
@@ -108,12 +94,12 @@ class CompressionConfig:
         if isinstance(self.modules, str) or not isinstance(self.modules, (tuple, list)):
             raise TypeError(f"modules: got {self.modules!r}, expected a tuple of names out of {list(MODULES)}")
         for name in self.modules:
-            _choice("modules", name, MODULES)
+            check_choice("modules", name, MODULES)
         if not self.modules or len(set(self.modules)) != len(self.modules):
             raise ValueError(f"modules: got {tuple(self.modules)}, expected at least one name, each once")
         object.__setattr__(self, "modules", tuple(self.modules))
         if self.num_train_timesteps is not None:
-            _count("num_train_timesteps", self.num_train_timesteps, 2)
+            check_count("num_train_timesteps", self.num_train_timesteps, 2)
 
     @property
     def has_window(self) -> bool:
@@ -136,6 +122,9 @@ class MergeConfig(CompressionConfig):
             on the host (one read per forward pass) and one timestep for the whole batch, because it changes shapes.
         stride: (sy, sx), the tile with one destination, in tokens (rows, columns).
         mode: how tokens become one: "mean", "mlerp" or "prune"; see `bigain_kernels.token_merge`.
+        proportional: weigh every merged key of self-attention by the number of tokens it stands for (proportional
+            attention, Bolya et al. 2022, arXiv 2210.09461): the result is that of attention over all N tokens of which
+            each merged one is a copy. Cross-attention has no merged keys and no weights.
         cached_assignment: the first compressed block of a resolution plans, and the later ones of the same forward pass
             use its plan. Nothing is kept between forward passes.
         share_plan: k plans once for every k rows of the batch, from their mean hidden state: row b uses plan row
@@ -146,6 +135,7 @@ class MergeConfig(CompressionConfig):
     ratio: Schedule = 0.5
     stride: tuple[int, int] = (2, 2)
     mode: str = "mean"
+    proportional: bool = False
     cached_assignment: bool = False
     share_plan: int | None = None
 
@@ -155,11 +145,11 @@ class MergeConfig(CompressionConfig):
         sy, sx = self.stride
         why = f", one token of every {sy} x {sx} tile stays"
         object.__setattr__(self, "ratio", _schedule("ratio", self.ratio, 0.0, 1.0 - 1.0 / (sy * sx), why))
-        _choice("mode", self.mode, MERGE_MODES)
-        if not isinstance(self.cached_assignment, bool):
-            raise TypeError(f"cached_assignment: got {self.cached_assignment!r}, expected True or False")
+        check_choice("mode", self.mode, MERGE_MODES)
+        _flag("proportional", self.proportional)
+        _flag("cached_assignment", self.cached_assignment)
         if self.share_plan is not None:
-            _count("share_plan", self.share_plan, 1)
+            check_count("share_plan", self.share_plan, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +168,7 @@ class LGTMConfig(MergeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.window is not None:
-            _count("window", self.window, 0)
+            check_count("window", self.window, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -196,7 +186,7 @@ class ABMConfig(MergeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("reduce", self.reduce, REDUCTIONS)
+        check_choice("reduce", self.reduce, REDUCTIONS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,10 +209,10 @@ class ToMeConfig(MergeConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("destinations", self.destinations, ("random", "first"))
-        _count("seed", self.seed, 0)
+        check_choice("destinations", self.destinations, ("random", "first"))
+        check_count("seed", self.seed, 0)
         if self.window is not None:
-            _count("window", self.window, 0)
+            check_count("window", self.window, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +235,7 @@ class SiToConfig(MergeConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         _number("noise", self.noise, 0.0)
-        _count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,9 +244,16 @@ class PoolConfig(CompressionConfig):
 
     Args:
         factor: s or (sy, sx), the pooling window in tokens (rows, columns).
+        pool: what is pooled in layers that normalise or rotate their keys (Flux, Qwen-Image, Stable Diffusion 3.5).
+            "keys": keys and values as attention gets them, after norm and rotation, exactly as the method is defined;
+            all tokens are projected. "hidden": the hidden states before the projections, s * s times less to project,
+            and each pooled key is then rotated by the position of its window's nearest token; an approximation, because
+            neither norm nor rotation commutes with the average. In all other layers, and everywhere for alpha = 1, the
+            two are equal and the cheaper one runs.
     """
 
     factor: int | tuple[int, int] = 2
+    pool: str = "keys"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -266,6 +263,7 @@ class PoolConfig(CompressionConfig):
                 "which has no grid to pool on"
             )
         object.__setattr__(self, "factor", _pair("factor", self.factor))
+        check_choice("pool", self.pool, POOLED)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,10 @@
 """What the layers of one forward pass are told, and the hooks that tell them.
 
 A forward pre-hook of the model puts a fresh context, a dict, under the key "bigain" of the call's
-`cross_attention_kwargs`; further hooks add the grid of each resolution and the residual stream of each block, and take
-the key away where nobody expects it. Everything travels as call arguments: nothing outlives a forward pass, and under
-`torch.compile` arguments, unlike attributes, become dynamic and cost no graph per resolution. All hooks are plain
-functions, which one compiled graph can serve for all blocks.
+`cross_attention_kwargs`, or whatever that is called in the model, see `CARRIERS`; further hooks add the grid of each
+resolution and the residual stream of each block, and take the key away where nobody expects it. Everything travels as
+call arguments: nothing outlives a forward pass, and under `torch.compile` arguments, unlike attributes, become dynamic
+and cost no graph per resolution. All hooks are plain functions, which one compiled graph can serve for all blocks.
 """
 
 from __future__ import annotations
@@ -13,16 +13,27 @@ import inspect
 from typing import Any
 
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+from ..checks import check_pair
 from ..methods import alpha_schedule
 from ..plan import MergePlan
 from .configs import CompressionConfig, IEKVDConfig, MergeConfig, SiToConfig, ToMeConfig
 
 KEY = "bigain"
+# In `joint_attention_kwargs` of a Flux model: its grid, from a caller who does not want it read from the positions.
+GRID_KEY = "bigain_grid"
+# Arguments that models pass on to their attention processors.
+CARRIERS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 
 Context = dict[str, Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -33,6 +44,9 @@ def _argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
 
 
 _UNET_ARGUMENTS = _argument_names(UNet2DConditionModel)
+_FLUX_ARGUMENTS = _argument_names(FluxTransformer2DModel)
+_QWEN_ARGUMENTS = _argument_names(QwenImageTransformer2DModel)
+_SD3_ARGUMENTS = _argument_names(SD3Transformer2DModel)
 _DIT_ARGUMENTS = _argument_names(DiTTransformer2DModel)
 _TRANSFORMER_ARGUMENTS = _argument_names(Transformer2DModel)
 _BLOCK_ARGUMENTS = _argument_names(BasicTransformerBlock)
@@ -71,13 +85,18 @@ def _get(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], 
     return args[position] if position < len(args) else kwargs.get(name)
 
 
+def _carrier(names: tuple[str, ...]) -> str:
+    return next(name for name in CARRIERS if name in names)
+
+
 def _with_context(
     names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], context: Context | None
 ) -> Call:
-    """The call with `context` (or none) in its `cross_attention_kwargs`; the caller's own dict stays as it is."""
-    name = "cross_attention_kwargs"
+    """The call with `context` (or none) in the dict for its processors; the caller's own dict stays as it is."""
+    name = _carrier(names)
     given = dict(_get(names, args, kwargs, name) or {})
     given.pop(KEY, None)
+    given.pop(GRID_KEY, None)
     if context is not None:
         given[KEY] = context
     position = names.index(name)
@@ -88,7 +107,7 @@ def _with_context(
 
 
 def _context_of(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
-    return (_get(names, args, kwargs, "cross_attention_kwargs") or {}).get(KEY)
+    return (_get(names, args, kwargs, _carrier(names)) or {}).get(KEY)
 
 
 def host_timestep(timestep: Tensor | float | int | None) -> float:
@@ -178,6 +197,72 @@ def enter_dit(dit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     context = make_context(patch.config, sample, timestep)
     context = _at_grid(context, sample.shape[-2] // dit.patch_size, sample.shape[-1] // dit.patch_size)
     return _with_context(_DIT_ARGUMENTS, args, kwargs, context)
+
+
+def _scaled(timestep: Tensor | float | None, factor: float) -> Tensor | float | None:
+    """The noise level of a flow-matching model as a timestep from 0 to T - 1."""
+    if timestep is None:
+        return None
+    return timestep.float() * factor if isinstance(timestep, Tensor) else float(timestep) * factor
+
+
+def enter_flux(flux: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a Flux model: as `enter_unet`, and the grid and place of the image tokens."""
+    patch = flux._bigain
+    patch.verify(flux)
+    sample, text, timestep, ids = (
+        _get(_FLUX_ARGUMENTS, args, kwargs, name)
+        for name in ("hidden_states", "encoder_hidden_states", "timestep", "img_ids")
+    )
+    # Flux is told sigma itself, from 1 to 0.
+    context = make_context(patch.config, sample, _scaled(timestep, patch.config.train_timesteps - 1))
+    given = (_get(_FLUX_ARGUMENTS, args, kwargs, "joint_attention_kwargs") or {}).get(GRID_KEY)
+    grid = patch.grid_reader(ids) if given is None else check_pair(GRID_KEY, given)
+    start, count = text.shape[1], grid[0] * grid[1]
+    if count > sample.shape[1]:
+        raise ValueError(
+            f"{GRID_KEY}: got {grid}, that is {count} tokens, expected at most {sample.shape[1]}, the image's"
+        )
+    place = {"image_tokens": (start, start + count)}
+    return _with_context(_FLUX_ARGUMENTS, args, kwargs, {**_at_grid(context, *grid), **place})
+
+
+def enter_qwen(qwen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a Qwen-Image model: as `enter_flux`, but the grid is among the arguments.
+
+    Raises:
+        ValueError: the first picture has several frames.
+    """
+    patch = qwen._bigain
+    patch.verify(qwen)
+    sample, text, timestep, shapes = (
+        _get(_QWEN_ARGUMENTS, args, kwargs, name)
+        for name in ("hidden_states", "encoder_hidden_states", "timestep", "img_shapes")
+    )
+    context = make_context(patch.config, sample, _scaled(timestep, patch.config.train_timesteps - 1))
+    # As the model takes it: a shape, or those of the rows, which are equal, each a shape or those of its pictures.
+    first = shapes[0] if isinstance(shapes, list) else shapes
+    first = first[0] if isinstance(first, list) else first
+    frames, height, width = first
+    if frames != 1:
+        raise ValueError(f"img_shapes: got {first}, expected one frame: pooling is over one H x W grid")
+    start = text.shape[1]
+    place = {"image_tokens": (start, start + height * width)}
+    return _with_context(_QWEN_ARGUMENTS, args, kwargs, {**_at_grid(context, height, width), **place})
+
+
+def enter_sd3(sd3: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a Stable Diffusion 3 model: as `enter_unet`, and the grid of its one resolution."""
+    patch = sd3._bigain
+    patch.verify(sd3)
+    sample, timestep = (_get(_SD3_ARGUMENTS, args, kwargs, name) for name in ("hidden_states", "timestep"))
+    # It is told T * sigma, from T to 0.
+    steps = patch.config.train_timesteps
+    context = make_context(patch.config, sample, _scaled(timestep, (steps - 1) / steps))
+    size = sd3.config.patch_size
+    return _with_context(
+        _SD3_ARGUMENTS, args, kwargs, _at_grid(context, sample.shape[-2] // size, sample.shape[-1] // size)
+    )
 
 
 def enter_transformer(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

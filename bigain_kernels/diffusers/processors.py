@@ -2,7 +2,7 @@
 
 They are default-constructible, because diffusers rebuilds processors without arguments (loading an IP-Adapter does);
 what to do hangs on the attention module as `attn._bigain`. The `Fused` variants stand in for FusedAttnProcessor2_0 and
-use its joint projections. Layers are called as modules, so LoRA and quantized layers work.
+use its fused projections. Layers are called as modules, so LoRA and quantized layers work.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
-from ..ops import kv_downsample, kv_downsample_attention, token_merge, token_unmerge
+from ..ops import kv_downsample_attention, token_merge, token_unmerge
+from ..plan import MergePlan
 from .context import Context
 from .planning import plan_of_call
+from .projections import pools_early, project_pooled
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class LayerPatch:
     needs_source: bool
 
 
-def _enter(attn: Attention, context: Context | None, attention_mask: Tensor | None) -> tuple[LayerPatch, Context]:
+def enter(attn: Any, context: Context | None, attention_mask: Tensor | None) -> tuple[LayerPatch, Context]:
     """The patch of a layer and the context of the call, once the call is one that can be compressed."""
     layer = getattr(attn, "_bigain", None)
     if layer is None:
@@ -79,19 +82,33 @@ def _split(attn: Attention, query: Tensor, key: Tensor, value: Tensor) -> tuple[
     return query, key, value
 
 
-def _scale(attn: Attention) -> float | None:
-    return None if attn.scale_qk else attn.scale
-
-
 def _output(attn: Attention, x: Tensor) -> Tensor:
     """(B, heads, tokens, d) through the output projection and its dropout."""
     return attn.to_out[1](attn.to_out[0](x.transpose(1, 2).flatten(2)))
 
 
-def _attend(attn: Attention, hidden_states: Tensor, encoder_hidden_states: Tensor | None, fused: bool) -> Tensor:
-    """Attention without compression: (B, tokens, C) to (B, tokens, C)."""
+def attend_by_op(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`kv_downsample_attention`, also under autocast: there a norm may leave queries and keys in float32, and PyTorch's
+    attention makes them what the values are."""
+    return kv_downsample_attention(query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
+
+
+def _attend(
+    attn: Attention,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor | None,
+    fused: bool,
+    plan: MergePlan | None = None,
+) -> Tensor:
+    """Attention over the tokens as they are: (B, tokens, C) to (B, tokens, C).
+
+    With a plan, each key of self-attention counts as often as the tokens it stands for: log(size) joins its scores.
+    """
     query, key, value = _split(attn, *_project(attn, hidden_states, encoder_hidden_states, fused))
-    return _output(attn, F.scaled_dot_product_attention(query, key, value, scale=_scale(attn)))
+    if plan is None or encoder_hidden_states is not None:
+        return _output(attn, F.scaled_dot_product_attention(query, key, value))
+    bias = plan.sizes().to(torch.promote_types(query.dtype, torch.float32)).log()
+    return _output(attn, attend_by_op(query, key, value, (1, plan.num_slots), 1, 1.0, key_bias=bias))
 
 
 class MergeAttnProcessor:
@@ -112,7 +129,7 @@ class MergeAttnProcessor:
         temb: Tensor | None = None,
         bigain: Context | None = None,
     ) -> Tensor:
-        layer, context = _enter(attn, bigain, attention_mask)
+        layer, context = enter(attn, bigain, attention_mask)
         plan = None
         if context["active"]:
             source = context["source"] if layer.needs_source else hidden_states
@@ -122,16 +139,17 @@ class MergeAttnProcessor:
         if plan is None:
             return _attend(attn, hidden_states, encoder_hidden_states, self.fused)
         merged = token_merge(hidden_states, plan, layer.config.mode)
-        return token_unmerge(_attend(attn, merged, encoder_hidden_states, self.fused), plan)
+        weighted = plan if layer.config.proportional else None
+        return token_unmerge(_attend(attn, merged, encoder_hidden_states, self.fused, weighted), plan)
 
 
 class PoolAttnProcessor:
     """Self-attention over pooled keys and values; queries keep full resolution: (B, N, C) to (B, N, C).
 
     Pooling weights sum to one, so it commutes with the projections, bias included. Separate projections pool the hidden
-    states first and project s * s times less. A joint projection makes queries, keys and values in one call on all
-    tokens, and a norm on keys does not commute: there, keys and values are pooled after projection and norm.
-    Source: BiGain, arXiv 2603.12240.
+    states first and project s * s times less, in one op where they are plain linear layers. Fused projections make
+    queries, keys and values in one call on all tokens, and a norm on keys does not commute: there, keys and values are
+    pooled after projection and norm, unless the config pools hidden states. Source: BiGain, arXiv 2603.12240.
     """
 
     fused: ClassVar[bool] = False
@@ -145,27 +163,25 @@ class PoolAttnProcessor:
         temb: Tensor | None = None,
         bigain: Context | None = None,
     ) -> Tensor:
-        layer, context = _enter(attn, bigain, attention_mask)
+        layer, context = enter(attn, bigain, attention_mask)
         config = layer.config
         if not context["active"] or config.factor == (1, 1):
             return _attend(attn, hidden_states, None, self.fused)
         grid, alpha = context["grid"], context.get("alpha", config.alpha)
-        if self.fused or attn.norm_k is not None:
-            query, key, value = _split(attn, *_project(attn, hidden_states, None, self.fused))
-            x = kv_downsample_attention(query, key, value, grid, config.factor, alpha, scale=_scale(attn))
-            return _output(attn, x)
-        pooled = kv_downsample(hidden_states, grid, config.factor, alpha)
-        query, key, value = _split(attn, attn.to_q(hidden_states), attn.to_k(pooled), attn.to_v(pooled))
-        return _output(attn, F.scaled_dot_product_attention(query, key, value, scale=_scale(attn)))
+        if pools_early(attn, config, self.fused):
+            query, key, value = project_pooled(attn, hidden_states, grid, config.factor, alpha, self.fused)
+            return _output(attn, F.scaled_dot_product_attention(*_split(attn, query, key, value)))
+        query, key, value = _split(attn, *_project(attn, hidden_states, None, self.fused))
+        return _output(attn, attend_by_op(query, key, value, grid, config.factor, alpha))
 
 
 class FusedMergeAttnProcessor(MergeAttnProcessor):
-    """`MergeAttnProcessor` with the joint projections of `fuse_qkv_projections`."""
+    """`MergeAttnProcessor` with the fused projections of `fuse_qkv_projections`."""
 
     fused: ClassVar[bool] = True
 
 
 class FusedPoolAttnProcessor(PoolAttnProcessor):
-    """`PoolAttnProcessor` with the joint projections of `fuse_qkv_projections`."""
+    """`PoolAttnProcessor` with the fused projections of `fuse_qkv_projections`."""
 
     fused: ClassVar[bool] = True

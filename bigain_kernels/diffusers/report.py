@@ -17,6 +17,11 @@ class Decision:
         block: index of its transformer block in module order, as the configs' `blocks` counts.
         patched: whether it is compressed.
         reason: why, or why not.
+        path: how it is computed, "" where it is not compressed: "merge tokens", "merge tokens, weigh keys by size";
+            "pooled projection" (pooling and both projections in one op), "pool, then project" (its projections are
+            more than plain linear layers, or its hidden states hold text too), "project, then pool" (before norm and
+            rotation, behind fused projections), "pool keys and values" (after projection, norm and rotation). This is
+            the state when compression was applied: a layer that LoRA wraps later takes the path that is right for it.
     """
 
     name: str
@@ -24,6 +29,7 @@ class Decision:
     block: int
     patched: bool
     reason: str
+    path: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,7 @@ class CompressionReport:
         width = max((len(row.name) for row in shown), default=0)
         lines += [
             f"  {row.block:3d}  {row.name:<{width}}  {'patched' if row.patched else '-':<7}  {row.reason}"
+            + (f"; {row.path}" if row.path else "")
             for row in shown
         ]
         if len(shown) < len(self.rows):

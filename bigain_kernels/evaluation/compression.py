@@ -20,7 +20,7 @@ class MethodOptions:
 
     `ratio`: fraction of tokens merged (lgtm, abm, tome, sito). `stride`: tile of the merge methods, (rows, columns).
     `factor`: pooling factor of keys and values (iekvd, todo, avgpool). `alpha`: interpolation of iekvd. `seed`: of the
-    random choices of tome and sito.
+    random choices of tome and sito. `proportional`: keys of merged tokens weighed by size (merge methods).
     """
 
     ratio: float | tuple[float, float] = 0.7
@@ -29,22 +29,27 @@ class MethodOptions:
     alpha: float | tuple[float, float] = 0.9
     seed: int = 0
     blocks: tuple[int, ...] | None = None
+    proportional: bool = False
 
 
 def make_config(method: str, options: MethodOptions | None = None) -> Any:
     """The config of `bigain_kernels.diffusers` for a method name, or None for "none".
 
     Raises:
-        ValueError: `method` is unknown, or an option is out of its range.
+        ValueError: `method` is unknown, an option is out of its range, or `proportional` meets a method that merges
+            nothing.
     """
     if method not in METHODS:
         raise ValueError(f"method: got {method!r}, expected one of {list(METHODS)}")
+    options = options or MethodOptions()
+    if options.proportional and method not in MERGE_METHODS:
+        raise ValueError(f"proportional: got True with method {method}, expected a merge method, {list(MERGE_METHODS)}")
     if method == "none":
         return None
     from .. import diffusers as integration
 
-    options = options or MethodOptions()
     merge: dict[str, Any] = {"ratio": options.ratio, "stride": options.stride, "blocks": options.blocks}
+    merge["proportional"] = options.proportional
     makers: dict[str, Callable[[], Any]] = {
         "lgtm": lambda: integration.LGTMConfig(**merge),
         "abm": lambda: integration.ABMConfig(**merge),

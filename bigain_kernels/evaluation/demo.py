@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,17 @@ from .generate import GenerateConfig, generate
 
 @dataclass(frozen=True)
 class DemoMethod:
-    """One row of the table; `rival` is the key of the method it is compared with."""
+    """One row of the table.
+
+    `shared`: one plan for rows that belong together. `proportional`: keys weighed by size. `rival`: key of the method
+    it is compared with.
+    """
 
     key: str
     title: str
     method: str
     shared: bool = False
+    proportional: bool = False
     rival: str | None = None
 
 
@@ -39,6 +44,8 @@ METHODS = (
     DemoMethod("abm", "ABM", "abm", rival="tome"),
     DemoMethod("tome_shared", "ToMe, shared", "tome", shared=True, rival="tome"),
     DemoMethod("lgtm_shared", "L-GTM, shared", "lgtm", shared=True, rival="lgtm"),
+    DemoMethod("tome_proportional", "ToMe, proportional", "tome", proportional=True, rival="tome"),
+    DemoMethod("lgtm_proportional", "L-GTM, proportional", "lgtm", proportional=True, rival="lgtm"),
     DemoMethod("todo", "ToDo", "todo", rival="none"),
     DemoMethod("avgpool", "average pooling", "avgpool", rival="todo"),
     DemoMethod("iekvd", "IE-KVD", "iekvd", rival="todo"),
@@ -126,7 +133,9 @@ class Demo:
         side: Any = self.checkpoint.denoiser.model.config
         self.grid = (side.sample_size // side.patch_size,) * 2
         options = MethodOptions(config.ratio, factor=config.factor, alpha=config.alpha, seed=config.seed)
-        self.compressions = {m.key: make_config(m.method, options) for m in METHODS}
+        self.compressions = {
+            m.key: make_config(m.method, replace(options, proportional=m.proportional)) for m in METHODS
+        }
         self.outcomes = {m.key: Outcome(tokens_kept(m.method, options, self.grid)) for m in METHODS}
 
     @property

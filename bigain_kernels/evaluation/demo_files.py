@@ -18,6 +18,7 @@ from .demo_results import DemoResult, Row
 from .generate import save_grid
 from .metrics import Measured
 from .pictures import PictureConfig, draw_photograph
+from .pooling_order import PoolingOrder
 
 # Samples of each class on a grid.
 _COLUMNS = 10
@@ -63,10 +64,38 @@ def caption(demo: Demo, result: DemoResult) -> str:
         f"guidance in {config.steps} DDIM steps, {config.threads} threads; ratio {config.ratio:g}, factor "
         f"{config.factor}, alpha {config.alpha:g}, seed {config.seed}. After ± stands one standard error. “shared”: "
         "one plan for all classes of an image when classifying, for both rows of a guidance pair when generating. "
+        "“proportional”: attention weighs every merged key by the number of its tokens. "
         "Frechet: distance from the 600 held-out digits in the 64 features of the small classifier. class right: "
         "samples that it takes for the digit asked for. distance: mean squared, to the samples of “none” from the same "
         "noise. time: median of the chunks of work, times their number. speed: median over the chunks, against “none”."
     )
+
+
+ORDER_TITLE = "Pooling before or after norm and rotation"
+ORDER_CAPTION = (
+    "A small Flux model with random weights on a photograph with noise: distance of its output from that without "
+    "pooling, in % of the latter, mean over sets of weights ± one standard error. “after”: keys and values pooled "
+    "after norm and rotation, as IE-KVD is defined (the default). “before”: hidden states pooled before the "
+    "projections, pooled keys rotated by the position of the nearest token. “before - after”: paired over the weights, "
+    "negative where “before” is nearer. “apart”: between the two; at alpha 1 they take the same tokens. “sharpness”: "
+    "factor on the queries. Random weights show the arithmetic of the two orders, not what either does to pictures."
+)
+
+
+def order_cells(orders: list[PoolingOrder]) -> tuple[list[str], list[list[str]]]:
+    """Heading and cells of the table that compares the orders of pooling."""
+    heading = ["sharpness", "alpha", "after %", "before %", "before - after", "apart %"]
+    return heading, [
+        [
+            f"{o.sharpness:g}",
+            f"{o.alpha:g}",
+            _shown(o.keys, 100, 2),
+            _shown(o.hidden, 100, 2),
+            _shown(o.difference, 100, 2, "+"),
+            _shown(o.apart, 100, 2),
+        ]
+        for o in orders
+    ]
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -84,7 +113,7 @@ def _flat(row: Row) -> dict[str, Any]:
     return {**flat, "seconds": row.seconds, "speed": row.speed}
 
 
-def write_numbers(demo: Demo, result: DemoResult, out: Path) -> None:
+def write_numbers(demo: Demo, result: DemoResult, orders: list[PoolingOrder], out: Path) -> None:
     """`results.csv`, one line for each method, and `results.json` with the settings, versions and notes too."""
     import diffusers
 
@@ -100,6 +129,7 @@ def write_numbers(demo: Demo, result: DemoResult, out: Path) -> None:
         "diffusers": diffusers.__version__,
         "rows": [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows],
         "notes": result.notes,
+        "pooling_orders": [asdict(order) for order in orders],
     }
     (out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
 
@@ -128,18 +158,21 @@ def write_pictures(demo: Demo, out: Path) -> list[Path]:
     return paths
 
 
-def _markdown_table(result: DemoResult) -> list[str]:
-    heading, rows = table_cells(result)
+def _markdown_table(heading: list[str], rows: list[list[str]]) -> list[str]:
     lines = [heading, ["---"] * len(heading), *rows]
     return ["| " + " | ".join(cell.replace("\n", "<br>") for cell in line) + " |" for line in lines]
 
 
-def write_index(demo: Demo, result: DemoResult, out: Path, grids: list[Path], pictures: list[Path]) -> Path:
+def write_index(
+    demo: Demo, result: DemoResult, orders: list[PoolingOrder], out: Path, grids: list[Path], pictures: list[Path]
+) -> Path:
     """`README.md` of the folder: the table, the lines under it, and every picture with what it shows."""
-    merge = [m.title for m in METHODS if m.method in MERGE_METHODS and not m.shared]
-    lines = ["# What `bigain demo` measured", "", *_markdown_table(result), "", caption(demo, result), ""]
+    merge = [m.title for m in METHODS if m.method in MERGE_METHODS and not (m.shared or m.proportional)]
+    lines = ["# What `bigain demo` measured", "", *_markdown_table(*table_cells(result)), "", caption(demo, result), ""]
     lines += [f"* {note}" for note in result.notes]
     lines += ["", "The same numbers: [results.csv](results.csv), [results.json](results.json).", ""]
+    if orders:
+        lines += [f"## {ORDER_TITLE}", "", *_markdown_table(*order_cells(orders)), "", ORDER_CAPTION, ""]
     if pictures:
         lines += ["## What is merged in a photograph", ""]
         lines += [
@@ -164,8 +197,11 @@ def write_index(demo: Demo, result: DemoResult, out: Path, grids: list[Path], pi
     return path
 
 
-def write_all(demo: Demo, result: DemoResult, out: Path, pictures: bool = True) -> Path:
-    """Everything above into `out`; returns the page."""
-    write_numbers(demo, result, out)
+def write_all(
+    demo: Demo, result: DemoResult, out: Path, orders: list[PoolingOrder] | None = None, pictures: bool = True
+) -> Path:
+    """Everything above into `out`; returns the page. `orders`: of `compare_pooling_orders`, if that was done."""
+    orders = orders or []
+    write_numbers(demo, result, orders, out)
     drawn = write_pictures(demo, out) if pictures else []
-    return write_index(demo, result, out, write_grids(demo, out), drawn)
+    return write_index(demo, result, orders, out, write_grids(demo, out), drawn)

@@ -151,22 +151,29 @@ def verdict(difference: Measured, higher_is_better: bool) -> str:
     return "better" if gain > 0 else "worse"
 
 
-# (first, second, who says that the first is better, what it is called)
-_CLAIMS = (
+# (first, second, who says that the first is better or None, what it is called)
+_CLAIMS: tuple[tuple[str, str, str | None, str], ...] = (
     ("lgtm", "tome", "the paper", "L-GTM against ToMe"),
     ("iekvd", "todo", "the paper", "IE-KVD against ToDo"),
     ("tome_shared", "tome", "this project", "Sharing the plan, ToMe"),
     ("lgtm_shared", "lgtm", "this project", "Sharing the plan, L-GTM"),
+    ("tome_proportional", "tome", None, "Proportional attention, ToMe"),
+    ("lgtm_proportional", "lgtm", None, "Proportional attention, L-GTM"),
 )
 
 
-def claim_note(title: str, source: str, measured: list[tuple[str, Measured, bool, int]]) -> str:
-    """One line on the claim of `source` that a method is better, from (what, difference, higher is better, digits)."""
+def claim_note(title: str, source: str | None, measured: list[tuple[str, Measured, bool, int]]) -> str:
+    """One line on the claim of `source` that a method is better, from (what, difference, higher is better, digits).
+
+    Without a source nothing was claimed, and the line says what came out.
+    """
     found: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
     for what, difference, higher, digits in measured:
         shown = f"{what} ({difference.value:+.{digits}f} ± {difference.error:.{digits}f})"
         found[verdict(difference, higher)].append(shown)
-    if found["worse"]:
+    if source is None:
+        came = "Measured, without a claim"
+    elif found["worse"]:
         came = f"Not all as {source} says" if found["better"] else f"NOT as {source} says"
     else:
         came = f"As {source} says" if found["better"] else f"NOT shown here, though {source} says better"
@@ -199,14 +206,14 @@ def _notes(rows: list[Row], correct: dict[str, torch.Tensor], judge: _Judge) -> 
         below = [row.title for row in rows[1:] if row.generation[guidance].frechet.value < plain]
         if below:
             notes.append(
-                f"At guidance {guidance:g} the Frechet distance of {', '.join(below)} is below that of no compression. "
+                f"At guidance {guidance:g} the Frechet distance of {'; '.join(below)} is below that of no compression. "
                 "That is no better image: look at the samples. Guidance narrows the uncompressed samples, and the "
                 "features of a digit classifier hardly see grain. The distance to the uncompressed samples does."
             )
     slower = [row.title for row in rows[1:] if row.speed < 1]
     if slower:
         notes.append(
-            f"NOT faster than no compression on this CPU: {', '.join(slower)}. The model has "
+            f"NOT faster than no compression on this CPU: {'; '.join(slower)}. The model has "
             f"{rows[0].tokens.split()[0]} tokens, so attention is a small part of its work."
         )
     notes.append(f"A clear difference is more than {_CLEAR:g} standard errors of the paired difference.")

@@ -14,6 +14,16 @@ from .. import backends, native
 LIBRARY = torch.library.Library("bigain", "DEF")
 
 
+def _or_next(op: str, in_cuda: Callable[..., Any]) -> Callable[..., Any]:
+    """The implementation of the CUDA library, and for what that refuses the next backend."""
+
+    def run(*args: Any) -> Any:
+        reason = native.cuda_refusal(args)
+        return (backends.next_after("cuda", op, "cuda", reason) if reason else in_cuda)(*args)
+
+    return run
+
+
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], device_of: Callable[..., str] | None = None
 ) -> None:
@@ -30,6 +40,9 @@ def define(
     in_cpp = native.implementation(name)
     if in_cpp is not None:
         backends.register(name, "cpp", "cpu")(in_cpp)
+    in_cuda = native.cuda_implementation(name)
+    if in_cuda is not None:
+        backends.register(name, "cuda", "cuda")(_or_next(name, in_cuda))
 
     def dispatch(*args: Any) -> Any:
         device = args[0].device.type if device_of is None else device_of(*args)

@@ -20,6 +20,8 @@ OPS = (
     "token_merge",
     "token_unmerge",
     "kv_downsample",
+    "kv_downsample_attention",
+    "pooled_kv_projection",
 )
 
 

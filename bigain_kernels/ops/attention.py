@@ -2,39 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import reference
-from ..checks import check_factor, check_grid, check_number, check_same_device, check_tensor
+from .. import backends, native, reference
+from ..checks import check_count, check_factor, check_grid, check_number, check_same_device, check_tensor
 from ._library import define, inference_only
 from .kv_downsample import check_alpha
 
 
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    height: int,
-    width: int,
-    sy: int,
-    sx: int,
-    alpha: float,
-    row_alpha: Tensor | None,
-    scale: float | None,
-    key_bias: Tensor | None,
-) -> Tensor:
-    weight = alpha if row_alpha is None else row_alpha
-    result = reference.kv_downsample_attention(q, k, v, (height, width), (sy, sx), weight, scale, key_bias)
-    return result.contiguous()
+def native_pool(
+    xs: Sequence[Tensor], grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor
+) -> list[Tensor]:
+    """`reference.kv_downsample` of several tensors by the C++ library."""
+    number, row_alpha = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
+    return torch.ops.bigain_cpp.kv_downsample(list(xs), *grid, *factor, number, row_alpha)
+
+
+def _with(pool: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The op in PyTorch, around an implementation of `kv_downsample`."""
+
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        height: int,
+        width: int,
+        sy: int,
+        sx: int,
+        alpha: float,
+        row_alpha: Tensor | None,
+        scale: float | None,
+        key_bias: Tensor | None,
+        image_start: int,
+        image_stop: int,
+    ) -> Tensor:
+        weight = alpha if row_alpha is None else row_alpha
+        image = (image_start, image_stop)
+        grid, factor = (height, width), (sy, sx)
+        return reference.kv_downsample_attention(q, k, v, grid, factor, weight, scale, key_bias, image, pool)
+
+    return attend
+
+
+def _fake(q: Tensor, *rest: Any) -> Tensor:
+    batch, heads, n, d = q.shape
+    return q.new_empty((batch, n, heads, d)).transpose(1, 2)
 
 
 define(
     "kv_downsample_attention(Tensor q, Tensor k, Tensor v, SymInt height, SymInt width, SymInt sy, SymInt sx,"
-    " float alpha, Tensor? row_alpha, float? scale, Tensor? key_bias) -> Tensor",
-    _reference,
-    lambda q, *rest: q.new_empty(q.shape),
+    " float alpha, Tensor? row_alpha, float? scale, Tensor? key_bias, SymInt image_start, SymInt image_stop)"
+    " -> Tensor",
+    _with(reference.kv_downsample),
+    _fake,
 )
+if native.implementation("kv_downsample") is not None:
+    # PyTorch's attention is compiled code already; what the library adds is the pooling.
+    backends.register("kv_downsample_attention", "cpp", "cpu")(_with(native_pool))
 
 
 def kv_downsample_attention(
@@ -46,49 +74,78 @@ def kv_downsample_attention(
     alpha: float | Tensor,
     scale: float | None = None,
     key_bias: Tensor | None = None,
+    image_tokens: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention whose keys and values are downsampled by `kv_downsample`; queries keep full resolution.
 
-    softmax(scale * q k'^T + key_bias) v' with k' = kv_downsample(k), v' = kv_downsample(v). Source: BiGain (IE-KVD),
-    arXiv 2603.12240.
+    softmax(scale * q k'^T + key_bias) v' where k' and v' are k and v with their image tokens pooled; the tokens in
+    front of and behind the image (text) stay whole and in their places. Source: BiGain (IE-KVD), arXiv 2603.12240.
+
+    With factor 1 nothing is pooled, which leaves attention with a bias per key: `grid=(1, T), factor=1, alpha=1.0,
+    key_bias=size.log()` is the proportional attention over merged tokens of Bolya et al. 2023 (ToMe).
 
     Args:
-        q: (B, heads, Nq, d).
-        k: (B, heads, N, d), tokens in raster order.
-        v: (B, heads, N, d).
-        grid: (H, W) with H * W = N.
+        q: (B, heads, Nq, d); float16, bfloat16, float32 or float64. Views of a projection (B, Nq, heads * d) are
+            taken as they are, as is every layout whose last stride is 1.
+        k: (B, heads, T, d), image tokens in raster order.
+        v: (B, heads, T, d).
+        grid: (H, W) with H * W the number of image tokens.
         factor: s or (sy, sx), at most the grid.
         alpha: a number, or a (B,) float32 tensor with one value per batch row; see `kv_downsample`.
         scale: factor of the scores; None is 1 / sqrt(d).
-        key_bias: (B, (H // sy) * (W // sx)) added to the scores of each pooled key, or None.
+        key_bias: (P, keys) of any floating dtype, added to the scores of each key after scaling, or None. keys is
+            start + (H // sy) * (W // sx) + T - stop; P divides B, and batch row b uses row b mod P, as with plans.
+        image_tokens: (start, stop), the image tokens are k[:, :, start:stop]; None: all T tokens.
 
     Returns:
-        (B, heads, Nq, d) in the dtype of q.
+        (B, heads, Nq, d) in the dtype of q, laid out as (B, Nq, heads, d): joining the heads for the output projection
+        takes no copy.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor, alpha or scale.
+        TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor, alpha, scale or image_tokens.
         RuntimeError: on backward; the op is for inference.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, 4)
         if tensor.dtype != q.dtype:
             raise TypeError(f"{name}: got {tensor.dtype}, expected {q.dtype}, the dtype of q")
-    expected = (q.shape[0], q.shape[1], k.shape[2], q.shape[3])
+    tokens = k.shape[2]
+    expected = (q.shape[0], q.shape[1], tokens, q.shape[3])
     for name, tensor in (("k", k), ("v", v)):
         if tensor.shape != expected:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
     check_same_device(q=q, k=k, v=v)
-    height, width = check_grid(grid, k.shape[2], "k")
+    start, stop = _check_image_tokens(image_tokens, tokens)
+    height, width = check_grid(grid, stop - start, "k" if image_tokens is None else "image_tokens")
     sy, sx = check_factor(factor, (height, width))
     number, row_alpha = check_alpha("kv_downsample_attention", alpha, q, "q")
     if scale is not None:
         check_number("scale", scale)
     if key_bias is not None:
         check_tensor("key_bias", key_bias, 2)
-        if key_bias.shape != (q.shape[0], (height // sy) * (width // sx)):
-            wanted = (q.shape[0], (height // sy) * (width // sx))
-            raise ValueError(f"key_bias: got shape {tuple(key_bias.shape)}, expected {wanted}")
+        keys = start + (height // sy) * (width // sx) + tokens - stop
+        if key_bias.shape[1] != keys:
+            raise ValueError(f"key_bias: got shape {tuple(key_bias.shape)}, expected {keys} keys")
+        rows, batch = key_bias.shape[0], q.shape[0]
+        if (rows == 0 and batch != 0) or (rows != 0 and batch % rows != 0):
+            raise ValueError(f"key_bias: got {rows} rows, expected a divisor of {batch}, the batch of q")
         check_same_device(q=q, key_bias=key_bias)
         key_bias = inference_only("kv_downsample_attention", key_bias)
     q, k, v = (inference_only("kv_downsample_attention", tensor) for tensor in (q, k, v))
-    return torch.ops.bigain.kv_downsample_attention(q, k, v, height, width, sy, sx, number, row_alpha, scale, key_bias)
+    return torch.ops.bigain.kv_downsample_attention(
+        q, k, v, height, width, sy, sx, number, row_alpha, scale, key_bias, start, stop
+    )
+
+
+def _check_image_tokens(image_tokens: object, tokens: int) -> tuple[int, int]:
+    """`image_tokens` is None or (start, stop) with 0 <= start < stop <= tokens."""
+    if image_tokens is None:
+        return 0, tokens
+    if not isinstance(image_tokens, (tuple, list)) or len(image_tokens) != 2:
+        raise TypeError(f"image_tokens: got {image_tokens!r}, expected two integers, (start, stop)")
+    start, stop = image_tokens
+    check_count("image_tokens", start)
+    check_count("image_tokens", stop)
+    if not start < stop <= tokens:
+        raise ValueError(f"image_tokens: got {(start, stop)}, expected start < stop <= {tokens}, the tokens of k")
+    return start, stop

@@ -58,6 +58,9 @@ def kv_downsample(
     takes token floor((i + 0.5) * H / (H // sy)) along each axis ("nearest-exact"); the windows of the average cover the
     top-left (H // sy * sy) x (W // sx * sx) region. Source: BiGain, arXiv 2603.12240.
 
+    At exactly 1 and exactly 0, as a number or in a row of a tensor, the part of weight zero is left out: infinite or
+    NaN tokens in it do not show. At the number 1 the kernels read the nearest tokens alone.
+
     The weights of a window sum to one, so pooling commutes with linear layers, bias included.
 
     Args:

@@ -41,9 +41,9 @@ def token_merge(x: Tensor, plan: MergePlan, mode: str = "mean", weights: Tensor 
     Args:
         x: (B, N, C) tokens of any channel count; float16, bfloat16, float32 or float64, any strides.
         plan: MergePlan for N tokens whose P rows divide B; batch row b uses plan row b mod P.
-        mode: "mean" over the members of a slot, accumulated in float32 in ascending token order, so that the result is
-            the same to the bit every time; "mlerp", the mean rescaled to the largest L2 norm among the members, the
-            destination's own included; "prune", the anchor alone.
+        mode: "mean" over the members of a slot, accumulated in float32 in an order that never changes, so that the
+            result is the same to the bit every time; "mlerp", the mean rescaled to the largest L2 norm among the
+            members, the destination's own included; "prune", the anchor alone.
         weights: (B, N) positive floating-point weights of the tokens in the mean, for example how many tokens each
             stands for since an earlier merge; None weighs all alike.
 

@@ -10,6 +10,7 @@ from .kv_downsample import kv_downsample
 from .laplacian_score import laplacian_score, select_destinations
 from .lgtm_plan import lgtm_plan
 from .merge_plan import block_merge_plan, merge_plan
+from .pooled_kv_projection import pooled_kv_projection
 from .token_merge import token_merge, token_unmerge
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "laplacian_score",
     "lgtm_plan",
     "merge_plan",
+    "pooled_kv_projection",
     "select_destinations",
     "token_merge",
     "token_unmerge",

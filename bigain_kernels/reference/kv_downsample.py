@@ -19,13 +19,19 @@ def nearest_index(size: int, factor: int, device: torch.device) -> Tensor:
 def _pool(x: Tensor, grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor) -> Tensor:
     (height, width), (sy, sx) = grid, factor
     out_y, out_x = height // sy, width // sx
-    image = x.unflatten(1, grid).to(compute_dtype(x))
+    image = x.unflatten(1, grid)
     rows, columns = nearest_index(height, sy, x.device), nearest_index(width, sx, x.device)
-    nearest = image[:, rows][:, :, columns]
+    nearest = image[:, rows][:, :, columns].flatten(1, 2)
     windows = image[:, : out_y * sy, : out_x * sx].reshape(x.shape[0], out_y, sy, out_x, sx, x.shape[2])
-    average = windows.mean(dim=(2, 4))
-    weight = alpha.to(image.dtype)[:, None, None, None] if isinstance(alpha, Tensor) else alpha
-    return (weight * nearest + (1 - weight) * average).flatten(1, 2).to(x.dtype)
+    average = windows.to(compute_dtype(x)).mean(dim=(2, 4)).flatten(1, 2)
+    # What has weight zero is left out: zero times an infinite token would be NaN.
+    if isinstance(alpha, Tensor):
+        weight = alpha.to(average.dtype)[:, None, None]
+        blend = weight * nearest + (1 - weight) * average
+        return torch.where(weight == 1, nearest, torch.where(weight == 0, average, blend)).to(x.dtype)
+    if alpha == 1:
+        return nearest
+    return (average if alpha == 0 else alpha * nearest.to(average.dtype) + (1 - alpha) * average).to(x.dtype)
 
 
 def kv_downsample(

@@ -25,19 +25,31 @@ void pool(const Tensor& x, const Windows& windows, double alpha, const float* ro
   const int64_t size = windows.sy * windows.sx;
   for_each_task(x.size(0) * rows, columns * size * channels, [&](int64_t begin, int64_t end) {
     std::vector<const T*> window(size);
+    std::vector<A> sum(channels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / rows, i = task % rows;
       const A nearest_weight = static_cast<A>(row_alpha == nullptr ? alpha : row_alpha[b]);
       const A window_weight = (1 - nearest_weight) / static_cast<A>(size);
       const int64_t nearest_row = Windows::nearest(i, windows.height, rows) * windows.width;
       for (int64_t j = 0; j < columns; ++j) {
+        const T* const nearest = tokens.row(b, nearest_row + Windows::nearest(j, windows.width, columns));
+        T* const target = out + (task * columns + j) * channels;
+        // What has weight zero is left out: zero times an infinite token would be NaN.
+        if (nearest_weight == 1) {
+          std::copy_n(nearest, channels, target);
+          continue;
+        }
         const int64_t first = i * windows.sy * windows.width + j * windows.sx;
         for (int64_t k = 0; k < size; ++k) {
           window[k] = tokens.row(b, first + k / windows.sx * windows.width + k % windows.sx);
         }
-        const T* const nearest = tokens.row(b, nearest_row + Windows::nearest(j, windows.width, columns));
-        kernels.pool(window.data(), size, nearest, nearest_weight, window_weight, channels,
-                     out + (task * columns + j) * channels);
+        if (nearest_weight == 0) {
+          std::fill(sum.begin(), sum.end(), A(0));
+          for (const T* token : window) kernels.add(token, A(1), channels, sum.data());
+          kernels.divide_narrow(sum.data(), static_cast<A>(size), channels, target);
+          continue;
+        }
+        kernels.pool(window.data(), size, nearest, nearest_weight, window_weight, channels, target);
       }
     }
   });

@@ -31,6 +31,8 @@ WRONG = [
     (["classify", "--method", "iekvd", "--alpha", "x"], "alpha: got 'x'"),
     (["classify", "--method", "iekvd", "--alpha", "nan"], "alpha: got nan"),
     (["classify", "--method", "iekvd", "--share-plan"], "share_plan: got IEKVDConfig"),
+    (["classify", "--method", "iekvd", "--proportional"], "proportional: got True with method iekvd"),
+    (["generate", "--proportional"], "proportional: got True with method none"),
     (["classify", "--timesteps", "noon"], "timesteps: got 'noon'"),
     (["classify", "--timesteps", "1000"], "timesteps: got 1000"),
     (["classify", "--stages", "2"], "stages: got '2'"),

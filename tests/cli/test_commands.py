@@ -18,13 +18,14 @@ from typer.testing import CliRunner
 
 from bigain_kernels.cli.main import INTERRUPTED, app, main
 from bigain_kernels.cli.options import Method
-from bigain_kernels.evaluation import demo
+from bigain_kernels.evaluation import demo, pooling_order
 from bigain_kernels.evaluation import generate as generation
 from bigain_kernels.evaluation import train_tiny as training
 from bigain_kernels.evaluation.checkpoints import TINY_DIT
 from bigain_kernels.evaluation.classify import ImageResult
 from bigain_kernels.evaluation.compression import METHODS
 from bigain_kernels.evaluation.data import load_digits
+from bigain_kernels.evaluation.demo_files import ORDER_TITLE
 from bigain_kernels.evaluation.records import ResultsFile
 
 COMMANDS = ["demo", "classify", "generate", "train-tiny", "env", "tune"]
@@ -73,12 +74,14 @@ def test_env_shows_backends(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_classify_writes_results_and_summary(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
-    assert _bigain("classify", "--limit", 5, "--out", out, "--method", "lgtm", "--share-plan") == 0
+    options = ("--method", "lgtm", "--share-plan", "--proportional")
+    assert _bigain("classify", "--limit", 5, "--out", out, *options) == 0
     assert [image["index"] for image in _images(out / "results.jsonl")] == list(range(5))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["images"] == 5
     assert summary["settings"]["share_plan"] is True
     assert "LGTMConfig" in summary["settings"]["compression"]
+    assert "proportional=True" in summary["settings"]["compression"]
     assert f"accuracy {summary['accuracy']:.4f} ± {summary['standard_error']:.4f}" in capsys.readouterr().out
 
 
@@ -238,6 +241,8 @@ def test_demo_shows_one_table_and_writes_everything(tmp_path: Path, capsys: pyte
         assert method.title in shown
     assert "±" in shown
     assert "…" not in shown
+    assert ORDER_TITLE in shown
+    assert shown.count("±") > 5 * len(demo.METHODS)
     for name in ("results.csv", "results.json", "README.md", "samples/lgtm_guidance_3.png"):
         assert (tmp_path / name).exists()
 
@@ -252,6 +257,12 @@ def test_interrupted_demo_shows_what_is_finished(
     assert _bigain("demo", "--images", 2, "--samples", 2, "--threads", 1, "--out", tmp_path) == 130
     assert "L-GTM" in capsys.readouterr().out
     assert (tmp_path / "results.csv").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(pooling_order, "compare_pooling_orders", stop)
+    late = tmp_path / "late"
+    small = ["--images", 2, "--samples", 2, "--steps", 1, "--threads", 1, "--out", late]
+    assert _bigain("demo", *small) == 130
+    assert json.loads((late / "results.json").read_text())["pooling_orders"] == []
     monkeypatch.setattr(demo.Demo, "_classify_all", stop)
     empty = tmp_path / "empty"
     assert _bigain("demo", "--images", 2, "--samples", 2, "--threads", 1, "--out", empty) == 130

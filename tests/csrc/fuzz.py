@@ -1,4 +1,4 @@
-"""Random calls of torch.ops.bigain.*, most of them wrong: `python -m tests.csrc.fuzz --count 2000 --seed 0`.
+"""Random calls of the ops, most of them wrong: `python -m tests.csrc.fuzz --count 2000 --seed 0`.
 
 A call may return or raise; what it may not do is end the process. Prints how many did which.
 """
@@ -40,6 +40,8 @@ CALLS = [
     ("token_unmerge", (Y, SLOT, OFFSETS, MEMBERS, ANCHOR, X, X[:, 0])),
     ("kv_downsample", ([X, X], 6, 8, 2, 2, 0.9, None)),
     ("kv_downsample", ([X], 6, 8, 2, 1, 0.0, SCORE[:, 0].contiguous())),
+    ("lgtm_plan", (X, 6, 8, 2, 2, 20, -1, 1)),
+    ("lgtm_plan", (X, 6, 8, 2, 2, 20, 1, 2)),
 ]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64, torch.bool]
 INTEGERS = [0, 1, 2, 3, 6, 8, 48, -1, -2, 10**9, 2**31, 2**62, 2**63 - 1, -(2**63)]
@@ -100,8 +102,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--emulated", help="call the ops of this library, the emulated CUDA kernels")
     arguments = parser.parse_args()
     random.seed(arguments.seed)
+    namespace = torch.ops.bigain
+    if arguments.emulated:
+        torch.ops.load_library(arguments.emulated)
+        namespace = torch.ops.bigain_cuda
     returned = raised = 0
     for _ in range(arguments.count):
         op, values = random.choice(CALLS)
@@ -110,9 +117,10 @@ def main() -> None:
             place = random.randrange(len(values))
             values[place] = None if random.random() < 0.03 else broken(values[place])
         try:
-            getattr(torch.ops.bigain, op)(*values)
+            getattr(namespace, op)(*values)
             returned += 1
-        except (ValueError, TypeError, RuntimeError, IndexError, AttributeError):  # the kinds that torch.ops raises
+        # The kinds that torch.ops and the fake implementations (for meta tensors) raise.
+        except (ValueError, TypeError, RuntimeError, IndexError, AttributeError, ZeroDivisionError):
             raised += 1
     print(f"returned {returned} raised {raised}")
 

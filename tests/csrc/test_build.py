@@ -122,7 +122,7 @@ def test_switch(switch, expected, tmp_path):
 
 
 def library() -> Path:
-    (found,) = Path(native.__file__).parent.glob("_native*.so")
+    (found,) = Path(native.__file__).parent.glob("_native.*so")
     return found
 
 

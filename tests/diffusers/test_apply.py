@@ -156,7 +156,7 @@ def test_unsupported_attention_is_reported():
     "target", [nn.Linear(2, 2), SimpleNamespace(unet=None), SimpleNamespace(transformer=nn.Linear(2, 2))]
 )
 def test_other_models_are_refused(target):
-    message = "model_or_pipe: got .* expected a UNet2DConditionModel or DiTTransformer2DModel"
+    message = "model_or_pipe: got .* expected a UNet2DConditionModel, DiTTransformer2DModel, .* or a pipeline"
     with pytest.raises(TypeError, match=message):
         apply_token_compression(target, LGTMConfig())
     with pytest.raises(TypeError, match=message):

@@ -13,7 +13,19 @@ from bigain_kernels.diffusers import (
     remove_token_compression,
 )
 
-from .models import dit_inputs, run, tiny_dit, tiny_unet, unet_inputs
+from .models import (
+    dit_inputs,
+    flux_inputs,
+    qwen_inputs,
+    run,
+    sd3_inputs,
+    tiny_dit,
+    tiny_flux,
+    tiny_qwen,
+    tiny_sd3,
+    tiny_unet,
+    unet_inputs,
+)
 
 # The second makes sizes dynamic; the third, odd one must not be new to the graphs.
 SIZES = ((16, 16), (12, 20), (18, 18))
@@ -54,6 +66,7 @@ def test_unet_blocks_compile_to_no_more_graphs_than_one_set_more():
     for config in (
         LGTMConfig(max_downsample=2, modules=("attn1", "attn2")),
         ToMeConfig(share_plan=2),
+        LGTMConfig(max_downsample=2, proportional=True),
         IEKVDConfig(max_downsample=2, alpha=(0.8, 1.2)),
     ):
         torch._dynamo.reset()
@@ -66,7 +79,7 @@ def test_unet_blocks_compile_to_no_more_graphs_than_one_set_more():
 
 def test_dit_blocks_compile_to_as_many_graphs_as_without_compression():
     counts = []
-    for config in (None, ToMeConfig(), IEKVDConfig(alpha=(0.8, 1.2))):
+    for config in (None, ToMeConfig(), ToMeConfig(proportional=True, share_plan=2), IEKVDConfig(alpha=(0.8, 1.2))):
         torch._dynamo.reset()
         model, graphs = tiny_dit(), Graphs()
         if config is not None:
@@ -77,7 +90,51 @@ def test_dit_blocks_compile_to_as_many_graphs_as_without_compression():
         torch.testing.assert_close(run(model, dit_inputs()), eager, atol=1e-6, rtol=1e-6)
         counts.append(graphs.count)
     assert counts[0] < 4  # blocks share graphs
+    assert counts[1:] == counts[:1] * 3
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"), [(tiny_flux, flux_inputs), (tiny_sd3, sd3_inputs), (tiny_qwen, qwen_inputs)]
+)
+def test_joint_blocks_compile_to_as_many_graphs_as_without_compression(build, inputs):
+    counts = []
+    for config in (None, IEKVDConfig(alpha=(0.8, 1.2)), IEKVDConfig(pool="hidden")):
+        torch._dynamo.reset()
+        model, graphs = build(), Graphs()
+        if config is not None:
+            apply_token_compression(model, config)
+        calls = [inputs(size=size) for size in ((8, 8), (12, 20), (10, 6))]
+        eager = [run(model, call) for call in calls]
+        blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", ())]
+        for block in blocks:
+            block.compile(fullgraph=True, backend=graphs)
+        for call, wanted in zip(calls, eager, strict=True):
+            torch.testing.assert_close(run(model, call), wanted, atol=1e-5, rtol=1e-5)
+        counts.append(graphs.count)
     assert counts[1:] == counts[:1] * 2
+
+
+@pytest.mark.parametrize("pool", ["keys", "hidden"])
+def test_whole_joint_models_compile(pool):
+    config = IEKVDConfig(alpha=(0.8, 1.2), pool=pool)
+    for build, inputs in (
+        (tiny_flux, flux_inputs(size=(6, 10))),
+        (tiny_sd3, sd3_inputs()),
+        (tiny_qwen, qwen_inputs()),
+    ):
+        torch._dynamo.reset()
+        eager, model = build(), build()
+        apply_token_compression(eager, config)
+        wanted = run(eager, inputs)
+        apply_token_compression(model, config)
+        if build is tiny_flux:
+            # Reading the grid breaks the graph.
+            broken = torch.compile(model, backend=Graphs())
+            torch.testing.assert_close(run(broken, inputs), wanted, atol=1e-5, rtol=1e-5)
+            torch._dynamo.reset()
+            inputs = {**inputs, "joint_attention_kwargs": {"bigain_grid": (6, 10)}}
+        compiled = torch.compile(model, backend=Graphs(), fullgraph=True)
+        torch.testing.assert_close(run(compiled, inputs), wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_applying_to_a_compiled_model_adds_one_set_and_removing_adds_none():
@@ -102,7 +159,7 @@ def test_applying_to_a_compiled_model_adds_one_set_and_removing_adds_none():
 
 
 def test_whole_model_compiles():
-    for config in (LGTMConfig(), IEKVDConfig(alpha=(0.8, 1.2))):
+    for config in (LGTMConfig(), LGTMConfig(proportional=True), IEKVDConfig(alpha=(0.8, 1.2))):
         torch._dynamo.reset()
         model = tiny_dit()
         plain = run(model, dit_inputs())

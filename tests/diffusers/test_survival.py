@@ -22,13 +22,26 @@ from bigain_kernels.diffusers import (
 )
 from bigain_kernels.diffusers.processors import FusedMergeAttnProcessor, MergeAttnProcessor
 
-from .models import TEXT_DIM, recorded_plans, run, tiny_dit, tiny_unet, unet_inputs
+from .models import (
+    TEXT_DIM,
+    flux_inputs,
+    qwen_inputs,
+    recorded_plans,
+    run,
+    sd3_inputs,
+    tiny_dit,
+    tiny_flux,
+    tiny_qwen,
+    tiny_sd3,
+    tiny_unet,
+    unet_inputs,
+)
 
 CONFIGS = [
     LGTMConfig(max_downsample=2),
     LGTMConfig(modules=("attn1", "attn2")),
     IEKVDConfig(max_downsample=2),
-    ToMeConfig(cached_assignment=True),
+    ToMeConfig(cached_assignment=True, proportional=True),
 ]
 CLOSE = {"atol": 2e-6, "rtol": 1e-5}
 
@@ -249,6 +262,19 @@ def test_offloading(config, offload_first):
         _offload(model)
     for _ in range(2):
         assert torch.equal(run(model, unet_inputs()), run(stays, unet_inputs()))
+
+
+@pytest.mark.parametrize(
+    ("build", "inputs"), [(tiny_flux, flux_inputs), (tiny_sd3, sd3_inputs), (tiny_qwen, qwen_inputs)]
+)
+@pytest.mark.parametrize("pool", ["keys", "hidden"])
+def test_offloading_of_joint_models(build, inputs, pool):
+    model, stays = build(), build()
+    for target in (model, stays):
+        apply_token_compression(target, IEKVDConfig(pool=pool, alpha=(0.8, 1.2)))
+    _offload(model)
+    for _ in range(2):
+        torch.testing.assert_close(run(model, inputs()), run(stays, inputs()), **CLOSE)
 
 
 def test_layers_are_called_as_modules():

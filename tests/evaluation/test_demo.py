@@ -12,12 +12,14 @@ import torch
 from PIL import Image
 
 from bigain_kernels.evaluation.demo import FULL, METHODS, Demo, DemoConfig
-from bigain_kernels.evaluation.demo_files import table_cells, write_all
+from bigain_kernels.evaluation.demo_files import ORDER_TITLE, order_cells, table_cells, write_all
 from bigain_kernels.evaluation.demo_results import DemoResult, claim_note, summarise, verdict
 from bigain_kernels.evaluation.metrics import Measured
 from bigain_kernels.evaluation.pictures import PictureConfig, draw_photograph, merge_pictures, patch_tokens
+from bigain_kernels.evaluation.pooling_order import PoolingOrderConfig, compare_pooling_orders
 
 TINY = DemoConfig(images=6, samples=4, steps=2, threads=1, image_chunk=3, sample_chunk=4, picture_strides=(4,))
+QUICK_ORDERS = PoolingOrderConfig(alphas=(0.5, 1.0), sharpness=(3.0,), seeds=(0, 1), grid=(6, 10))
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +51,8 @@ def test_every_method_does_both_jobs_on_the_same_items(run) -> None:
 
 def test_all_files_are_written(run, tmp_path: Path) -> None:
     demo, result, _ = run
-    page = write_all(demo, result, tmp_path).read_text()
+    orders = compare_pooling_orders(QUICK_ORDERS)
+    page = write_all(demo, result, tmp_path, orders).read_text()
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [method.key for method in METHODS]
@@ -57,6 +60,9 @@ def test_all_files_are_written(run, tmp_path: Path) -> None:
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["config"]["images"] == 6
     assert content["notes"] == result.notes
+    assert [order["alpha"] for order in content["pooling_orders"]] == [0.5, 1.0]
+    assert ORDER_TITLE in page
+    assert ORDER_TITLE not in write_all(demo, result, tmp_path, pictures=False).read_text()
     pictures = sorted(tmp_path.rglob("*.png"))
     assert len(pictures) == 2 * len(METHODS) + 2
     for path in pictures:
@@ -74,6 +80,30 @@ def test_table_states_errors_and_rivals(run) -> None:
     assert rows[2][0] == "L-GTM"
     assert rows[2][3].endswith("\nto ToMe")
     assert all("±" in row[2] for row in rows)
+
+
+def test_proportional_rows_differ_from_those_without(run) -> None:
+    demo, result, _ = run
+    rows = {row.key: row for row in result.rows}
+    for key in ("tome", "lgtm"):
+        assert rows[f"{key}_proportional"].tokens == rows[key].tokens
+        assert demo.compressions[f"{key}_proportional"].proportional
+        made, without = (demo.outcomes[name].samples[3.0] for name in (f"{key}_proportional", key))
+        assert not torch.allclose(made, without, atol=1e-3)
+
+
+def test_pooling_orders_agree_at_alpha_one_alone() -> None:
+    half, one = compare_pooling_orders(QUICK_ORDERS)
+    assert (half.alpha, one.alpha, half.sharpness) == (0.5, 1.0, 3.0)
+    assert one.apart.value < 1e-5 < 1e-3 < half.apart.value
+    assert abs(one.difference.value) < 1e-5
+    assert half.difference.value == pytest.approx(half.hidden.value - half.keys.value, rel=1e-6)
+    assert min(half.keys.value, half.hidden.value, one.keys.value) > 1e-3
+    again = compare_pooling_orders(QUICK_ORDERS)
+    assert again[0].keys.value == pytest.approx(half.keys.value, rel=1e-4)
+    heading, rows = order_cells([half, one])
+    assert {len(row) for row in rows} == {len(heading)}
+    assert rows[1][:2] == ["3", "1"]
 
 
 def test_interrupted_demo_counts_what_all_methods_have_done() -> None:
@@ -120,6 +150,9 @@ def test_notes_say_when_a_claim_does_not_come_out() -> None:
     )
     assert claim_note("A", "the paper", [down]) == "A. NOT as the paper says: worse in accuracy (-3.0 ± 1.0)."
     assert claim_note("A", "the paper", [up, down]).startswith("A. Not all as the paper says: better in")
+    assert claim_note("A", None, [up, down]) == (
+        "A. Measured, without a claim: better in accuracy (+3.0 ± 1.0); worse in accuracy (-3.0 ± 1.0)."
+    )
     assert claim_note("A", "the paper", [flat]).startswith("A. NOT shown here, though the paper says better: no clear")
 
 

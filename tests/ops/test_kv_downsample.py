@@ -35,6 +35,33 @@ def test_downsampling_blends_nearest_and_average(grid, factor, alpha, dtype):
     assert_close(out, expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize(("grid", "factor"), [((4, 6), 2), ((7, 9), 2), ((9, 14), (4, 3)), ((3, 5), 1)])
+def test_what_has_weight_zero_does_not_show(grid, factor, rows, dtype):
+    """alpha 1 copies the nearest token whatever stands beside it; alpha 0 averages whatever the nearest token is."""
+    (height, width), (sy, sx) = grid, factor if isinstance(factor, tuple) else (factor, factor)
+    out_y, out_x = height // sy, width // sx
+    x = tokens(3, height * width, 5, dtype, strided=True)
+    row = (2 * torch.arange(out_y) + 1) * height // (2 * out_y)
+    column = (2 * torch.arange(out_x) + 1) * width // (2 * out_x)
+    nearest = (row[:, None] * width + column).flatten()
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside[: out_y * sy, : out_x * sx] = True
+
+    alone = torch.full_like(x, torch.inf).index_copy(1, nearest, x[:, nearest])
+    picked = bk.kv_downsample(alone, grid, factor, torch.tensor([1.0, 0.3, 1.0]) if rows else 1.0)
+    for b in (0, 2) if rows else (0, 1, 2):
+        assert torch.equal(picked[b], x[b, nearest])
+
+    windows = x.masked_fill(~inside.flatten()[:, None], torch.nan)
+    averaged = bk.kv_downsample(windows, grid, factor, torch.tensor([0.0, 0.3, 0.0]) if rows else 0.0)
+    image = x.double().unflatten(1, grid)[:, : out_y * sy, : out_x * sx]
+    expected = image.reshape(3, out_y, sy, out_x, sx, 5).mean((2, 4)).flatten(1, 2)
+    for b in (0, 2) if rows else (0, 1, 2):
+        assert_close(averaged[b], expected[b])
+
+
 def test_downsampling_several_tensors_is_the_same_as_one_by_one():
     k, v = tokens(2, 24, 3), tokens(2, 24, 5, seed=1)
     pooled = bk.kv_downsample((k, v), (4, 6), 2, 0.9)

@@ -20,6 +20,7 @@ PLAN = bk.lgtm_plan(X, GRID, 0.5)
 TABLES = (PLAN.slot, PLAN.offsets, PLAN.members, PLAN.anchor)
 Q = tokens(4, 48, 20).unflatten(2, (2, 10)).transpose(1, 2)
 ROWS = torch.linspace(0.8, 1.2, 4)
+W = X[0, :6]
 
 OP_CALLS = {
     "laplacian_score": (X, 6, 8, "l1"),
@@ -35,7 +36,11 @@ OP_CALLS = {
     "token_unmerge": (X[:, :24].contiguous(), *TABLES, X, X[:, 0]),
     "kv_downsample": ([X, X], 6, 8, 2, 2, 0.9, None),
     "kv_downsample rows": ([X], 6, 8, 2, 1, 0.0, ROWS),
-    "kv_downsample_attention": (Q, Q, Q, 6, 8, 2, 2, 0.9, None, None, None),
+    "kv_downsample_attention": (Q, Q, Q, 6, 8, 2, 2, 0.9, None, None, None, 0, 48),
+    "kv_downsample_attention text": (Q, Q, Q, 5, 8, 2, 3, 0.0, ROWS, 0.3, torch.zeros(2, 12), 2, 42),
+    "kv_downsample_attention bias": (Q[:, :, :9], Q, Q, 1, 48, 1, 1, 1.0, None, None, SCORE, 0, 48),
+    "pooled_kv_projection": (X, 6, 8, 2, 2, 0.9, None, W, W[:3], None, None),
+    "pooled_kv_projection rows": (X, 6, 8, 2, 1, 0.0, ROWS, W, W, W[0, :6], W[0, 4:]),
 }
 
 
@@ -60,6 +65,20 @@ PUBLIC_CALLS = {
         x, GRID, 2, bk.alpha_schedule((0.8, 1.2), torch.arange(x.shape[0]))
     ),
     "attention": lambda x: bk.kv_downsample_attention(*[x.unsqueeze(1)] * 3, GRID, 2, 0.9),
+    "attention text": lambda x: bk.kv_downsample_attention(
+        *[x.unsqueeze(1)] * 3,
+        (5, 8),
+        2,
+        0.9,
+        key_bias=x.select(2, 0).narrow(0, 0, 2).narrow(1, 0, 16),
+        image_tokens=(3, 43),
+    ),
+    "attention proportional": lambda x: bk.kv_downsample_attention(
+        *[x.unsqueeze(1)] * 3, (1, x.shape[1]), 1, 1.0, key_bias=x.select(2, 0)
+    ),
+    "projection": lambda x: bk.pooled_kv_projection(
+        x, GRID, 2, 0.9, x.select(0, 0), x.select(0, 1), None, x.select(0, 0).select(1, 0)
+    ),
 }
 
 
@@ -122,22 +141,24 @@ def test_traces_with_fake_cuda_tensors_on_any_machine(call):
 def test_export_round_trip(tmp_path):
     class Layer(torch.nn.Module):
         def forward(self, x):
-            return bk.lgtm_plan(x, GRID, 0.5), PUBLIC_CALLS["merge and unmerge"](x)
+            pooled = PUBLIC_CALLS["attention text"](x), *PUBLIC_CALLS["projection"](x)
+            return bk.lgtm_plan(x, GRID, 0.5), PUBLIC_CALLS["merge and unmerge"](x), pooled
 
-    batch = torch.export.Dim("batch", min=2, max=64)
+    batch = 2 * torch.export.Dim("pairs", min=1, max=32)  # a key bias of two rows divides the batch
     program = torch.export.export(Layer(), (X,), dynamic_shapes={"x": {0: batch}})
     torch.export.save(program, tmp_path / "layer.pt2")
     loaded = torch.export.load(tmp_path / "layer.pt2").module()
     x = tokens(6, 48, 10, seed=9)
-    plan, out = loaded(x)
+    plan, out, pooled = loaded(x)
     assert isinstance(plan, bk.MergePlan)
     assert plan.grid == GRID
     torch.testing.assert_close(out, Layer()(x)[1])
+    torch.testing.assert_close(pooled, Layer()(x)[2])
 
 
 # torch warns as well, before our error: the ops have no autograd kernel.
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-@pytest.mark.parametrize("call", ["merge and unmerge", "kv_downsample", "attention"])
+@pytest.mark.parametrize("call", ["merge and unmerge", "kv_downsample", "attention", "projection"])
 def test_backward_raises_instead_of_returning_wrong_gradients(call):
     with torch.enable_grad():
         x = X.clone().requires_grad_()
@@ -147,14 +168,16 @@ def test_backward_raises_instead_of_returning_wrong_gradients(call):
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-@pytest.mark.parametrize("which", ["weights", "alpha", "key_bias"])
+@pytest.mark.parametrize("which", ["weights", "alpha", "key_bias", "w_v", "b_k"])
 def test_backward_through_a_second_input_raises_too(which):
     with torch.enable_grad():
-        leaf = torch.ones(4, 48 if which == "weights" else 12, requires_grad=True)
+        leaf = torch.ones(4, {"weights": 48, "w_v": 10}.get(which, 12), requires_grad=True)
         results = {
             "weights": lambda: bk.token_merge(X, PLAN, weights=leaf),
             "alpha": lambda: bk.kv_downsample(X, GRID, 2, leaf[:, 0]),
             "key_bias": lambda: bk.kv_downsample_attention(Q, Q, Q, GRID, 2, 0.9, key_bias=leaf),
+            "w_v": lambda: bk.pooled_kv_projection(X, GRID, 2, 0.9, W, leaf)[1],
+            "b_k": lambda: bk.pooled_kv_projection(X, GRID, 2, 0.9, W, W, leaf[0, :6])[0],
         }
         with pytest.raises(RuntimeError, match="has no backward"):
             (results[which]().sum() + leaf.sum()).backward()

@@ -1,5 +1,7 @@
-"""Keeps the interpreted checks out of processes that do not interpret."""
+"""Keeps the checks of the kernels out of processes that neither interpret nor have a GPU."""
 
 import os
 
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+import torch
+
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available() else ["interpreted"]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +18,8 @@ import bigain_kernels.triton_kernels as kernels
 from bigain_kernels import aot
 from bigain_kernels.triton_kernels import configs
 
+# make puts the oldest Triton that is supported here: pip install --no-deps --target build/triton-3.6 triton==3.6.0
+OLDEST = Path(__file__).parents[2] / "build" / "triton-3.6"
 CASES = list(aot.cases("sm_90", (torch.bfloat16,), default_only=True))
 CASES += [case for case in aot.cases("sm_90", (torch.float32,), default_only=True) if "match" in case.op]
 IDS = [f"{case.op}, {case.dtype}" for case in CASES]
@@ -23,6 +28,15 @@ IDS = [f"{case.op}, {case.dtype}" for case in CASES]
 @pytest.mark.parametrize("case", CASES, ids=IDS)
 def test_machine_code_keeps_the_rules(case):
     assert aot.examine(case, "sm_90").broken == []
+
+
+@pytest.mark.skipif(not (OLDEST / "triton").is_dir(), reason="build/triton-3.6 is not there: make test installs it")
+def test_machine_code_of_triton_3_6_keeps_the_rules():
+    environment = {**os.environ, "PYTHONPATH": str(OLDEST), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "bigain_kernels.aot", "--architecture", "sm_90", "--default-only"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.startswith("triton 3.6.0"), done.stderr[-2000:]
+    assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if not line.endswith("| ok |"))
 
 
 def test_every_kernel_is_covered():
@@ -59,11 +73,32 @@ def test_narrow_accesses_are_seen():
     assert found == ["no 16-byte loads", "no 16-byte stores"]
 
 
+def test_configs_of_attention_sum_rows_in_one_order():
+    cases = [case for case in aot.cases("sm_90", (torch.bfloat16,)) if "(d=72, 2x2)" in case.op]
+    assert len(cases) > 1
+    assert len({aot.examine(case, "sm_90").row_order for case in cases}) == 1
+
+
+def test_other_orders_are_seen():
+    """For wide heads the compiler spreads the rows of a small tile over warps on sm_80."""
+    case = next(case for case in aot.cases("sm_80", (torch.bfloat16,)) if "(d=128, 1x1" in case.op)
+    small = case._replace(
+        launch=case.launch._replace(arguments={**case.launch.arguments, "BLOCK_M": 64, "num_warps": 4})
+    )
+    orders = [aot.examine(each, "sm_80").row_order for each in (case, small)]
+    assert orders[0] != orders[1]
+    assert "1 warps a row" in orders[0]
+    assert "4 warps a row" in orders[1]
+
+
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_tuned_files(architecture):
     table = configs.table(architecture)
     assert table["architecture"] == architecture
     assert table["ops"].keys() == configs.table(configs.FALLBACK)["ops"].keys()
+    assert table["routes"].keys() == configs.table(configs.FALLBACK)["routes"].keys()
+    assert all(set(route) == {"small", "large"} for route in table["routes"].values())
+    assert {choice for route in table["routes"].values() for choice in route.values()} <= {"fused", "pooled"}
     for op, entry in table["ops"].items():
         assert set(entry) == {"candidates", "choice"}, op
         assert set(entry["choice"]) == {"small", "large"}, op

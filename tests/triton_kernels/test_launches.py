@@ -72,6 +72,7 @@ def calls():
     score, match = meta(BATCH, N, dtype=torch.float32), meta(BATCH, N, dtype=torch.int32)
     destinations = meta(BATCH, N // 4, dtype=torch.int32)
     alphas = meta(BATCH, dtype=torch.float32)
+    q, weight = x.unflatten(2, (5, 64)).transpose(1, 2), meta(CHANNELS, CHANNELS)
     return {
         "laplacian_score": ((x, *GRID, "l1"), 1),
         "select_destinations": ((score, *GRID, 2, 2), 1),
@@ -79,9 +80,11 @@ def calls():
         "merge_plan": ((score, match, destinations, R), 1),
         "block_merge_plan": ((score, *GRID, 2, 2, R, "max"), 1),
         "lgtm_plan": ((x, *GRID, 2, 2, R, -1, 1), 3),
-        "token_merge": ((x, *tables, "mlerp", None), 2),
+        "token_merge": ((x, *tables, "mlerp", None), 3),
         "token_unmerge": ((x[:, :M], *tables, x, x[:, 0]), 1),
         "kv_downsample": (([x, x, x, x], *GRID, 2, 2, 0.0, alphas), 1),
+        "kv_downsample_attention": ((q, q, q, *GRID, 2, 2, 0.0, alphas, None, None, 0, N), 1),
+        "pooled_kv_projection": ((x, *GRID, 2, 2, 0.0, alphas, weight, weight, None, weight[0]), 1),
     }
 
 
@@ -97,7 +100,71 @@ def test_launches_and_shapes_of_every_op(op):
     for result, fake in zip(results, fakes, strict=True):
         assert result.shape == fake.shape
         assert result.dtype == fake.dtype
-        assert result.is_contiguous()
+        assert result.stride() == fake.stride()
+
+
+def attend(grid, heads, d, factor=2, alpha=0.9, bias=False, text=0):
+    """The launches of a call whose queries are the image tokens."""
+    n = grid[0] * grid[1]
+    q, k, v = (
+        meta(BATCH, tokens, heads * d).unflatten(2, (heads, d)).transpose(1, 2) for tokens in (n, n + text, n + text)
+    )
+    keys = (grid[0] // factor) * (grid[1] // factor) + text
+    key_bias = meta(1, keys, dtype=torch.float32) if bias else None
+    with record_launches() as launches:
+        out = IMPLEMENTATIONS["kv_downsample_attention"](
+            q, k, v, *grid, factor, factor, alpha, None, None, key_bias, text, n + text
+        )
+    assert out.shape == q.shape
+    assert out.transpose(1, 2).is_contiguous()
+    return launches
+
+
+def test_attention_pools_inside_where_launches_dominate():
+    for text in (0, 77):
+        (launch,) = attend((16, 16), 16, 72, text=text)
+        assert launch.name == "kv_downsample_attention"
+        assert (launch.arguments["SY"], launch.arguments["SX"]) == (2, 2)
+        # q, k and v where they are, and the result: nothing is stored in between.
+        tokens = 16 * 16 * 16 * 72 * BATCH * 2
+        assert bytes_of(launch) == 4 * tokens + 2 * BATCH * text * 16 * 72 * 2
+
+
+def test_attention_pools_before_where_windows_would_be_read_too_often():
+    launches = attend(GRID, 5, 64)
+    assert [launch.name for launch in launches] == ["kv_downsample"]  # then PyTorch's attention
+    assert launches[0].arguments["TENSORS"] == 2
+    # The heads lie side by side in memory: rows of 320 channels.
+    assert launches[0].arguments["channels_0"] == 320
+    launches = attend(GRID, 5, 64, bias=True, text=7)
+    assert [launch.name for launch in launches] == ["kv_downsample", "kv_downsample_attention"]
+    assert (launches[1].arguments["SY"], launches[1].arguments["keys"]) == (1, 1024 + 7)
+    # Nearest tokens alone are a quarter of the reads.
+    assert [launch.name for launch in attend((32, 32), 5, 64, factor=2)] == ["kv_downsample_attention"]
+    assert [launch.name for launch in attend((40, 40), 5, 64, factor=2)] == ["kv_downsample"]
+    assert [launch.name for launch in attend((40, 40), 5, 64, factor=2, alpha=1.0)] == ["kv_downsample_attention"]
+
+
+def test_attention_without_pooling():
+    assert attend(GRID, 5, 64, factor=1) == []  # PyTorch's attention
+    (launch,) = attend(GRID, 5, 64, factor=1, bias=True)
+    assert (launch.name, launch.arguments["ALPHA"]) == ("kv_downsample_attention", "one")
+
+
+def test_heads_too_wide_for_the_kernel():
+    for bias in (False, True):
+        assert [launch.name for launch in attend((8, 8), 2, 192, bias=bias)] == ["kv_downsample"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "channels", "expected"), [(GRID, 320, "pooled_kv_projection"), (GRID, 1536, "kv_downsample")]
+)
+def test_projection_pools_inside_where_launches_dominate(grid, channels, expected):
+    x, weight = meta(BATCH, grid[0] * grid[1], channels), meta(channels, channels)
+    with record_launches() as launches:
+        k, v = IMPLEMENTATIONS["pooled_kv_projection"](x, *grid, 2, 2, 0.9, None, weight, weight, None, None)
+    assert [launch.name for launch in launches] == [expected]
+    assert k.shape == v.shape == (BATCH, N // 4, channels)
 
 
 def test_longer_lists_take_a_launch_for_every_four():
@@ -115,3 +182,18 @@ def test_empty_tensors(shape):
         assert IMPLEMENTATIONS["token_merge"](x, *tables, "mean", None).shape == (shape[0], 5, shape[2])
         assert IMPLEMENTATIONS["laplacian_score"](x, 3, 3, "l2").shape == shape[:2]
         assert IMPLEMENTATIONS["kv_downsample"]([x], 3, 3, 2, 2, 0.9, None)[0].shape == (shape[0], 1, shape[2])
+
+
+def test_programs_for_huge_slots():
+    """One program for 16 channels of 4,096 members, and none where no slot can be huge."""
+    x, tables = x_and_tables()
+    small = [meta(BATCH, width, dtype=torch.int32) for width in (300, 47, 300, 46)]  # slots of up to 255 members
+    with record_launches() as launches:
+        IMPLEMENTATIONS["token_merge"](x, *tables, "mean", None)
+        IMPLEMENTATIONS["token_merge"](x, *tables, "prune", None)
+        IMPLEMENTATIONS["token_merge"](x[:, :300], *small, "mlerp", None)
+    mean, prune, *mlerp = launches
+    blocks = -(-M // mean.arguments["BLOCK_M"])
+    assert mean.grid == (CHANNELS // 64, blocks + 4, BATCH)
+    assert prune.grid == (CHANNELS // 64, blocks, BATCH)
+    assert [launch.name for launch in mlerp] == ["row_stats", "token_merge"]

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigain_kernels import backends, methods, reference, use_backend
+from bigain_kernels import backends, kv_downsample, methods, reference, token_merge, token_unmerge, use_backend
 
 pytest.importorskip("triton")
 
+from bigain_kernels.aot import record_launches
 from bigain_kernels.ops._triton import OPS
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 from tests.shapes import tokens
@@ -40,6 +41,18 @@ def test_long_rows_go_to_the_next_backend():
         IMPLEMENTATIONS["merge_plan"](*packed, 5)
 
 
+@pytest.mark.parametrize("shape", [(16_384, 1, 2), (1, 1_000_001, 1)])
+def test_what_no_grid_of_programs_holds_goes_to_the_next_backend(shape):
+    x = tokens(*shape)
+    grid = (1, shape[1])
+    assert torch.equal(IMPLEMENTATIONS["laplacian_score"](x, *grid, "l1"), reference.laplacian_score(x, grid))
+    with (
+        use_backend("triton"),
+        pytest.raises(backends.BackendUnavailable, match="at most 16383 rows of 1000000 tokens"),
+    ):
+        IMPLEMENTATIONS["laplacian_score"](x, *grid, "l1")
+
+
 @pytest.mark.parametrize("share", [1, 2])
 def test_lgtm_plan_op_is_the_method(share):
     x = tokens(4, 63, 16)
@@ -61,3 +74,43 @@ def test_fake_cuda_tensors_are_traced():
     assert y.shape == (2, 24, 32)
     assert out.shape == x.shape
     assert out.device.type == "cuda"
+
+
+class Layer(torch.nn.Module):
+    def forward(self, x):
+        plan = methods.lgtm_plan(x, (8, 8), 0.6)
+        k, v = kv_downsample((x, x), (8, 8), 2, 0.9)
+        return token_unmerge(token_merge(x, plan), plan, residual=x), k, v
+
+
+class Launching(torch.fx.Interpreter):
+    """Runs a graph with the launchers in the place of the ops."""
+
+    def call_function(self, target, args, kwargs):
+        name = getattr(target, "_opname", None)
+        return IMPLEMENTATIONS[name](*args, **kwargs) if name in OPS else super().call_function(target, args, kwargs)
+
+
+def test_export_for_a_gpu_without_one(tmp_path):
+    """A program exported, saved and loaded for CUDA on a machine that has none: it holds the ops themselves, for any
+    batch, and with their arguments the kernels are launched that a GPU would get. Its numbers are tested on a GPU."""
+    with FakeTensorMode():
+        x = torch.empty(4, 64, 32, dtype=torch.bfloat16, device="cuda")
+        batch = torch.export.Dim("batch", min=2, max=64)
+        program = torch.export.export(Layer(), (x,), dynamic_shapes={"x": {0: batch}})
+    program._example_inputs = None  # fake tensors cannot be saved
+    torch.export.save(program, tmp_path / "layer.pt2")
+    loaded = torch.export.load(tmp_path / "layer.pt2")
+    names = [str(n.target) for n in loaded.graph.nodes if str(n.target).startswith("bigain.")]
+    ops = ["lgtm_plan", "token_merge", "token_unmerge", "kv_downsample"]
+    assert sorted(names) == sorted(f"bigain.{op}.default" for op in ops)
+    with FakeTensorMode():
+        fakes = loaded.module()(torch.empty(6, 64, 32, dtype=torch.bfloat16, device="cuda"))
+    with record_launches() as launches:
+        results = Launching(loaded.graph_module).run(torch.empty(6, 64, 32, dtype=torch.bfloat16, device="meta"))
+    assert sorted(launch.name for launch in launches) == sorted(
+        ["laplacian_score", "bipartite_match", "merge_plan", "token_merge", "token_unmerge", "kv_downsample"]
+    )
+    for fake, result in zip(fakes, results, strict=True):
+        assert fake.device.type == "cuda"
+        assert (fake.shape, fake.dtype) == (result.shape, result.dtype)

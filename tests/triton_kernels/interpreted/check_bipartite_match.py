@@ -4,13 +4,26 @@ import pytest
 import torch
 
 from bigain_kernels import reference
+from bigain_kernels.aot import ARCHITECTURES
 from bigain_kernels.testing import assert_match_is_best
 from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
 
-from .inputs import CASES, DTYPES, IDS, odd_tokens
+from .inputs import CASES, DTYPES, IDS, INTERPRETED, candidates, odd_tokens, on_device
+
+launch_bipartite_match = on_device(launch_bipartite_match)
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+
+
+def shipped(dtype, window):
+    """The configs that must agree: on a GPU those it takes for such a call, in the interpreter all there are."""
+    if INTERPRETED:
+        ops = ("bipartite_match", "bipartite_match_fp32", "bipartite_match_window")
+        every = [c for op in ops for architecture in ARCHITECTURES for c in configs.candidates(op, architecture)]
+        return [config for i, config in enumerate([*every, SMALL]) if config not in every[:i]]
+    op = "bipartite_match" if window is None else "bipartite_match_window"
+    return candidates("bipartite_match_fp32" if dtype == torch.float32 else op)
 
 
 def destinations_of(x, grid, stride):
@@ -94,17 +107,26 @@ def test_every_config_and_split_gives_the_same_bits(dtype, window):
     grid, stride = (9, 11), (2, 2)
     x = odd_tokens(1, 99, 72, dtype)
     destinations = destinations_of(x, grid, stride)
-    shipped = {
-        tuple(sorted(config.items()))
-        for op in ("bipartite_match", "bipartite_match_fp32", "bipartite_match_window")
-        for architecture in ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
-        for config in configs.candidates(op, architecture)
-    }
     results = [
-        launch_bipartite_match(x, destinations, window, grid, stride, {**dict(config), "SPLIT": split})
-        for config in [*sorted(shipped), tuple(SMALL.items())]
+        launch_bipartite_match(x, destinations, window, grid, stride, {**config, "SPLIT": split})
+        for config in shipped(dtype, window)
         for split in (1, 4)
     ]
     for similarity, match in results:
         assert torch.equal(similarity, results[0][0])
         assert torch.equal(match, results[0][1])
+
+
+def test_the_split_does_not_decide_between_destinations_that_round_to_one_similarity():
+    """Multiples of a few directions: their similarities differ before the source's own scale rounds them, or after."""
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(4, 16, generator=generator)[torch.arange(256) % 4]
+    scales = torch.rand(2, 256, 1, generator=generator) * 4 + 0.1
+    x = directions * scales
+    destinations = torch.arange(0, 256, 3, dtype=torch.int32).repeat(2, 1)
+    one, other, third = (
+        launch_bipartite_match(x, destinations, config={**SMALL, "SPLIT": split}) for split in (1, 2, 4)
+    )
+    for similarity, match in (other, third):
+        assert torch.equal(similarity, one[0])
+        assert torch.equal(match, one[1])

@@ -5,10 +5,11 @@ import torch
 
 from bigain_kernels import reference
 from bigain_kernels.testing import assert_close
-from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.kv_downsample import launch_kv_downsample
 
-from .inputs import DTYPES, odd_tokens
+from .inputs import DTYPES, candidates, odd_tokens, on_device
+
+launch_kv_downsample = on_device(launch_kv_downsample)
 
 CASES = [
     (3, (8, 8), (2, 2), 64, False),
@@ -28,6 +29,22 @@ def test_pooling(batch, grid, factor, channels, strided, dtype, alpha):
     x = odd_tokens(batch, grid[0] * grid[1], channels, dtype, strided)
     (y,) = launch_kv_downsample([x], grid, factor, alpha)
     assert_close(y, reference.kv_downsample(x.double(), grid, factor, alpha))
+
+
+@pytest.mark.parametrize("rows", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("grid", "factor"), [((4, 6), (2, 2)), ((7, 9), (2, 2)), ((11, 11), (5, 5))])
+def test_what_has_weight_zero_does_not_show(grid, factor, dtype, rows):
+    x = odd_tokens(2, grid[0] * grid[1], 72, dtype, strided=True)
+    for number in (0.0, 1.0):
+        alpha = torch.tensor([number, 0.3]) if rows else number
+        (y,) = launch_kv_downsample([x], grid, factor, alpha)
+        expected = reference.kv_downsample(x, grid, factor, number)
+        if number == 1.0:
+            torch.testing.assert_close(
+                y[: 1 if rows else 2], expected[: 1 if rows else 2], rtol=0, atol=0, equal_nan=True
+            )
+        assert_close(y[0], expected[0])
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 5])
@@ -52,6 +69,7 @@ def test_several_tensors_of_different_kinds(count):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_config_gives_the_same_bits(dtype):
     x = odd_tokens(2, 63, 72, dtype)
-    results = [launch_kv_downsample([x], (7, 9), (2, 2), 0.9, c)[0] for c in configs.candidates("kv_downsample")]
-    for result in results[1:]:
-        torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
+    for alpha in (0.9, 1.0):
+        results = [launch_kv_downsample([x], (7, 9), (2, 2), alpha, c)[0] for c in candidates("kv_downsample")]
+        for result in results[1:]:
+            torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)

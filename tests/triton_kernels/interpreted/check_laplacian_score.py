@@ -6,7 +6,6 @@ import torch
 from bigain_kernels import reference
 from bigain_kernels.reference.lgtm_plan import share_mean
 from bigain_kernels.testing import assert_close
-from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.laplacian_score import (
     launch_laplacian_score,
     launch_score_and_select,
@@ -14,9 +13,14 @@ from bigain_kernels.triton_kernels.laplacian_score import (
 )
 from bigain_kernels.triton_kernels.row_stats import launch_row_stats
 
-from .inputs import CASES, DTYPES, IDS, odd_tokens
+from .inputs import CASES, DTYPES, IDS, candidates, odd_tokens, on_device
 
-CONFIGS = configs.candidates("laplacian_score")
+launch_laplacian_score = on_device(launch_laplacian_score)
+launch_row_stats = on_device(launch_row_stats)
+launch_score_and_select = on_device(launch_score_and_select)
+launch_select_destinations = on_device(launch_select_destinations)
+
+CONFIGS = candidates("laplacian_score")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -101,7 +105,7 @@ def test_every_config_gives_the_same_bits(dtype):
 def test_row_stats(dtype):
     x = odd_tokens(2, 19, 72, dtype, strided=True)
     values = x.double()
-    results = [launch_row_stats(x, "layernorm", 1e-5, config) for config in configs.candidates("row_stats")]
+    results = [launch_row_stats(x, "layernorm", 1e-5, config) for config in candidates("row_stats")]
     expected = (values.mean(-1), 1 / (values.var(-1, correction=0) + 1e-5).sqrt())
     for result in results:
         for actual, first, wanted in zip(result, results[0], expected, strict=True):

@@ -11,7 +11,9 @@ from bigain_kernels.reference.lgtm_plan import share_mean
 from bigain_kernels.testing import SIMILARITY_TOLERANCE, assert_is_partition
 from bigain_kernels.triton_kernels.lgtm_plan import launch_lgtm_plan
 
-from .inputs import CASES, DTYPES, IDS, odd_tokens
+from .inputs import CASES, DTYPES, IDS, odd_tokens, on_device
+
+launch_lgtm_plan = on_device(launch_lgtm_plan)
 
 
 def assert_same_or_tied(x, grid, stride, r, actual, expected):

@@ -7,10 +7,14 @@ from bigain_kernels import reference
 from bigain_kernels.plan import MergePlan
 from bigain_kernels.reference.merge_plan import merged_tiles
 from bigain_kernels.testing import assert_is_partition
-from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.merge_plan import launch_block_merge_plan, launch_merge_plan
 
-CONFIGS = [*configs.candidates("merge_plan"), {"BLOCK": 64, "num_warps": 1}]
+from .inputs import candidates, on_device
+
+launch_block_merge_plan = on_device(launch_block_merge_plan)
+launch_merge_plan = on_device(launch_merge_plan)
+
+CONFIGS = [*candidates("merge_plan"), {"BLOCK": 64, "num_warps": 1}]
 
 
 def random_match(rows, n, d, seed=0, kind="normal"):

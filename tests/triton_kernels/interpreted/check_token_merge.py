@@ -6,12 +6,15 @@ import torch.nn.functional as F
 
 from bigain_kernels import reference
 from bigain_kernels.plan import MergePlan
+from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
-from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.token_merge import launch_token_merge, launch_token_unmerge
 
 from .check_merge_plan import random_match
-from .inputs import DTYPES, odd_tokens
+from .inputs import DTYPES, candidates, odd_tokens, on_device
+
+launch_token_merge = on_device(launch_token_merge)
+launch_token_unmerge = on_device(launch_token_unmerge)
 
 SHAPES = [
     (3, 3, 63, 72, True),
@@ -29,7 +32,7 @@ def random_plan(rows, n, seed=0):
 
 
 def merge(x, plan, *args, **kwargs):
-    return launch_token_merge(x, plan.offsets, plan.members, plan.anchor, *args, **kwargs)
+    return launch_token_merge(x, plan.slot, plan.offsets, plan.members, plan.anchor, *args, **kwargs)
 
 
 def one_slot(n, extra=3):
@@ -75,9 +78,71 @@ def test_long_slots(n, mode, weighted):
     assert_close(merge(x, plan, mode, weights), expected)
 
 
+def plan_of_sizes(sizes, seed=0):
+    """A plan of one row whose slots, in a random order of their members, have these sizes."""
+    n = sum(sizes)
+    slot = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    slot = slot[torch.randperm(n, generator=torch.Generator().manual_seed(seed))]
+    first = torch.stack([(slot == i).nonzero()[0, 0] for i in range(len(sizes))])
+    return plan_from_assignment(first[slot][None], len(sizes), (1, n))
+
+
+HUGE_SIZES = [
+    [3000, 1, 2],  # three reads of 1,024 members
+    [1] * 5 + [255, 256, 257, 33, 1023, 1024, 1025],
+    [256, 256, 256, 256],  # every boundary on a position
+    [255, 255, 255, 255, 1],  # no huge slot, every position inside one of 255
+    [1, 256, 255, 256],
+    [4090, 300, 5, 4200],  # past the positions of the first group
+]
+
+
+@pytest.mark.parametrize("mode", ["mean", "mlerp"])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sizes", HUGE_SIZES, ids=str)
+def test_huge_slots(sizes, weighted, mode):
+    plan = plan_of_sizes(sizes)
+    assert sorted(plan.sizes()[0].tolist()) == sorted(sizes)
+    x = odd_tokens(2, plan.num_tokens, 24, torch.float32).nan_to_num(1.0, 1.0)
+    weights = torch.rand(2, plan.num_tokens, generator=torch.Generator().manual_seed(0)) + 0.5 if weighted else None
+    expected = reference.token_merge(x.double(), plan, mode, None if weights is None else weights.double())
+    assert_close(merge(x, plan, mode, weights), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", ["mean", "mlerp"])
+def test_huge_slots_of_several_plans(dtype, mode):
+    """Rows with huge slots in other places, NaN and infinite members, channels that fill no block, real strides."""
+    plans = [plan_of_sizes(sizes, seed) for seed, sizes in enumerate([[600, 2, 90], [1, 690, 1], [300, 300, 92]])]
+    tables = [torch.cat([getattr(plan, name) for plan in plans]) for name in ("slot", "offsets", "members", "anchor")]
+    plan = MergePlan(*tables, (1, 692), 3)
+    x = odd_tokens(6, 692, 72, dtype, strided=True)
+    y = merge(x, plan, mode)
+    assert_close(y, reference.token_merge(x.double(), plan, mode))
+    for row in range(6):
+        own = MergePlan(*(table[row % 3 : row % 3 + 1] for table in tables), (1, 692), 3)
+        torch.testing.assert_close(merge(x[row : row + 1], own, mode)[0], y[row], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("modulate", [False, True])
+def test_fused_layer_norm_of_huge_slots(modulate):
+    plan, channels = plan_of_sizes([900, 3, 300]), 40
+    x = odd_tokens(2, plan.num_tokens, channels, torch.float32).nan_to_num(1.0, 1.0, 1.0)
+    weight, bias, shift, scale = odd_tokens(4, 2, channels, torch.float32)
+    normed = F.layer_norm(x.double(), (channels,), weight[0].double(), bias[0].double(), eps=1e-6)
+    if modulate:
+        normed = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
+    y = merge(
+        x, plan, norm=True, eps=1e-6, norm_weight=weight[0], norm_bias=bias[0],
+        **({"shift": shift, "scale": scale} if modulate else {}),
+    )  # fmt: skip
+    assert_close(y, reference.token_merge(normed, plan))
+
+
 def test_equal_tokens_keep_their_value():
-    x = torch.full((1, 150, 64), 0.3, dtype=torch.bfloat16)
-    assert torch.equal(merge(x, one_slot(150)), x[:, :4])
+    for n in (150, 3000):
+        x = torch.full((1, n, 64), 0.3, dtype=torch.bfloat16)
+        assert torch.equal(merge(x, one_slot(n)), x[:, :4])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -121,14 +186,14 @@ def test_unmerge(batch, rows, n, channels, strided, dtype, gated, added):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_config_gives_the_same_bits(dtype):
-    x = odd_tokens(1, 150, 72, dtype)
-    for plan in (one_slot(150), random_plan(1, 150)):
+    x = odd_tokens(1, 400, 72, dtype)
+    for plan in (one_slot(400), one_slot(400, extra=300), random_plan(1, 400)):
         for mode in ("mean", "mlerp", "prune"):
-            results = [merge(x, plan, mode, config=config) for config in configs.candidates("token_merge")]
+            results = [merge(x, plan, mode, config=config) for config in candidates("token_merge")]
             for result in results[1:]:
                 torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
         y = odd_tokens(1, plan.num_slots, 72, dtype)
-        results = [launch_token_unmerge(y, plan.slot, x, config=c) for c in configs.candidates("token_unmerge")]
+        results = [launch_token_unmerge(y, plan.slot, x, config=c) for c in candidates("token_unmerge")]
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
 

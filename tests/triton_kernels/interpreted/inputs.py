@@ -1,14 +1,22 @@
-"""Inputs of the interpreted checks: small, since every program runs in Python."""
+"""Inputs of the checks, small, since the interpreter runs every program in Python; and the device they run on."""
 
 from __future__ import annotations
 
-import torch
+import functools
+import os
 
+import torch
+from torch.utils._pytree import tree_map_only
+
+from bigain_kernels.triton_kernels import configs
 from tests.shapes import tokens
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (batch, grid, stride, channels, strided): odd grids, leftover strips, single rows and columns, one token, channels
-# below, above and no multiple of a block of 64.
+# below, above and no multiple of a block of 64, and those of DiT-XL/2 and SDXL.
 CASES = [
     (3, (8, 8), (2, 2), 64, False),
     (3, (7, 9), (2, 2), 72, True),
@@ -19,6 +27,7 @@ CASES = [
     (2, (1, 1), (2, 2), 64, False),
     (1, (1, 7), (2, 2), 1, False),
     (1, (6, 6), (2, 2), 1152, False),
+    (1, (3, 4), (2, 2), 1280, True),
 ]
 IDS = [f"{b}x{g[0]}x{g[1]}-{s[0]}x{s[1]}-C{c}{'-strided' * strided}" for b, g, s, c, strided in CASES]
 
@@ -30,3 +39,25 @@ def odd_tokens(batch, n, channels, dtype, strided=False, seed=0):
         x[0, 1], x[-1, n - 1], x[batch // 2, n // 2] = 0, torch.nan, torch.inf
         x[:, 4] = x[:, 6]
     return x
+
+
+def to_device(x):
+    """`x` on DEVICE with the strides and the offset that it has."""
+    whole = torch.tensor([], dtype=x.dtype).set_(x.untyped_storage()).to(DEVICE)
+    return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+
+def on_device(launch):
+    """A launcher that takes and returns CPU tensors and runs on DEVICE, so that references are computed on the CPU."""
+
+    @functools.wraps(launch)
+    def run(*args, **kwargs):
+        args, kwargs = tree_map_only(torch.Tensor, to_device, (args, kwargs))
+        return tree_map_only(torch.Tensor, torch.Tensor.cpu, launch(*args, **kwargs))
+
+    return run
+
+
+def candidates(op):
+    """The configs shipped for an op and the GPU at hand."""
+    return configs.candidates(op, configs.architecture(DEVICE))

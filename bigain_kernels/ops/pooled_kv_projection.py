@@ -1,0 +1,125 @@
+"""Op `bigain::pooled_kv_projection`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, native, reference
+from ..checks import check_factor, check_grid, check_same_device, check_tensor
+from ._library import define, inference_only
+from .attention import native_pool
+from .kv_downsample import check_alpha
+
+
+def _with(pool: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """The op in PyTorch, around an implementation of `kv_downsample`."""
+
+    def project(
+        x: Tensor,
+        height: int,
+        width: int,
+        sy: int,
+        sx: int,
+        alpha: float,
+        row_alpha: Tensor | None,
+        w_k: Tensor,
+        w_v: Tensor,
+        b_k: Tensor | None,
+        b_v: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        weight = alpha if row_alpha is None else row_alpha
+        return reference.pooled_kv_projection(x, (height, width), (sy, sx), weight, w_k, w_v, b_k, b_v, pool)
+
+    return project
+
+
+def _fake(
+    x: Tensor,
+    height: int,
+    width: int,
+    sy: int,
+    sx: int,
+    alpha: float,
+    row_alpha: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_k: Tensor | None,
+    b_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    rows = (x.shape[0], (height // sy) * (width // sx))
+    return x.new_empty((*rows, w_k.shape[0])), x.new_empty((*rows, w_v.shape[0]))
+
+
+define(
+    "pooled_kv_projection(Tensor x, SymInt height, SymInt width, SymInt sy, SymInt sx, float alpha,"
+    " Tensor? row_alpha, Tensor w_k, Tensor w_v, Tensor? b_k, Tensor? b_v) -> (Tensor, Tensor)",
+    _with(reference.kv_downsample),
+    _fake,
+)
+if native.implementation("kv_downsample") is not None:
+    backends.register("pooled_kv_projection", "cpp", "cpu")(_with(lambda x, *rest: native_pool([x], *rest)[0]))
+
+
+def pooled_kv_projection(
+    x: Tensor,
+    grid: tuple[int, int],
+    factor: int | tuple[int, int],
+    alpha: float | Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_k: Tensor | None = None,
+    b_v: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of `kv_downsample`d hidden states: linear(kv_downsample(x), w_k, b_k) and the same with w_v, b_v.
+
+    The weights of a pooling window sum to one, so this equals projecting all tokens and pooling the results, biases
+    included, with sy * sx times less work. Source of the pooling: BiGain (IE-KVD), arXiv 2603.12240.
+
+    Precision: the pooled hidden states are computed in float32 and rounded once to the dtype of x, whether they are
+    stored between two kernels or pass from registers into the product; the products accumulate in float32.
+
+    Args:
+        x: (B, N, C) hidden states; float16, bfloat16, float32 or float64, any strides.
+        grid: (H, W) with H * W = N.
+        factor: s or (sy, sx), at most the grid.
+        alpha: a number, or a (B,) float32 tensor with one value per batch row; see `kv_downsample`.
+        w_k: (inner_k, C) in the dtype of x, the weight of a linear layer.
+        w_v: (inner_v, C) in the dtype of x.
+        b_k: (inner_k,) in the dtype of x, or None.
+        b_v: (inner_v,) in the dtype of x, or None.
+
+    Returns:
+        k (B, (H // sy) * (W // sx), inner_k) and v (B, (H // sy) * (W // sx), inner_v) in the dtype of x.
+
+    Raises:
+        TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor or alpha.
+        RuntimeError: on backward; the op is for inference.
+    """
+    check_tensor("x", x, 3)
+    for name, weight, bias_name, bias in (("w_k", w_k, "b_k", b_k), ("w_v", w_v, "b_v", b_v)):
+        check_tensor(name, weight, 2)
+        _check_like(name, weight, x)
+        if weight.shape[1] != x.shape[2]:
+            raise ValueError(f"{name}: got shape {tuple(weight.shape)}, expected {x.shape[2]} columns, the C of x")
+        if bias is not None:
+            check_tensor(bias_name, bias, 1)
+            _check_like(bias_name, bias, x)
+            if bias.shape[0] != weight.shape[0]:
+                raise ValueError(f"{bias_name}: got shape {tuple(bias.shape)}, expected {(weight.shape[0],)}")
+    height, width = check_grid(grid, x.shape[1], "x")
+    sy, sx = check_factor(factor, (height, width))
+    number, row_alpha = check_alpha("pooled_kv_projection", alpha, x, "x")
+    x, w_k, w_v = (inference_only("pooled_kv_projection", tensor) for tensor in (x, w_k, w_v))
+    b_k, b_v = (None if bias is None else inference_only("pooled_kv_projection", bias) for bias in (b_k, b_v))
+    return torch.ops.bigain.pooled_kv_projection(x, height, width, sy, sx, number, row_alpha, w_k, w_v, b_k, b_v)
+
+
+def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:
+    """`tensor` has the dtype and the device of x."""
+    if tensor.dtype != x.dtype:
+        raise TypeError(f"{name}: got {tensor.dtype}, expected {x.dtype}, the dtype of x")
+    check_same_device(**{"x": x, name: tensor})

@@ -1,0 +1,172 @@
+"""Builds the native CUDA library with nvcc and ninja, and its emulation on the CPU: used by setup.py and the tests.
+
+    python csrc/build_cuda.py --output /tmp/_native_cuda.so [--archs "80;90a"] [--emulate] [--jobs 2]
+
+Neither a GPU nor a CUDA build of torch is needed: the headers of the stable ABI are those of any torch, and the one
+function of libtorch_cuda that the library calls is linked against a stand-in of the same name. The CUDA runtime is
+linked in, with its symbols hidden: the library loads beside a torch of any CUDA version that the driver supports.
+
+The emulation compiles the same sources as C++ against csrc/emulate. Its ops take CPU tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import re
+import shutil
+from pathlib import Path
+
+import build_native
+from build_native import ROOT, CannotBuild, escape, find_compiler, find_torch, run_ninja
+
+SWITCH = "BIGAIN_BUILD_CUDA"
+ARCHS = "BIGAIN_CUDA_ARCHS"
+# PTX of the last one runs on what comes later.
+DEFAULT_ARCHS = "80;86;89;90a;100a;120"
+
+OPS = ("info", "laplacian_score", "bipartite_match", "merge_plan", "lgtm_plan", "token_merge", "kv_downsample")
+
+# Nothing is contracted but what the source writes as fmaf: see common.cuh.
+NVCC = "-std=c++17 -O3 -fmad=false -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter"
+EMULATE = "-std=c++17 -ffp-contract=off -fPIC -fvisibility=hidden -Wall -Wextra -Wno-unknown-pragmas"
+EMULATE += " -x c++ -DBIGAIN_EMULATE -DBIGAIN_POISON"
+SANITIZED = "-fsanitize=address,undefined"
+STAND_IN = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
+
+
+def find_nvcc() -> str:
+    """The CUDA compiler: $CUDACXX, that of $CUDA_HOME, the one on PATH, or the one in /usr/local/cuda."""
+    home = os.environ.get("CUDA_HOME")
+    candidates = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc")
+    for name in candidates:
+        if name and shutil.which(name):
+            return name
+    raise CannotBuild("no nvcc found: looked for $CUDACXX, $CUDA_HOME, nvcc and /usr/local/cuda")
+
+
+def why_not() -> str:
+    """Why the CUDA library cannot or shall not be built here; empty when it can.
+
+    BIGAIN_BUILD_CUDA=1 builds it and makes a missing nvcc an error, BIGAIN_BUILD_CUDA=auto builds it where nvcc is
+    found. By default it is left out: six architectures take minutes, and the Triton kernels need no build.
+    """
+    switch = os.environ.get(SWITCH, "")
+    if switch not in ("", "0", "1", "auto"):
+        raise ValueError(f"{SWITCH}: got {switch!r}, expected 0, 1 or auto")
+    if switch in ("", "0"):
+        return f"built only with {SWITCH}=1 or {SWITCH}=auto"
+    architectures()
+    try:
+        if platform.system() != "Linux":
+            raise CannotBuild(f"{platform.system()} is not supported, Linux is")
+        find_nvcc(), find_compiler(), build_native.find_ninja(), find_torch()
+    except CannotBuild as error:
+        if switch == "1":
+            raise
+        return str(error)
+    return ""
+
+
+def architectures(text: str | None = None) -> list[str]:
+    """The GPU architectures to build for: of the text, of $BIGAIN_CUDA_ARCHS, or the default."""
+    text = text or os.environ.get(ARCHS) or DEFAULT_ARCHS
+    found = [part for part in re.split(r"[;, ]+", text) if part]
+    if not found or not all(re.fullmatch(r"(8|9|1\d)\d[af]?", part) for part in found):
+        raise ValueError(f"{ARCHS}: got {text!r}, expected architectures from 80 on, like {DEFAULT_ARCHS!r}")
+    return found
+
+
+def _torch_flags(torch: Path) -> str:
+    return f"-isystem {escape(torch / 'include')} -DTORCH_TARGET_VERSION={build_native.TARGET_VERSION}"
+
+
+def ninja_file(output: Path, archs: list[str]) -> str:
+    """The text of build.ninja for the CUDA library."""
+    nvcc, compiler, torch = find_nvcc(), find_compiler(), find_torch()
+    targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
+    newest = f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
+    define = f'-DBIGAIN_CUDA_ARCHS=\\"{",".join(archs)}\\"'
+    lines = [
+        "ninja_required_version = 1.5",
+        f"nvcc = {nvcc} -ccbin {compiler}",
+        f"cxx = {compiler}",
+        f"flags = {NVCC} -I{escape(ROOT / 'include')} {_torch_flags(torch)} -DUSE_CUDA {define}",
+        f"targets = {targets} {newest}",
+        # What ptxas says of registers, stack and spills stays beside the object, for the tests.
+        "rule compile",
+        "  command = $nvcc -MD -MF $out.d $flags $targets -c $in -o $out > $out.log 2>&1 || (cat $out.log && false)",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule stand_in",
+        "  command = $cxx -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
+        "rule link",
+        "  command = $nvcc -shared -cudart static -Xlinker -z,defs,--exclude-libs,ALL $in -o $out $libraries",
+        "  description = $out",
+        "build stand_in/libtorch_cuda.so: stand_in stand_in.cpp",
+    ]
+    lines += [f"build {op}.o: compile {escape(ROOT / 'cuda' / op)}.cu" for op in OPS]
+    lines += [
+        f"build {escape(output)}: link {' '.join(f'{op}.o' for op in OPS)} | stand_in/libtorch_cuda.so",
+        f"  libraries = -Lstand_in -ltorch_cuda -L{escape(torch / 'lib')} -ltorch_cpu",
+        f"default {escape(output)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def emulated_ninja_file(output: Path, sanitize: bool) -> str:
+    """The text of build.ninja for the library that runs the CUDA kernels on the CPU."""
+    compiler, torch = find_compiler(), find_torch()
+    includes = " ".join(f"-I{escape(ROOT / folder)}" for folder in ("include", "emulate"))
+    lines = [
+        "ninja_required_version = 1.5",
+        f"cxx = {compiler}",
+        f"flags = {EMULATE} {build_native.SANITIZE if sanitize else '-O2'} {includes} {_torch_flags(torch)}",
+        "rule compile",
+        "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = $out",
+        "rule link",
+        f"  command = $cxx -shared {SANITIZED if sanitize else '-Wl,-z,defs'} $in -o $out $libraries",
+        "  description = $out",
+    ]
+    sources = [*(ROOT / "cuda" / f"{op}.cu" for op in OPS), *sorted((ROOT / "emulate").glob("*.cpp"))]
+    objects = [f"{source.parent.name}.{source.stem}.o" for source in sources]
+    lines += [f"build {name}: compile {escape(source)}" for name, source in zip(objects, sources, strict=True)]
+    lines += [
+        f"build {escape(output)}: link {' '.join(objects)}",
+        f"  libraries = -L{escape(torch / 'lib')} -ltorch_cpu",
+        f"default {escape(output)}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def build(output: Path, folder: Path, archs: list[str] | None = None, jobs: int | None = None) -> None:
+    """Build the CUDA library at `output`, with objects in `folder`; what is up to date is not built again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stand_in = folder / "stand_in.cpp"
+    if not stand_in.exists() or stand_in.read_text() != STAND_IN:
+        stand_in.write_text(STAND_IN)
+    run_ninja(ninja_file(output.resolve(), archs or architectures()), output, folder, jobs)
+
+
+def build_emulated(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:
+    """Build the emulated library at `output`, with objects in `folder`; what is up to date is not built again."""
+    run_ninja(emulated_ninja_file(output.resolve(), sanitize), output, folder, jobs)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--archs", help=f"architectures, separated by semicolons; default {DEFAULT_ARCHS}")
+    parser.add_argument("--emulate", action="store_true", help="the emulation on the CPU")
+    parser.add_argument("--jobs", type=int)
+    arguments = parser.parse_args()
+    objects = arguments.output.with_suffix(".objects")
+    if arguments.emulate:
+        build_emulated(arguments.output, objects, jobs=arguments.jobs)
+    else:
+        build(arguments.output, objects, architectures(arguments.archs), arguments.jobs)

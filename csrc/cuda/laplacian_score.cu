@@ -1,0 +1,62 @@
+// laplacian_score and select_destinations for CUDA tensors.
+#include "bigain/laplacian_score.cuh"
+#include "op_common_cuda.h"
+
+namespace bigain {
+namespace {
+
+// x (B, N, C) -> (B, N) float32
+Tensor laplacian_score(const Tensor& input, int64_t height, int64_t width, const std::string& norm) {
+  check_computable("x", input, 3);
+  check_grid(height, width, input.size(1));
+  if (norm != "l1" && norm != "l2") fail("norm: got '", norm, "', expected 'l1' or 'l2'");
+  const OnDeviceOf on(input);
+  const Tensor x = with_unit_stride(input);
+  Tensor score = new_tensor(x, {x.size(0), x.size(1)}, ScalarType::Float);
+  with_type_of(x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    LaplacianScore<T> problem = {};
+    problem.x = data_of<T>(x);
+    problem.batch_stride = x.stride(0);
+    problem.token_stride = x.stride(1);
+    problem.rows = to_int(x.size(0));
+    problem.channels = x.size(2);
+    problem.grid = tile_grid(height, width, 1, 1);
+    problem.score = mutable_data_of<float>(score);
+    if (norm == "l1") {
+      launch_laplacian_score<T, ScoreMode::kL1>(problem, on.stream());
+    } else {
+      launch_laplacian_score<T, ScoreMode::kL2>(problem, on.stream());
+    }
+  });
+  return score;
+}
+
+// score (B, N) -> (B, D) int32, ascending
+Tensor select_destinations(const Tensor& input, int64_t height, int64_t width, int64_t sy, int64_t sx) {
+  check_dtype("score", input, 2, ScalarType::Float, "float32");
+  check_grid(height, width, input.size(1));
+  check_token_count("score", input.size(1));
+  check_stride(sy, sx);
+  const OnDeviceOf on(input);
+  const Tensor score = with_unit_stride(input);
+  const TileGrid grid = tile_grid(height, width, sy, sx);
+  Tensor destinations = new_tensor(score, {score.size(0), grid.tiles()}, ScalarType::Int);
+  const Tensor by_tile = new_tensor(score, {score.size(0), grid.tiles()}, ScalarType::Int);
+  const TileTables tables = {mutable_data_of<int32_t>(destinations), mutable_data_of<int32_t>(by_tile), nullptr};
+  launch_select_destinations<true>({data_of<float>(score), score.stride(0), to_int(score.size(0)), grid, tables},
+                                   on.stream());
+  return destinations;
+}
+
+}  // namespace
+}  // namespace bigain
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cuda, m) {
+  m.def("laplacian_score(Tensor x, int height, int width, str norm) -> Tensor");
+  m.def("select_destinations(Tensor score, int height, int width, int sy, int sx) -> Tensor");
+}
+BIGAIN_IMPL(bigain_cuda, m) {
+  m.impl("laplacian_score", TORCH_BOX(&bigain::laplacian_score));
+  m.impl("select_destinations", TORCH_BOX(&bigain::select_destinations));
+}

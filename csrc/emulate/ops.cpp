@@ -1,0 +1,13 @@
+// What tests ask of the emulator.
+#include <torch/csrc/stable/library.h>
+
+#include "simt.h"
+
+STABLE_TORCH_LIBRARY_FRAGMENT(bigain_emulate, m) {
+  m.def("launches() -> int");
+  m.def("set_order(int order) -> ()");
+}
+STABLE_TORCH_LIBRARY_IMPL(bigain_emulate, CompositeExplicitAutograd, m) {
+  m.impl("launches", TORCH_BOX(&bigain::simt::launches));
+  m.impl("set_order", TORCH_BOX(&bigain::simt::set_order));
+}

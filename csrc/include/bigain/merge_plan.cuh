@@ -1,0 +1,480 @@
+// From matches, or from scores of tiles, to the tables of a MergePlan: one launch, one block per row, no sort by value.
+//
+// The r best sources are found by an exact radix search for the r-th highest key, eight bits at a time. Ties, anchors
+// and slots are numbered by prefix sums in raster order: a warp owns a run of tokens and counts with ballots. Members
+// are the tokens sorted by slot with a stable radix sort; slot boundaries in the sorted list are the offsets. It is all
+// integer work whose result does not depend on the order in which threads run.
+//
+// A row works in two buffers of N words, in shared memory where they fit (up to 11,000 tokens on every device, 27,000
+// on sm_90), otherwise in global memory, which the cache holds. Four tokens per thread at N = 4096: the time is that of
+// some thirty barriers and a handful of round trips to the cache.
+#pragma once
+
+#include "bigain/device.cuh"
+#include "bigain/packed.cuh"
+
+namespace bigain {
+
+// P rows of N tokens and M slots; see bigain_kernels.MergePlan.
+struct PlanTables {
+  int32_t* slot;     // (P, N)
+  int32_t* offsets;  // (P, M + 1)
+  int32_t* members;  // (P, N)
+  int32_t* anchor;   // (P, M)
+};
+
+// What merge_plan reads: similarity, match and destinations, or `packed` alone, where destinations match themselves.
+struct PlanInputs {
+  const Packed* packed;         // (P, N)
+  const float* similarity;      // (P, N)
+  const int32_t* match;         // (P, N)
+  const int32_t* destinations;  // (P, D), distinct
+  int64_t similarity_stride, match_stride, destination_stride;
+  int64_t num_destinations;
+};
+
+enum class Reduce { kMax, kSum, kMean, kMin, kStd };
+
+struct BlockPlanInputs {
+  const float* score;  // (P, N)
+  int64_t score_stride;
+  int64_t height, width, sy, sx;
+  int64_t count;  // tiles that merge
+  Reduce reduce;
+};
+
+namespace plan {
+
+constexpr int kMostWarps = 32, kTokensPerWarp = 64;
+constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
+// One more than there are warps: the counters of a warp lie in different banks.
+constexpr int kPitch = kMostWarps + 1;
+constexpr int kMostKeyBytes = 8;
+
+// How tokens are shared out: warp w owns those from first(w) on, 32 at a time, so that reading them is coalesced.
+struct Share {
+  int lane, warp, warps, steps, count;
+
+  __device__ explicit Share(int tokens)
+      : lane(threadIdx.x % kWarp),
+        warp(threadIdx.x / kWarp),
+        warps(blockDim.x / kWarp),
+        steps((tokens + blockDim.x - 1) / blockDim.x),
+        count(tokens) {}
+  // Token of this lane in a step; may be past the end.
+  __device__ int token(int step) const { return (warp * steps + step) * kWarp + lane; }
+  __device__ unsigned lower_lanes() const { return (1u << lane) - 1; }
+};
+
+// Sum of `count` over the warps before this one. `totals` (kMostWarps) is free again after the next barrier.
+__device__ __forceinline__ int sum_before(const Share& share, int count, int* totals) {
+  if (share.lane == 0) totals[share.warp] = count;
+  __syncthreads();
+  return __reduce_add_sync(kAllLanes, share.lane < share.warp ? totals[share.lane] : 0);
+}
+
+// The digit in which the `left`-th highest of the counted keys lies, and `left` less the keys above it; warp 0 only.
+__device__ __forceinline__ void find_digit(const int* histogram /* (kDigits) */, int left,
+                                           int* digit_and_left /* (2) */) {
+  constexpr int kOwn = kDigits / kWarp;
+  const int lane = threadIdx.x;
+  int own[kOwn], total = 0;
+#pragma unroll
+  for (int i = 0; i < kOwn; ++i) {
+    own[i] = histogram[lane * kOwn + i];
+    total += own[i];
+  }
+  int from_here = total;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_down_sync(kAllLanes, from_here, distance);
+    if (lane + distance < kWarp) from_here += other;
+  }
+  int above = from_here - total;
+#pragma unroll
+  for (int i = kOwn - 1; i >= 0; --i) {
+    if (above < left && left <= above + own[i]) {
+      digit_and_left[0] = lane * kOwn + i;
+      digit_and_left[1] = left - above;
+    }
+    above += own[i];
+  }
+}
+
+// Calls mark(n, chosen) for every n < count, chosen for the r highest keys, ties to the lowest n. The r-th highest key
+// is not 0. `counters` has kMostKeyBytes * kDigits entries. Ends without a barrier.
+template <int kKeyBytes, typename Word, typename Mark>
+__device__ __forceinline__ void choose_highest(const Word* keys /* (count) */, int count, int r, int* counters,
+                                               int* totals /* (kMostWarps) */, const Mark& mark) {
+  BIGAIN_SHARED(int, digit_and_left, 2);
+  const Share share(count);
+  Word threshold = 0;
+  int left = r;
+  if (r > 0) {
+    for (int i = threadIdx.x; i < kKeyBytes * kDigits; i += blockDim.x) counters[i] = 0;
+    __syncthreads();
+    for (int shift = 8 * (kKeyBytes - 1); shift >= 0; shift -= kDigitBits) {
+      int* const histogram = counters + shift / kDigitBits * kDigits;
+      for (int step = 0; step < share.steps; ++step) {
+        const int n = share.token(step);
+        if (n >= count) break;
+        // Equal above this digit; two shifts, since one by all bits is not defined.
+        const Word key = keys[n];
+        if (((key ^ threshold) >> shift >> kDigitBits) == 0) atomicAdd(&histogram[key >> shift & (kDigits - 1)], 1);
+      }
+      __syncthreads();
+      if (share.warp == 0) find_digit(histogram, left, digit_and_left);
+      __syncthreads();
+      threshold |= static_cast<Word>(digit_and_left[0]) << shift;
+      left = digit_and_left[1];
+    }
+  }
+
+  int ties = 0;
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    ties += __popc(__ballot_sync(kAllLanes, r > 0 && n < count && keys[n] == threshold));
+  }
+  int rank = sum_before(share, ties, totals);
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    const Word key = n < count ? keys[n] : 0;
+    const bool tie = r > 0 && n < count && key == threshold;
+    const unsigned ballot = __ballot_sync(kAllLanes, tie);
+    const bool chosen = r > 0 && (key > threshold || (tie && rank + __popc(ballot & share.lower_lanes()) < left));
+    rank += __popc(ballot);
+    if (n < count) mark(n, chosen);
+  }
+}
+
+// One pass of a stable radix sort: `from` (count) to `to` (count) by the digit of `bits` bits at `shift`.
+template <typename Word>
+__device__ __forceinline__ void sort_by_digit(const Word* from, Word* to, int count, int shift, int bits,
+                                              int* counters /* (2 ** bits, kPitch) */, int* totals) {
+  const Share share(count);
+  const int digits = 1 << bits, entries = digits * kPitch;
+  for (int i = threadIdx.x; i < entries; i += blockDim.x) counters[i] = 0;
+  __syncthreads();
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    if (n >= count) break;
+    atomicAdd(&counters[static_cast<int>(from[n] >> shift & (digits - 1)) * kPitch + share.warp], 1);
+  }
+  __syncthreads();
+  // Where the first token of (digit, warp) goes: the sum of all counters before it. A thread sums a run of odd length,
+  // so that a warp's reads hit different banks.
+  const int run = (entries + blockDim.x - 1) / blockDim.x | 1;
+  const int begin = min(static_cast<int>(threadIdx.x) * run, entries), end = min(begin + run, entries);
+  int own = 0;
+  for (int i = begin; i < end; ++i) own += counters[i];
+  int up_to_here = own;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int other = __shfl_up_sync(kAllLanes, up_to_here, distance);
+    if (share.lane >= distance) up_to_here += other;
+  }
+  const int total = __shfl_sync(kAllLanes, up_to_here, kWarp - 1);
+  int before = sum_before(share, total, totals) + up_to_here - own;
+  for (int i = begin; i < end; ++i) {
+    const int counted = counters[i];
+    counters[i] = before;
+    before += counted;
+  }
+  __syncthreads();
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    const Word word = n < count ? from[n] : 0;
+    const int digit = n < count ? static_cast<int>(word >> shift & (digits - 1)) : digits;
+    const unsigned peers = __match_any_sync(kAllLanes, digit);
+    int* const next = &counters[digit * kPitch + share.warp];
+    const int first = n < count ? *next : 0;
+    __syncwarp();
+    if (n < count) {
+      const int rank = __popc(peers & share.lower_lanes());
+      if (rank == 0) *next = first + __popc(peers);
+      to[first + rank] = word;
+    }
+    __syncwarp();
+  }
+  __syncthreads();
+}
+
+// The tables of one row from assign (N): the token that represents each token, itself for anchors, of which there are
+// `num_slots`. `words` (N) and, once it has been read, `assign` are the buffers of the sort.
+template <typename Word>
+__device__ __forceinline__ void write_tables(Word* assign, Word* words, int count, int num_slots, int64_t i_b,
+                                             const PlanTables& tables, int* counters, int* totals) {
+  constexpr int kTokenBits = 4 * sizeof(Word);  // a word is (slot, token)
+  constexpr Word kTokenMask = (Word{1} << kTokenBits) - 1;
+  int32_t* const slot = tables.slot + i_b * count;
+  int32_t* const members = tables.members + i_b * count;
+  int32_t* const offsets = tables.offsets + i_b * (num_slots + int64_t{1});
+  int32_t* const anchor = tables.anchor + i_b * num_slots;
+  const Share share(count);
+
+  int anchors = 0;
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    anchors += __popc(__ballot_sync(kAllLanes, n < count && static_cast<int>(assign[n]) == n));
+  }
+  int next = sum_before(share, anchors, totals);
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    const bool is_anchor = n < count && static_cast<int>(assign[n]) == n;
+    const unsigned ballot = __ballot_sync(kAllLanes, is_anchor);
+    // A source that matches itself, which is a mistake of the caller, would be an anchor too many.
+    const int own = min(next + __popc(ballot & share.lower_lanes()), num_slots - 1);
+    next += __popc(ballot);
+    if (is_anchor) {
+      slot[n] = own;
+      anchor[own] = n;
+    }
+  }
+  __syncthreads();
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    if (n >= count) break;
+    const int representative = static_cast<int>(assign[n]);
+    // Only a match that is no destination, which is a mistake of the caller, leads to a slot out of range.
+    const int own = min(max(slot[representative], 0), num_slots - 1);
+    if (representative != n) slot[n] = own;
+    words[n] = static_cast<Word>(own) << kTokenBits | static_cast<Word>(n);
+  }
+  __syncthreads();
+
+  Word *from = words, *to = assign;
+  const int bits = num_slots > 1 ? kWarp - __clz(num_slots - 1) : 0, passes = (bits + kDigitBits - 1) / kDigitBits;
+  for (int pass = 0; pass < passes; ++pass) {
+    const int width = (bits + passes - 1) / passes;
+    sort_by_digit(from, to, count, kTokenBits + pass * width, width, counters, totals);
+    Word* const sorted = to;
+    to = from;
+    from = sorted;
+  }
+  for (int step = 0; step < share.steps; ++step) {
+    const int i = share.token(step);
+    if (i >= count) break;
+    const int own = static_cast<int>(from[i] >> kTokenBits);
+    members[i] = static_cast<int32_t>(from[i] & kTokenMask);
+    if (i == 0 || own != static_cast<int>(from[i - 1] >> kTokenBits)) offsets[own] = i;
+  }
+  if (threadIdx.x == 0) offsets[num_slots] = count;
+}
+
+// Counters of the search and of the sort, which use them one after the other.
+inline size_t counter_bytes(int64_t num_slots) {
+  int bits = 0;
+  while (((num_slots - 1) >> bits) > 0) ++bits;
+  const int passes = (bits + kDigitBits - 1) / kDigitBits, width = passes > 0 ? (bits + passes - 1) / passes : 0;
+  const size_t sort = size_t{kPitch} << width, search = kMostKeyBytes * kDigits;
+  return sizeof(int) * (sort > search ? sort : search);
+}
+
+// Two buffers of N words: in shared memory behind the counters, or the row's part of `scratch`.
+template <bool kInShared, typename Word>
+__device__ __forceinline__ Word* buffers(unsigned char* shared, size_t counter_bytes, Word* scratch, int64_t count,
+                                         int64_t i_b) {
+  return kInShared ? reinterpret_cast<Word*>(shared + counter_bytes) : scratch + i_b * 2 * count;
+}
+
+}  // namespace plan
+
+// Grid (P). scratch: (P, 2, N) words, not read with kInShared.
+template <typename Word, bool kInShared, bool kPacked>
+__global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
+    merge_plan_kernel(const PlanInputs p, int count, int r, const PlanTables tables, size_t counter_bytes,
+                      Word* scratch) {
+  BIGAIN_DYNAMIC_SHARED(unsigned char, shared);
+  BIGAIN_SHARED(int, totals, plan::kMostWarps);
+  int* const counters = reinterpret_cast<int*>(shared);
+  const int64_t i_b = blockIdx.x;
+  Word* const keys = plan::buffers<kInShared>(shared, counter_bytes, scratch, count, i_b);
+  Word* const assign = keys + count;
+  const plan::Share share(count);
+  for (int step = 0; step < share.steps; ++step) {
+    const int n = share.token(step);
+    if (n >= count) break;
+    int match;
+    if constexpr (kPacked) {
+      const Packed packed = p.packed[i_b * count + n];
+      match = unpack_token(packed);
+      keys[n] = match == n ? 0 : unpack_key(packed);
+    } else {
+      const float similarity = p.similarity[i_b * p.similarity_stride + n];
+      match = p.match[i_b * p.match_stride + n];
+      keys[n] = ordered_key(is_nan(similarity) ? minus_infinity() : similarity);
+    }
+    assign[n] = static_cast<Word>(min(max(match, 0), count - 1));
+  }
+  __syncthreads();
+  if constexpr (!kPacked) {
+    // Below the key of -inf: destinations are never merged.
+    for (int64_t d = threadIdx.x; d < p.num_destinations; d += blockDim.x) {
+      const int n = p.destinations[i_b * p.destination_stride + d];
+      if (n >= 0 && n < count) keys[n] = 0;
+    }
+    __syncthreads();
+  }
+  plan::choose_highest<4>(keys, count, r, counters, totals, [&](int n, bool merged) {
+    if (!merged) assign[n] = static_cast<Word>(n);
+  });
+  __syncthreads();
+  plan::write_tables(assign, keys, count, count - r, i_b, tables, counters, totals);
+}
+
+// One number for the scores of a tile, in float64 as in the reference; NaN counts as +inf.
+__device__ __forceinline__ double reduce_tile(const float* tile /* (sy, sx) of rows of `width` */, int width, int sy,
+                                              int sx, Reduce reduce) {
+  const double infinity = -minus_infinity();
+  double sum = 0, largest = -infinity, smallest = infinity;
+  for (int i = 0; i < sy; ++i) {
+    for (int j = 0; j < sx; ++j) {
+      const double value = tile[i * static_cast<int64_t>(width) + j];
+      if (value != value) return infinity;
+      sum += value;
+      largest = value > largest ? value : largest;
+      smallest = value < smallest ? value : smallest;
+    }
+  }
+  if (reduce == Reduce::kMax) return largest;
+  if (reduce == Reduce::kMin) return smallest;
+  const double size = static_cast<double>(sy) * sx, mean = sum / size;
+  double result = reduce == Reduce::kSum ? sum : mean;
+  if (reduce == Reduce::kStd) {
+    double squares = 0;
+    for (int i = 0; i < sy; ++i) {
+      for (int j = 0; j < sx; ++j) {
+        const double difference = tile[i * static_cast<int64_t>(width) + j] - mean;
+        squares += difference * difference;
+      }
+    }
+    result = sqrt(squares / size);
+  }
+  return result != result ? infinity : result;
+}
+
+// Keys in the order of float64 values that are not NaN, as ordered_key.
+__device__ __forceinline__ uint64_t ordered_key_64(double value) {
+  constexpr uint64_t kSign = uint64_t{1} << 63;
+  const double without_sign_of_zero = value + 0.0;
+  uint64_t bits;
+  memcpy(&bits, &without_sign_of_zero, sizeof(bits));
+  return bits & kSign ? ~bits : bits | kSign;
+}
+
+// Grid (P). The `count` tiles of the lowest reduced score merge whole into their top-left tokens.
+template <bool kInShared>
+__global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
+    block_merge_plan_kernel(const BlockPlanInputs p, const PlanTables tables, size_t counter_bytes, uint64_t* scratch) {
+  BIGAIN_DYNAMIC_SHARED(unsigned char, shared);
+  BIGAIN_SHARED(int, totals, plan::kMostWarps);
+  int* const counters = reinterpret_cast<int*>(shared);
+  const int64_t i_b = blockIdx.x;
+  const int width = static_cast<int>(p.width), count = static_cast<int>(p.height) * width;
+  const int sy = static_cast<int>(p.sy), sx = static_cast<int>(p.sx);
+  const int tiles_x = width / sx, tiles_y = static_cast<int>(p.height) / sy, tiles = tiles_y * tiles_x;
+  uint64_t* const keys = plan::buffers<kInShared>(shared, counter_bytes, scratch, count, i_b);
+  uint64_t* const is_merged = keys + count;
+  const float* const score = p.score + i_b * p.score_stride;
+  for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
+    const int64_t corner = int64_t{tile / tiles_x} * sy * width + tile % tiles_x * sx;
+    keys[tile] = ordered_key_64(-reduce_tile(score + corner, width, sy, sx, p.reduce));
+  }
+  __syncthreads();
+  plan::choose_highest<8>(keys, tiles, static_cast<int>(p.count), counters, totals,
+                          [&](int tile, bool merged) { is_merged[tile] = merged; });
+  __syncthreads();
+  uint64_t* const assign = keys;
+  for (int n = threadIdx.x; n < count; n += blockDim.x) {
+    const int tile_y = n / width / sy, tile_x = n % width / sx;
+    const bool merged = tile_y < tiles_y && tile_x < tiles_x && is_merged[tile_y * tiles_x + tile_x] != 0;
+    assign[n] = merged ? static_cast<uint64_t>(tile_y) * sy * width + tile_x * sx : n;
+  }
+  __syncthreads();
+  const int num_slots = count - static_cast<int>(p.count) * (sy * sx - 1);
+  plan::write_tables(assign, is_merged, count, num_slots, i_b, tables, counters, totals);
+}
+
+// ---- launchers -------------------------------------------------------------------------------------------------
+
+namespace plan {
+
+struct Layout {
+  size_t counter_bytes, buffer_bytes;
+  bool in_shared;
+
+  Layout(int64_t tokens, int64_t num_slots, size_t word_bytes)
+      : counter_bytes(plan::counter_bytes(num_slots)),
+        buffer_bytes(2 * static_cast<size_t>(tokens) * word_bytes),
+        // Static shared memory takes less than the last kilobyte.
+        in_shared(counter_bytes + buffer_bytes + 1024 <= shared_limit()) {}
+  size_t shared_bytes() const { return counter_bytes + (in_shared ? buffer_bytes : 0); }
+  size_t scratch_bytes() const { return in_shared ? 0 : buffer_bytes; }
+};
+
+// Tokens and slots of a word of 32 bits have 16 each.
+inline bool fits_16_bits(int64_t tokens) { return tokens <= 65536; }
+
+inline dim3 threads(int64_t tokens) {
+  const int64_t warps = ceil_div(tokens, kTokensPerWarp);
+  return dim3(static_cast<unsigned>(kWarp * (warps < kMostWarps ? warps : kMostWarps)));
+}
+
+template <bool kPacked, typename Word>
+void launch_words(const PlanInputs& p, int64_t rows, int64_t tokens, int64_t r, const PlanTables& tables, void* scratch,
+                  cudaStream_t stream) {
+  const Layout layout(tokens, tokens - r, sizeof(Word));
+  launch(layout.in_shared ? merge_plan_kernel<Word, true, kPacked> : merge_plan_kernel<Word, false, kPacked>,
+         dim3(grid_extent(rows)), threads(tokens), layout.shared_bytes(), stream, p, static_cast<int>(tokens),
+         static_cast<int>(r), tables, layout.counter_bytes, static_cast<Word*>(scratch));
+}
+
+}  // namespace plan
+
+// Bytes of scratch memory, aligned to 8, that each row of launch_merge_plan needs; 0 where shared memory suffices.
+inline int64_t merge_plan_scratch_bytes(int64_t tokens, int64_t r) {
+  const size_t word = plan::fits_16_bits(tokens) ? sizeof(uint32_t) : sizeof(uint64_t);
+  return static_cast<int64_t>(plan::Layout(tokens, tokens - r, word).scratch_bytes());
+}
+
+// The r sources of the highest similarity merge into their matches, ties to the lowest token; M = N - r. One launch, or
+// none without tokens. 0 <= r <= N - D.
+inline void launch_merge_plan(const PlanInputs& p, int64_t rows, int64_t tokens, int64_t r, const PlanTables& tables,
+                              void* scratch, cudaStream_t stream) {
+  if (rows * tokens == 0) return;
+  if (r < 0 || r >= tokens) {
+    throw std::invalid_argument("r: got " + std::to_string(r) + ", expected 0 <= r < " + std::to_string(tokens));
+  }
+  const auto launch_with =
+      p.packed != nullptr
+          ? (plan::fits_16_bits(tokens) ? plan::launch_words<true, uint32_t> : plan::launch_words<true, uint64_t>)
+          : (plan::fits_16_bits(tokens) ? plan::launch_words<false, uint32_t> : plan::launch_words<false, uint64_t>);
+  launch_with(p, rows, tokens, r, tables, scratch, stream);
+}
+
+// The same from packed (P, N) alone, as matching leaves it: the third launch of L-GTM.
+inline void launch_merge_plan_packed(const Packed* packed, int64_t rows, int64_t tokens, int64_t r,
+                                     const PlanTables& tables, void* scratch, cudaStream_t stream) {
+  PlanInputs p = {};
+  p.packed = packed;
+  launch_merge_plan(p, rows, tokens, r, tables, scratch, stream);
+}
+
+// As merge_plan_scratch_bytes, for a plan with num_slots slots.
+inline int64_t block_merge_plan_scratch_bytes(int64_t tokens, int64_t num_slots) {
+  return static_cast<int64_t>(plan::Layout(tokens, num_slots, sizeof(uint64_t)).scratch_bytes());
+}
+
+// The p.count tiles of the lowest score merge; M = N - p.count * (sy * sx - 1). One launch, or none without tokens.
+inline void launch_block_merge_plan(const BlockPlanInputs& p, int64_t rows, const PlanTables& tables, void* scratch,
+                                    cudaStream_t stream) {
+  const int64_t tokens = p.height * p.width;
+  if (rows * tokens == 0) return;
+  const int64_t removed = p.count > 0 ? p.sy * p.sx - 1 : 0;
+  const plan::Layout layout(tokens, tokens - p.count * removed, sizeof(uint64_t));
+  launch(layout.in_shared ? block_merge_plan_kernel<true> : block_merge_plan_kernel<false>, dim3(grid_extent(rows)),
+         plan::threads(tokens), layout.shared_bytes(), stream, p, tables, layout.counter_bytes,
+         static_cast<uint64_t*>(scratch));
+}
+
+}  // namespace bigain

@@ -1,0 +1,216 @@
+"""The CUDA matching kernel against the reference: every dtype, tile, split, layout and window."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from bigain_kernels import reference
+from bigain_kernels.testing import SIMILARITY_TOLERANCE, assert_match_is_best
+
+from .inputs import CASES, DTYPES, IDS, ORDERS, odd_tokens, on_device
+
+NO_WINDOW = (-1, 1, 1, 1, 1)
+SMALL, LARGE = 0, 1
+
+
+def destinations_of(x, grid, stride):
+    return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
+
+
+@pytest.fixture
+def match(cuda_ops):
+    """bipartite_match of tensors on the CPU, results there; one call, on the device that the library takes."""
+
+    def call(x, destinations, window=None, grid=(1, 1), stride=(1, 1), split=0, large=-1):
+        where = (-1 if window is None else window, *grid, *stride)
+        inputs = on_device(x, cuda_ops.device), on_device(destinations, cuda_ops.device)
+        return tuple(out.cpu() for out in cuda_ops.ops.bipartite_match(*inputs, *where, split, large))
+
+    return call
+
+
+def assert_agrees(result, x, destinations, window, grid, stride):
+    """Against the float64 reference; where matches differ, both destinations are equally similar."""
+    similarity, match = result
+    expected, expected_match = reference.bipartite_match(x.double(), destinations, window, grid, stride)
+    torch.testing.assert_close(similarity, expected, rtol=0, atol=SIMILARITY_TOLERANCE)
+    batch, token = (match != expected_match).nonzero(as_tuple=True)
+    source = x[batch, token].double()
+    cosines = [
+        torch.cosine_similarity(source, x[batch, chosen[batch, token].long()].double(), dim=1)
+        for chosen in (match, expected_match)
+    ]
+    assert ((cosines[0] - cosines[1]).abs() <= SIMILARITY_TOLERANCE).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("batch", "grid", "stride", "channels", "strided"), CASES, ids=IDS)
+def test_matches_are_best(match, batch, grid, stride, channels, strided, dtype):
+    x = odd_tokens(batch, grid[0] * grid[1], channels, dtype, strided)
+    destinations = destinations_of(x, grid, stride)
+    similarity, best = match(x, destinations)
+    if destinations.shape[1]:
+        assert_match_is_best(x, destinations, similarity, best)
+    else:
+        assert torch.equal(best, torch.arange(x.shape[1], dtype=torch.int32).expand_as(best))
+        assert (similarity == -torch.inf).all()
+
+
+@pytest.mark.parametrize("window", [0, 1, 2, 10**12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("batch", "grid", "stride", "channels", "strided"), CASES[:-2], ids=IDS[:-2])
+def test_window(match, batch, grid, stride, channels, strided, dtype, window):
+    x = odd_tokens(batch, grid[0] * grid[1], channels, dtype, strided)
+    destinations = destinations_of(x, grid, stride)
+    if destinations.shape[1]:
+        assert_agrees(match(x, destinations, window, grid, stride), x, destinations, window, grid, stride)
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_window_with_any_list_of_destinations(match, window):
+    """Several destinations in a tile, tiles without one, destinations in the leftover strips."""
+    grid, stride = (7, 9), (2, 2)
+    x = odd_tokens(2, 63, 64, torch.float32)
+    destinations = torch.tensor([[0, 1, 9, 20, 62], [5, 53, 54, 60, 61]], dtype=torch.int32)
+    assert_agrees(match(x, destinations, window, grid, stride), x, destinations, window, grid, stride)
+
+
+@pytest.mark.parametrize("channels", [136, 320, 321])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_tile_split_and_order_gives_the_same_bits(match, cuda_ops, dtype, channels):
+    """300 destinations are 3 large tiles of 128. Sources of 136 channels stay in shared memory, those of 320 do not;
+    321 channels cannot be copied in whole vectors."""
+    x = odd_tokens(1, 460, channels, dtype)
+    destinations = torch.arange(40, 340, dtype=torch.int32)[None]
+    configs = [(ORDERS[0], 1, SMALL), (ORDERS[0], 1, LARGE), (ORDERS[1], 2, LARGE), (ORDERS[2], 7, SMALL)]
+    results = []
+    for order, split, large in configs:
+        cuda_ops.set_order(order)
+        results.append(match(x, destinations, split=split, large=large))
+    cuda_ops.set_order(0)
+    assert_match_is_best(x, destinations, *results[0])
+    for config, result in zip(configs, results, strict=True):
+        assert torch.equal(result[0], results[0][0]), config
+        assert torch.equal(result[1], results[0][1]), config
+
+
+@pytest.mark.parametrize(("grid", "window"), [((9, 15), 1), ((30, 20), 3)])
+def test_windows_give_the_same_bits_for_every_split_and_order(match, cuda_ops, grid, window):
+    x = odd_tokens(1, grid[0] * grid[1], 24, torch.bfloat16)
+    destinations = destinations_of(x, grid, (2, 2))
+    results = []
+    for order, split in zip(ORDERS, (1, 2, 7), strict=True):
+        cuda_ops.set_order(order)
+        results.append(match(x, destinations, window, grid, (2, 2), split))
+    cuda_ops.set_order(0)
+    assert_agrees(results[0], x, destinations, window, grid, (2, 2))
+    for result in results[1:]:
+        assert torch.equal(result[0], results[0][0])
+        assert torch.equal(result[1], results[0][1])
+
+
+@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("large", [SMALL, LARGE])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equal_tokens_match_the_lowest_destination(match, dtype, large, split):
+    x = torch.full((2, 300, 64), 0.3, dtype=dtype)
+    destinations = torch.arange(1, 300, 2, dtype=torch.int32).repeat(2, 1)
+    similarity, best = match(x, destinations, split=split, large=large)
+    assert (best[:, ::2] == 1).all()
+    assert_match_is_best(x, destinations, similarity, best)
+
+
+@pytest.mark.parametrize("channels", [1536, 4096])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_long_sums_of_similar_tokens(match, dtype, channels):
+    """Similarities near one, whose sums never cancel: where an accumulator that truncates errs the most."""
+    x = odd_tokens(1, 40, channels, dtype) * 0.05 + 1
+    destinations = torch.arange(3, 40, 4, dtype=torch.int32)[None]
+    assert_match_is_best(x, destinations, *match(x, destinations))
+
+
+@pytest.mark.parametrize("split", [1, 2])
+def test_without_any_direction(match, split):
+    x = torch.zeros(1, 140, 64)
+    destinations = torch.tensor([[7, 9, 30, *range(40, 130)]], dtype=torch.int32)
+    expected = reference.bipartite_match(x, destinations)
+    for actual, wanted in zip(match(x, destinations, split=split), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_large_and_small_tokens(match):
+    """Squares overflow, or dot products reach the end of the range: no direction, or the right similarity."""
+    x = odd_tokens(1, 40, 64, torch.float32)
+    x[0, 10] *= 1e-18
+    x[0, 11] *= 1e18
+    x[0, 12] *= 1e30
+    destinations = torch.tensor([[2, 11, 12, 13]], dtype=torch.int32)
+    expected = reference.bipartite_match(x, destinations)
+    similarity, best = match(x, destinations)
+    torch.testing.assert_close(similarity, expected[0], rtol=0, atol=SIMILARITY_TOLERANCE)
+    assert torch.equal(best, expected[1])
+
+
+def test_four_launches(match, cuda_ops):
+    x, destinations = torch.zeros(2, 40, 8), torch.arange(9, dtype=torch.int32).repeat(2, 1)
+    before = cuda_ops.launches()
+    match(x, destinations)
+    assert cuda_ops.launches() == before + 4
+
+
+@pytest.mark.parametrize("shape", [(0, 8, 4), (2, 0, 4), (2, 8, 0)])
+@pytest.mark.parametrize("count", [0, 3])
+def test_empty(match, shape, count):
+    if count > shape[1]:
+        return
+    x, destinations = torch.zeros(shape), torch.arange(count, dtype=torch.int32).repeat(shape[0], 1)
+    expected = reference.bipartite_match(x, destinations)
+    for actual, wanted in zip(match(x, destinations), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize(
+    "values", [[-5, 3], [3, 10**9], [100, 200], [9, 2], [4, 4]], ids=["negative", "large", "far", "unsorted", "twice"]
+)
+@pytest.mark.parametrize("window", [None, 1])
+def test_bad_destinations_read_nothing_outside(match, values, window):
+    """Their values are on the device and not checked: the result means nothing, but memory stays intact."""
+    x = odd_tokens(2, 16, 8, torch.float16)
+    destinations = torch.tensor([values] * 2, dtype=torch.int32)
+    assert match(x, destinations, window, (4, 4), (2, 2))[0].shape == (2, 16)
+
+
+def test_bad_arguments(match):
+    x, destinations = torch.zeros(1, 4, 4), torch.zeros(1, 1, dtype=torch.int32)
+    for message, arguments in [
+        ("float64", (x.double(), destinations)),
+        ("int32", (x, destinations.long())),
+        ("dimensions", (x[0], destinations)),
+        ("destinations: got shape", (x, destinations.repeat(2, 1))),
+        ("distinct", (x, destinations.repeat(1, 5))),
+        ("window", (x, destinations, -2)),
+        ("grid", (x, destinations, 0, (3, 3))),
+        ("stride", (x, destinations, 0, (2, 2), (0, 1))),
+        ("split", (x, destinations, None, (1, 1), (1, 1), -1)),
+    ]:
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            match(*arguments)
+
+
+def test_ties_where_destinations_do_not_ascend(cuda_ops):
+    """In the chain of lgtm_plan destinations stand in the order of their tiles; ties still go to the lowest token.
+
+    Tokens of 16 signs: scores, norms and similarities are exact, and most of them tie.
+    """
+    generator = torch.Generator().manual_seed(5)
+    few = torch.randint(0, 2, (5, 16), generator=generator) * 2.0 - 1
+    x = few[torch.randint(0, 5, (2, 14 * 18), generator=generator)]
+    ascending = destinations_of(x, (14, 18), (2, 2)).view(2, 7, 9)
+    tiles = torch.stack((ascending // 18 // 2, ascending % 18 // 2), -1).flatten(1, 2)
+    assert not torch.equal(tiles, torch.cartesian_prod(torch.arange(7), torch.arange(9)).expand_as(tiles))
+    for r in (50, 150):
+        tables = cuda_ops.ops.lgtm_plan(x.to(cuda_ops.device), 14, 18, 2, 2, r, -1, 1)
+        plan = reference.lgtm_plan(x.double(), (14, 18), (2, 2), r)
+        for name, table in zip(("slot", "offsets", "members", "anchor"), tables, strict=True):
+            assert torch.equal(table.cpu(), getattr(plan, name)), name

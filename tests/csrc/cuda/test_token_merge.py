@@ -1,0 +1,204 @@
+"""token_merge and token_unmerge of the CUDA library against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import bigain_kernels as bk
+from bigain_kernels import MergePlan, reference
+from bigain_kernels.reference.merge_plan import plan_from_assignment
+from bigain_kernels.testing import assert_close
+from tests.csrc.cuda.conftest import layouts
+from tests.shapes import DTYPES, GRIDS, tokens
+
+pytestmark = pytest.mark.usefixtures("on_cuda")
+FLOATS = [dtype for dtype in DTYPES if dtype != torch.float64]
+
+
+def crowded_plan(rows: int, sizes: list[int], n: int) -> MergePlan:
+    """A plan of n tokens whose first slots have these sizes, members scattered; the other tokens stay alone."""
+    generator = torch.Generator().manual_seed(5)
+    assign = torch.arange(n).repeat(rows, 1)
+    for row in assign:
+        shuffled, start = torch.randperm(n, generator=generator), 0
+        for size in sizes:
+            members = shuffled[start : start + size]
+            row[members] = members.min()
+            start += size
+    return plan_from_assignment(assign, n - sum(size - 1 for size in sizes), (1, n))
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("channels", [1, 7, 72])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("grid", "stride"), GRIDS)
+def test_merge_and_unmerge(on_cuda, grid, stride, dtype, channels, strided, rows):
+    n = grid[0] * grid[1]
+    x = tokens(3, n, channels, dtype, seed=channels, strided=strided)
+    planned = x[:rows].double()
+    plan = reference.lgtm_plan(planned, grid, stride, int(0.9 * n * bk.max_ratio(grid, stride))).to(on_cuda.device)
+    x = x.to(on_cuda.device)
+    weights = (tokens(3, n, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
+    for mode in ("mean", "mlerp", "prune"):
+        assert_close(bk.token_merge(x, plan, mode=mode), reference.token_merge(x.double(), plan, mode))
+    for mode in ("mean", "mlerp"):
+        for kind in (torch.float32, torch.bfloat16):
+            merged = bk.token_merge(x, plan, mode=mode, weights=weights.to(kind))
+            assert_close(merged, reference.token_merge(x.double(), plan, mode, weights.to(kind).double()))
+    y = tokens(3, plan.num_slots, channels, dtype, seed=9, strided=strided).to(on_cuda.device)
+    gate = tokens(3, 1, channels, dtype, seed=10)[:, 0].to(on_cuda.device)
+    assert torch.equal(bk.token_unmerge(y, plan), reference.token_unmerge(y, plan))
+    for residual in (x, x.float(), None):
+        for scale in (gate, gate.float(), None):
+            actual = bk.token_unmerge(y, plan, residual=residual, gate=scale)
+            wide = [t if t is None else t.double() for t in (residual, scale)]
+            assert_close(actual, reference.token_unmerge(y.double(), plan, *wide), dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("channels", [40, 67, 136])
+def test_crowded_slots(on_cuda, order, dtype, channels):
+    """Slots of up to 32 members are summed by one thread, longer ones by 32 lanes; both within one block."""
+    n, sizes = 1500, [1000, 31, 32, 33, 34, 64, 65, 200]
+    plan = crowded_plan(2, sizes, n).to(on_cuda.device)
+    assert plan.sizes()[0].sort(descending=True).values[:8].tolist() == sorted(sizes, reverse=True)
+    x = tokens(4, n, channels, dtype).to(on_cuda.device)
+    weights = (tokens(4, n, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
+    for mode in ("mean", "mlerp"):
+        for given in (None, weights):
+            merged = bk.token_merge(x, plan, mode=mode, weights=given)
+            wide = given if given is None else given.double()
+            assert_close(merged, reference.token_merge(x.double(), plan, mode, wide))
+            on_cuda.set_order(0)
+            assert torch.equal(bk.token_merge(x, plan, mode=mode, weights=given), merged)
+            # The other row of the plan, alone.
+            other = MergePlan(
+                plan.slot[1:], plan.offsets[1:], plan.members[1:], plan.anchor[1:], plan.grid, plan.num_slots
+            )
+            alone = bk.token_merge(x[3:], other, mode=mode, weights=given if given is None else weights[3:])
+            assert torch.equal(alone, merged[3:])
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_same_bits_in_any_layout(on_cuda, dtype):
+    plan = crowded_plan(3, [70, 9], 120).to(on_cuda.device)
+    x = tokens(3, 120, 40, dtype).to(on_cuda.device)
+    weights = (tokens(3, 120, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
+    for mode in ("mean", "mlerp", "prune"):
+        merged = bk.token_merge(x, plan, mode=mode)
+        for view in layouts(x):
+            assert torch.equal(bk.token_merge(view, plan, mode=mode), merged)
+    merged = bk.token_merge(x, plan, weights=weights)
+    for view in layouts(weights):
+        assert torch.equal(bk.token_merge(x, plan, weights=view), merged)
+    gate = x[:, 5].contiguous()
+    for residual, scale in ((x, gate), (x.float(), gate.float())):
+        expected = bk.token_unmerge(merged, plan, residual=residual, gate=scale)
+        for view in layouts(merged):
+            assert torch.equal(bk.token_unmerge(view, plan, residual=residual, gate=scale), expected)
+        for view in layouts(residual):
+            assert torch.equal(bk.token_unmerge(merged, plan, residual=view, gate=scale), expected)
+        for view in layouts(scale):
+            assert torch.equal(bk.token_unmerge(merged, plan, residual=residual, gate=view), expected)
+
+
+def test_short_slots_have_the_bits_of_the_reference(on_cuda):
+    """Both add the members in ascending order in float32; so a merge is the same on every backend."""
+    if not on_cuda.emulated:
+        pytest.skip("the order of the reference is that of index_add_ on the CPU")
+    plan = crowded_plan(3, [32, 30, 17, 5, 2], 120)
+    x = tokens(3, 120, 40)
+    assert torch.equal(bk.token_merge(x, plan), reference.token_merge(x, plan))
+
+
+def test_launches(on_cuda):
+    plan = crowded_plan(2, [40, 3], 64).to(on_cuda.device)
+    x = tokens(4, 64, 40, torch.float16).to(on_cuda.device)
+    for mode, expected in (("mean", 1), ("prune", 1), ("mlerp", 3)):
+        before = on_cuda.launches()
+        y = bk.token_merge(x, plan, mode=mode)
+        assert on_cuda.launches() - before == expected
+    before = on_cuda.launches()
+    bk.token_unmerge(y, plan, residual=x, gate=x[:, 0].float())
+    assert on_cuda.launches() - before == 1
+
+
+@pytest.mark.parametrize("channels", [7, 64])
+def test_tables_out_of_range_read_nothing_else(on_cuda, channels):
+    """A wrong plan gives wrong numbers, made of the tokens alone: around them lies NaN."""
+    around = torch.full((6, 70, channels), torch.nan, device=on_cuda.device)
+    x = around[2:4, 3:67]
+    x.copy_(tokens(2, 64, channels))
+    plan = crowded_plan(1, [40, 3], 64)
+    for value in (-1, 64, 2**31 - 1, -(2**31)):
+        tables = [table.clone() for table in (plan.slot, plan.offsets, plan.members, plan.anchor)]
+        for table in tables:
+            table[:, 1::3] = value
+        tables = [table.to(on_cuda.device) for table in tables]
+        for mode in ("mean", "mlerp", "prune"):
+            y = on_cuda.ops.token_merge(x, *tables, mode, None)
+            assert not y.isnan().any()
+        assert not on_cuda.ops.token_unmerge(y, *tables, x, None).isnan().any()
+
+
+def test_nan_and_infinity_stay_in_their_slots(on_cuda):
+    plan = crowded_plan(1, [40, 3], 64).to(on_cuda.device)
+    x = tokens(1, 64, 8).to(on_cuda.device)
+    x[0, plan.members[0, -1].item()] = torch.nan
+    x[0, 0, 3] = torch.inf
+    for mode in ("mean", "mlerp"):
+        assert_close(bk.token_merge(x, plan, mode=mode), reference.token_merge(x.double(), plan, mode))
+
+
+BAD = [
+    ({"x": lambda t: t.double()}, "x: wrong dtype"),
+    ({"x": lambda t: t[:3]}, "x: got batch 3, expected a multiple of the plan's 2 rows"),
+    ({"offsets": lambda t: t.long()}, "offsets: wrong dtype, expected int32"),
+    ({"members": lambda t: t[:, 1:]}, "members: got shape"),
+    ({"anchor": lambda t: t.repeat(1, 3)}, "anchor: got .* slots, expected at most 48"),
+    ({"mode": lambda t: "max"}, "mode: got 'max'"),
+    ({"weights": lambda t: torch.zeros(4, 47)}, "weights: got shape"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_arguments(on_cuda, change, message):
+    plan = crowded_plan(2, [9, 3], 48).to(on_cuda.device)
+    arguments = {
+        "x": tokens(4, 48, 10).to(on_cuda.device),
+        **{name: getattr(plan, name) for name in ("slot", "offsets", "members", "anchor")},
+        "mode": "mean",
+        "weights": None,
+    }
+    arguments = {name: change.get(name, lambda t: t)(value) for name, value in arguments.items()}
+    arguments = {k: v.to(on_cuda.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        on_cuda.ops.token_merge(**arguments)
+
+
+def test_bad_arguments_of_unmerge(on_cuda):
+    plan = crowded_plan(2, [9, 3], 48).to(on_cuda.device)
+    tables = [plan.slot, plan.offsets, plan.members, plan.anchor]
+    x, y = tokens(4, 48, 10).to(on_cuda.device), tokens(4, plan.num_slots, 10).to(on_cuda.device)
+    for arguments, message in (
+        ((x, *tables, None, None), "offsets: got shape"),
+        ((y, *tables, x[:, 1:], None), "residual: got shape"),
+        ((y, *tables, None, x[0]), "gate: got shape"),
+        ((y, *tables, None, x[:, 0].double()), "gate: wrong dtype"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            on_cuda.ops.token_unmerge(*arguments)
+
+
+@pytest.mark.parametrize("shape", [(0, 48, 10), (4, 48, 0)])
+def test_nothing_to_merge(on_cuda, shape):
+    x = torch.zeros(shape, device=on_cuda.device)
+    plan = crowded_plan(2, [9, 3], 48).to(on_cuda.device)
+    if shape[0] == 0:
+        plan = MergePlan(plan.slot[:0], plan.offsets[:0], plan.members[:0], plan.anchor[:0], plan.grid, plan.num_slots)
+    for mode in ("mean", "mlerp", "prune"):
+        y = bk.token_merge(x, plan, mode=mode)
+        assert y.shape == (shape[0], plan.num_slots, shape[2])
+    assert bk.token_unmerge(y, plan, residual=x).shape == shape

@@ -1,0 +1,45 @@
+"""What Triton's interpreter does otherwise than a GPU, put right."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _to_float32(handle):
+    if handle.dtype.scalar == tl.bfloat16:
+        return (handle.data.astype(np.uint32) << 16).view(np.float32)
+    return handle.data
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    """tl.dot in an order of its own: channel by channel into the accumulator, whatever the shape of the block.
+
+    The interpreter leaves the order to a BLAS, which chooses it by shape, and multiplies the bits of bfloat16 numbers
+    as integers.
+    """
+    total, left, right = d.data.copy(), _to_float32(a).astype(np.float32), _to_float32(b).astype(np.float32)
+    for k in range(left.shape[1]):
+        total += left[:, k, None] * right[None, k, :]
+    return TensorHandle(total, d.dtype.scalar)
+
+
+_cast = InterpreterBuilder.cast_impl
+
+
+def _cast_impl(self, src, dst_type):
+    """float32 to bfloat16 rounds to nearest even on a GPU; the interpreter cuts the low bits off."""
+    if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
+        values = torch.from_numpy(np.ascontiguousarray(src.data))
+        return TensorHandle(values.bfloat16().view(torch.uint16).numpy().reshape(src.data.shape), tl.bfloat16)
+    return _cast(self, src, dst_type)
+
+
+def as_exact_as_a_gpu(monkeypatch):
+    """Patch the interpreter for one test."""
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
+    monkeypatch.setattr(InterpreterBuilder, "cast_impl", _cast_impl)
+    for name in ("create_fp_trunc", "create_fp_ext"):
+        monkeypatch.setattr(InterpreterBuilder, name, lambda self, src, dst_type: self.cast_impl(src, dst_type))
