@@ -31,7 +31,7 @@ def _load_mean(p_x, o_x, m_x, s_share, SHARE: tl.constexpr):
     b_sum = b_x.to(tl.float32)
     for _ in tl.static_range(1, SHARE):
         # One step after the other: a multiple of s_share may pass 2^31.
-        o_x += s_share
+        p_x += s_share
         b_sum += tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
     return tl.div_rn(b_sum, SHARE * 1.0).to(p_x.dtype.element_ty).to(tl.float32)
 
