@@ -83,6 +83,14 @@ inline void check_shape(const char* name, const Tensor& tensor, std::initializer
   if (!same) fail(name, ": got shape ", shape_of(tensor), ", expected (", text.str(), ")");
 }
 
+// Two optional tensors are both there or both not.
+inline void check_pair(const char* name, const std::optional<Tensor>& tensor, const char* other_name,
+                       const std::optional<Tensor>& other) {
+  if (tensor.has_value() == other.has_value()) return;
+  fail(tensor.has_value() ? other_name : name, ": got None, expected a tensor, as ",
+       tensor.has_value() ? name : other_name, " is one");
+}
+
 // Token indices are int32.
 inline void check_token_count(const char* name, int64_t tokens) {
   if (tokens > std::numeric_limits<int32_t>::max()) fail(name, ": got ", tokens, " tokens, expected fewer than 2^31");

@@ -105,6 +105,95 @@ WRONG_CALLS = [
         ValueError,
         "weights: got a tensor, expected None",
     ),
+    (
+        "norm_eps with mlerp",
+        lambda: bk.token_merge(X, PLAN, "mlerp", norm_eps=1e-5),
+        ValueError,
+        "norm_eps: got 1e-05 with mode='mlerp', expected None or mode='mean'",
+    ),
+    (
+        "norm_eps with prune",
+        lambda: bk.token_merge(X, PLAN, "prune", norm_eps=1e-5),
+        ValueError,
+        "norm_eps: got 1e-05 with mode='prune', expected None or mode='mean'",
+    ),
+    (
+        "norm_eps text",
+        lambda: bk.token_merge(X, PLAN, norm_eps="small"),
+        TypeError,
+        "norm_eps: got 'small', expected a number",
+    ),
+    (
+        "norm_eps nan",
+        lambda: bk.token_merge(X, PLAN, norm_eps=float("nan")),
+        ValueError,
+        "norm_eps: got nan, expected a finite number",
+    ),
+    (
+        "norm_eps < 0",
+        lambda: bk.token_merge(X, PLAN, norm_eps=-1e-5),
+        ValueError,
+        "norm_eps: got -1e-05, expected at least 0",
+    ),
+    *(
+        (
+            f"{name} without norm_eps",
+            lambda name=name: bk.token_merge(X, PLAN, **{name: X[0, 0]}),
+            ValueError,
+            f"{name}: got a tensor, expected None without norm_eps",
+        )
+        for name in ("norm_weight", "norm_bias", "scale", "shift")
+    ),
+    *(
+        (
+            f"{given} alone",
+            lambda given=given, value=value: bk.token_merge(X, PLAN, norm_eps=1e-5, **{given: value}),
+            ValueError,
+            f"{missing}: got None, expected a tensor, as {given} is one",
+        )
+        for given, missing, value in (
+            ("norm_weight", "norm_bias", X[0, 0]),
+            ("norm_bias", "norm_weight", X[0, 0]),
+            ("scale", "shift", X[:, 0]),
+            ("shift", "scale", X[:, 0]),
+        )
+    ),
+    (
+        "norm_weight shape",
+        lambda: bk.token_merge(X, PLAN, norm_eps=1e-5, norm_weight=X[0, 0, :7], norm_bias=X[0, 0]),
+        ValueError,
+        "norm_weight: got shape (7,), expected (8,)",
+    ),
+    (
+        "norm_bias rank",
+        lambda: bk.token_merge(X, PLAN, norm_eps=1e-5, norm_weight=X[0, 0], norm_bias=X[:, 0]),
+        ValueError,
+        "norm_bias: got shape (2, 8), expected 1 dimensions",
+    ),
+    (
+        "norm_bias dtype",
+        lambda: bk.token_merge(X, PLAN, norm_eps=1e-5, norm_weight=X[0, 0], norm_bias=X[0, 0].int()),
+        TypeError,
+        "norm_bias: got dtype int32, expected one of",
+    ),
+    (
+        "scale shape",
+        lambda: bk.token_merge(X, PLAN, norm_eps=1e-5, scale=X[:1, 0], shift=X[:, 0]),
+        ValueError,
+        "scale: got shape (1, 8), expected (2, 8)",
+    ),
+    (
+        "shift type",
+        lambda: bk.token_merge(X, PLAN, norm_eps=1e-5, scale=X[:, 0], shift=0.0),
+        TypeError,
+        "shift: got float, expected a torch.Tensor",
+    ),
+    (
+        "shift device",
+        lambda: bk.token_merge(X, PLAN, norm_eps=1e-5, scale=X[:, 0], shift=META[:, 0]),
+        ValueError,
+        "shift: is on meta, expected cpu, where x is",
+    ),
     ("slots of y", lambda: bk.token_unmerge(X, PLAN), ValueError, "y: got 24 tokens, expected 12"),
     ("residual shape", lambda: bk.token_unmerge(Y, PLAN, residual=Y), ValueError, "residual: got shape (2, 12, 8)"),
     ("residual dtype", lambda: bk.token_unmerge(Y, PLAN, residual=X.int()), TypeError, "residual: got dtype int32"),

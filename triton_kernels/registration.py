@@ -60,6 +60,32 @@ def _token_merge(
     return launch_token_merge(x, *(t.contiguous() for t in (slot, offsets, members, anchor)), mode, weights)
 
 
+def _token_merge_norm(
+    x: Tensor,
+    slot: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    anchor: Tensor,
+    weights: Tensor | None,
+    norm_eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    return launch_token_merge(
+        x,
+        *(t.contiguous() for t in (slot, offsets, members, anchor)),
+        weights=weights,
+        norm=True,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        eps=norm_eps,
+        shift=shift,
+        scale=scale,
+    )
+
+
 def _token_unmerge(
     y: Tensor,
     slot: Tensor,
@@ -196,6 +222,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
         "block_merge_plan": _block_merge_plan,
         "lgtm_plan": _lgtm_plan,
         "token_merge": _token_merge,
+        "token_merge_norm": _token_merge_norm,
         "token_unmerge": _token_unmerge,
         "kv_downsample": _kv_downsample,
         "kv_downsample_attention": _kv_downsample_attention,

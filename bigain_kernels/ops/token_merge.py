@@ -1,4 +1,4 @@
-"""Ops `bigain::token_merge` and `bigain::token_unmerge`."""
+"""Ops `bigain::token_merge`, `bigain::token_merge_norm` and `bigain::token_unmerge`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..checks import FLOAT_DTYPES, check_choice, check_plan, check_same_device, check_tensor
+from ..checks import FLOAT_DTYPES, check_choice, check_number, check_plan, check_same_device, check_tensor
 from ..plan import MergePlan
 from ._library import define, inference_only
 
@@ -25,6 +25,40 @@ define(
     ),
     lambda x, slot, offsets, members, anchor, mode, weights: x.new_empty((x.shape[0], anchor.shape[1], x.shape[2])),
 )
+
+
+def _merge_norm(
+    x: Tensor,
+    slot: Tensor,
+    offsets: Tensor,
+    members: Tensor,
+    anchor: Tensor,
+    weights: Tensor | None,
+    norm_eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    return reference.token_merge(
+        x,
+        _plan(slot, offsets, members, anchor),
+        "mean",
+        weights,
+        norm_eps=norm_eps,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        scale=scale,
+        shift=shift,
+    )
+
+
+define(
+    "token_merge_norm(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? weights,"
+    " float norm_eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift) -> Tensor",
+    _merge_norm,
+    lambda x, slot, offsets, members, anchor, *norm: x.new_empty((x.shape[0], anchor.shape[1], x.shape[2])),
+)
 define(
     "token_unmerge(Tensor y, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? residual,"
     " Tensor? gate) -> Tensor",
@@ -35,8 +69,48 @@ define(
 )
 
 
-def token_merge(x: Tensor, plan: MergePlan, mode: str = "mean", weights: Tensor | None = None) -> Tensor:
-    """Merge tokens into the slots of a plan.
+def _check_norm(x: Tensor, mode: str, norm_eps: float | None, operands: dict[str, Tensor | None]) -> None:
+    """The norm of a merge: `operands` are norm_weight, norm_bias, scale and shift."""
+    given = [name for name, tensor in operands.items() if tensor is not None]
+    if norm_eps is None:
+        if given:
+            raise ValueError(f"{given[0]}: got a tensor, expected None without norm_eps, which asks for a LayerNorm")
+        return
+    check_number("norm_eps", norm_eps)
+    if norm_eps < 0:
+        raise ValueError(f"norm_eps: got {norm_eps}, expected at least 0")
+    if mode != "mean":
+        raise ValueError(f"norm_eps: got {norm_eps} with mode={mode!r}, expected None or mode='mean'")
+    for pair in (("norm_weight", "norm_bias"), ("scale", "shift")):
+        for name, other in (pair, pair[::-1]):
+            if operands[name] is None and operands[other] is not None:
+                raise ValueError(f"{name}: got None, expected a tensor, as {other} is one")
+    for name in given:
+        tensor = operands[name]
+        expected = (x.shape[2],) if name.startswith("norm_") else (x.shape[0], x.shape[2])
+        check_tensor(name, tensor, len(expected))
+        assert tensor is not None
+        if tensor.shape != expected:
+            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+        check_same_device(**{"x": x, name: tensor})
+
+
+def token_merge(
+    x: Tensor,
+    plan: MergePlan,
+    mode: str = "mean",
+    weights: Tensor | None = None,
+    *,
+    norm_eps: float | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """Merge tokens into the slots of a plan; with `norm_eps`, the tokens of LayerNorm(x).
+
+    The norm is over the channels of each token, computed in float32 and not rounded before the mean: merge(norm(x))
+    without norm(x) in memory. Merging is linear, so its affine parts cost one operation per slot, not per token.
 
     Args:
         x: (B, N, C) tokens of any channel count; float16, bfloat16, float32 or float64, any strides.
@@ -46,12 +120,17 @@ def token_merge(x: Tensor, plan: MergePlan, mode: str = "mean", weights: Tensor 
             members, the destination's own included; "prune", the anchor alone.
         weights: (B, N) positive floating-point weights of the tokens in the mean, for example how many tokens each
             stands for since an earlier merge; None weighs all alike.
+        norm_eps: merge LayerNorm(x), with this added to the variances; mode "mean" only. None merges x itself.
+        norm_weight, norm_bias: (C,) affine part of the LayerNorm, both or neither.
+        scale, shift: (B, C), both or neither: (1 + scale) * normalized + shift, as adaLN has it (Peebles and Xie,
+            "Scalable Diffusion Models with Transformers", arXiv 2212.09748), after the affine part.
 
     Returns:
         (B, M, C) in the dtype of x.
 
     Raises:
-        TypeError, ValueError: wrong type, dtype, rank, device, plan, mode, or weights given with "prune".
+        TypeError, ValueError: wrong type, dtype, rank, device, plan, mode, weights given with "prune", a norm with
+            another mode than "mean", half of a pair, or what belongs to a norm without norm_eps.
         RuntimeError: on backward; the op is for inference.
     """
     check_tensor("x", x, 3)
@@ -65,8 +144,14 @@ def token_merge(x: Tensor, plan: MergePlan, mode: str = "mean", weights: Tensor 
             raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(x.shape[:2])}")
         check_same_device(x=x, weights=weights)
         weights = inference_only("token_merge", weights)
+    operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
+    _check_norm(x, mode, norm_eps, operands)
     x = inference_only("token_merge", x)
-    return torch.ops.bigain.token_merge(x, plan.slot, plan.offsets, plan.members, plan.anchor, mode, weights)
+    tables = (plan.slot, plan.offsets, plan.members, plan.anchor)
+    if norm_eps is None:
+        return torch.ops.bigain.token_merge(x, *tables, mode, weights)
+    detached = (None if t is None else inference_only("token_merge", t) for t in operands.values())
+    return torch.ops.bigain.token_merge_norm(x, *tables, weights, float(norm_eps), *detached)
 
 
 def token_unmerge(y: Tensor, plan: MergePlan, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:

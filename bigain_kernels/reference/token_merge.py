@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..plan import MergePlan
@@ -25,10 +26,10 @@ def _segment_sum(values: Tensor, plan: MergePlan) -> Tensor:
         members = (_rows(plan.members, batch) + first * n).flatten()
         starts = (_rows(plan.offsets, batch)[:, :-1] + first * n).flatten()
         offsets = torch.cat([starts, members.new_full((1,), batch * n)])
-        total = torch.segment_reduce(values.reshape(-1, channels)[members], "sum", offsets=offsets, axis=0)
+        total = torch.segment_reduce(values.reshape(batch * n, channels)[members], "sum", offsets=offsets, axis=0)
     else:
         slots = (_rows(plan.slot, batch) + first * m).flatten()
-        total = values.new_zeros(batch * m, channels).index_add_(0, slots, values.reshape(-1, channels))
+        total = values.new_zeros(batch * m, channels).index_add_(0, slots, values.reshape(batch * n, channels))
     return total.view(batch, m, channels)
 
 
@@ -39,12 +40,41 @@ def _largest_norm(values: Tensor, plan: MergePlan) -> Tensor:
     return largest.scatter_reduce_(1, _rows(plan.slot, values.shape[0]), norm, "amax", include_self=True)[..., None]
 
 
-def token_merge(x: Tensor, plan: MergePlan, mode: str = "mean", weights: Tensor | None = None) -> Tensor:
-    """(B, N, C) tokens to (B, M, C) slots; see the public op for the modes."""
+def _layer_norm(
+    values: Tensor,
+    eps: float,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """LayerNorm over the channels of (B, N, C) values, then adaLN: (1 + scale) * normalized + shift."""
+    weight, bias = (None if t is None else t.to(values.dtype) for t in (norm_weight, norm_bias))
+    values = F.layer_norm(values, values.shape[-1:], weight, bias, eps)
+    if scale is not None and shift is not None:
+        values = (1 + scale.to(values.dtype)[:, None]) * values + shift.to(values.dtype)[:, None]
+    return values
+
+
+def token_merge(
+    x: Tensor,
+    plan: MergePlan,
+    mode: str = "mean",
+    weights: Tensor | None = None,
+    *,
+    norm_eps: float | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """(B, N, C) tokens to (B, M, C) slots; see the public op for the modes and the norm."""
     batch, _, channels = x.shape
     if mode == "prune":
         return x.gather(1, _rows(plan.anchor, batch)[..., None].expand(-1, -1, channels))
     values = x.to(compute_dtype(x))
+    if norm_eps is not None:
+        values = _layer_norm(values, norm_eps, norm_weight, norm_bias, scale, shift)
     if weights is None:
         mean = _segment_sum(values, plan) / _rows(plan.sizes(), batch)[..., None].to(values.dtype)
     else:

@@ -94,6 +94,40 @@ void add(const T* __restrict x, accumulate_t<T> weight, int64_t channels, accumu
   }
 }
 
+// Squares of deviations do not cancel as E[x^2] - E[x]^2 does.
+template <typename T>
+void add_normalized(const T* __restrict x, accumulate_t<T> eps, accumulate_t<T> weight, int64_t channels,
+                    accumulate_t<T>* __restrict sum) {
+  using A = accumulate_t<T>;
+  A total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t c = 0; c < channels; ++c) {
+    total += widen(x[c]);
+  }
+  const A mean = total / static_cast<A>(channels);
+  A squares = 0;
+#pragma omp simd reduction(+ : squares)
+  for (int64_t c = 0; c < channels; ++c) {
+    const A deviation = widen(x[c]) - mean;
+    squares += deviation * deviation;
+  }
+  const A inverse = 1 / square_root(squares / static_cast<A>(channels) + eps);
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    sum[c] += weight * ((widen(x[c]) - mean) * inverse);
+  }
+}
+
+template <typename T>
+void divide_affine(const accumulate_t<T>* __restrict x, accumulate_t<T> divisor,
+                   const accumulate_t<T>* __restrict factor, const accumulate_t<T>* __restrict offset, int64_t channels,
+                   T* __restrict out) {
+#pragma omp simd
+  for (int64_t c = 0; c < channels; ++c) {
+    narrow(x[c] / divisor * factor[c] + offset[c], out[c]);
+  }
+}
+
 template <typename T, typename R>
 void affine(const T* __restrict y, const accumulate_t<T>* __restrict gate, const R* __restrict residual,
             int64_t channels, T* __restrict out) {
@@ -159,8 +193,9 @@ void pool(const T* const* window, int64_t count, const T* nearest, accumulate_t<
 template <typename T>
 const RowKernels<T>& row_kernels() {
   static constexpr RowKernels<T> table = {
-      laplacian<T, false>, laplacian<T, true>,         norm<T>, dot_four<T>, divide<T>, divide_narrow<T>, add<T>,
-      affine<T, T>,        affine<T, accumulate_t<T>>, pool<T>,
+      laplacian<T, false>, laplacian<T, true>, norm<T>,                    dot_four<T>,
+      divide<T>,           divide_narrow<T>,   divide_affine<T>,           add<T>,
+      add_normalized<T>,   affine<T, T>,       affine<T, accumulate_t<T>>, pool<T>,
   };
   return table;
 }

@@ -26,8 +26,14 @@ struct RowKernels {
   void (*divide)(const T* x, A divisor, int64_t channels, A* out);
   void (*divide_narrow)(const A* x, A divisor, int64_t channels, T* out);
 
+  // out = x / divisor * factor + offset.
+  void (*divide_affine)(const A* x, A divisor, const A* factor, const A* offset, int64_t channels, T* out);
+
   // sum += weight * x.
   void (*add)(const T* x, A weight, int64_t channels, A* sum);
+
+  // sum += weight * (x - mean(x)) / sqrt(variance(x) + eps).
+  void (*add_normalized)(const T* x, A eps, A weight, int64_t channels, A* sum);
 
   // out = gate * y + residual; either may be null, not both. The residual has the type of y, or is wide.
   void (*affine)(const T* y, const A* gate, const T* residual, int64_t channels, T* out);

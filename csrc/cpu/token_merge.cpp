@@ -1,4 +1,4 @@
-// token_merge and token_unmerge on the CPU.
+// token_merge, token_merge_norm and token_unmerge on the CPU.
 #include "op_common.h"
 #include "row_kernels.h"
 
@@ -81,13 +81,25 @@ void merge_mean(const Tensor& x, const MergeArguments& arguments, T* out) {
   });
 }
 
-// x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)
-Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets_in, const Tensor& members_in,
-                   const Tensor& anchor_in, const std::string& mode, const std::optional<Tensor>& weights_in) {
-  check_floating("x", input, 3);
-  if (mode != "mean" && mode != "mlerp" && mode != "prune") {
-    fail("mode: got '", mode, "', expected mean, mlerp or prune");
+// The tensors of a merge, checked, as the kernels read them.
+struct Merge {
+  Tensor x, offsets, members, anchor;
+  std::optional<Tensor> weights;
+  int64_t batch, tokens, channels, slots, rows;
+
+  MergeArguments arguments(bool mlerp) const {
+    return {offsets.const_data_ptr<int32_t>(),
+            members.const_data_ptr<int32_t>(),
+            rows,
+            slots,
+            weights.has_value() ? weights->const_data_ptr() : nullptr,
+            mlerp};
   }
+};
+
+// x is a floating-point tensor (B, N, C); the tables have P rows with P dividing B.
+Merge checked_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets_in, const Tensor& members_in,
+                    const Tensor& anchor_in, const std::optional<Tensor>& weights_in) {
   check_rank("anchor", anchor_in, 2);
   const int64_t batch = input.size(0), tokens = input.size(1), channels = input.size(2), slots = anchor_in.size(1);
   const int64_t rows = plan_rows("x", slot, batch);
@@ -103,30 +115,131 @@ Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offset
     check_shape("weights", *weights_in, {batch, tokens});
     weights = accumulated(*weights_in, x);
   }
-  Tensor out = new_tensor({batch, slots, channels}, x.scalar_type());
+  return {x, offsets, members, anchor, weights, batch, tokens, channels, slots, rows};
+}
+
+// x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)
+Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets, const Tensor& members,
+                   const Tensor& anchor, const std::string& mode, const std::optional<Tensor>& weights) {
+  check_floating("x", input, 3);
+  if (mode != "mean" && mode != "mlerp" && mode != "prune") {
+    fail("mode: got '", mode, "', expected mean, mlerp or prune");
+  }
+  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
+  Tensor out = new_tensor({merge.batch, merge.slots, merge.channels}, merge.x.scalar_type());
   if (out.numel() == 0) return out;
-  with_type_of(x, [&](auto* type) {
+  with_type_of(merge.x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     T* const target = static_cast<T*>(out.mutable_data_ptr());
     if (mode == "prune") {
-      const Tokens<T> view(x);
-      const int32_t* const kept = anchor.const_data_ptr<int32_t>();
-      for_each_task(batch * slots, channels, [&](int64_t begin, int64_t end) {
+      const Tokens<T> view(merge.x);
+      const int32_t* const kept = merge.anchor.const_data_ptr<int32_t>();
+      const int64_t slots = merge.slots, channels = merge.channels;
+      for_each_task(merge.batch * slots, channels, [&](int64_t begin, int64_t end) {
         for (int64_t task = begin; task < end; ++task) {
           const int64_t b = task / slots;
-          std::memcpy(target + task * channels, view.row(b, kept[b % rows * slots + task % slots]),
+          std::memcpy(target + task * channels, view.row(b, kept[b % merge.rows * slots + task % slots]),
                       channels * sizeof(T));
         }
       });
     } else {
-      const MergeArguments arguments = {offsets.const_data_ptr<int32_t>(),
-                                        members.const_data_ptr<int32_t>(),
-                                        rows,
-                                        slots,
-                                        weights.has_value() ? weights->const_data_ptr() : nullptr,
-                                        mode == "mlerp"};
-      merge_mean<T>(x, arguments, target);
+      merge_mean<T>(merge.x, merge.arguments(mode == "mlerp"), target);
     }
+  });
+  return out;
+}
+
+// The affine parts of a LayerNorm as one, value * factor + offset, in rows of C values of type A: a row for each batch
+// element, or, with stride 0, one for all. No values where there is no affine part.
+template <typename A>
+struct NormAffine {
+  std::vector<A> factor, offset;
+  int64_t batch_stride = 0;
+
+  // (value * norm_weight + norm_bias) * (1 + scale) + shift. Tensors are contiguous and of type A, pairs both or
+  // neither.
+  NormAffine(const Merge& merge, const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+             const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+    const auto values_of = [](const std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? static_cast<const A*>(tensor->const_data_ptr()) : nullptr;
+    };
+    const A *weights = values_of(norm_weight), *biases = values_of(norm_bias);
+    const A *scales = values_of(scale), *shifts = values_of(shift);
+    if (weights == nullptr && scales == nullptr) return;
+    const int64_t count = scales == nullptr ? merge.channels : merge.batch * merge.channels;
+    batch_stride = scales == nullptr ? 0 : merge.channels;
+    factor.resize(count);
+    offset.resize(count);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t c = i % merge.channels;
+      const A weight = weights == nullptr ? A(1) : weights[c], bias = weights == nullptr ? A(0) : biases[c];
+      factor[i] = scales == nullptr ? weight : weight * (1 + scales[i]);
+      offset[i] = scales == nullptr ? bias : bias * (1 + scales[i]) + shifts[i];
+    }
+  }
+};
+
+// merge_mean of normalized tokens. Each token is in one slot, so its statistics are computed where it is added, while
+// it is in the cache.
+template <typename T>
+void merge_normalized(const Merge& merge, accumulate_t<T> eps, const NormAffine<accumulate_t<T>>& affine, T* out) {
+  using A = accumulate_t<T>;
+  const Tokens<T> tokens(merge.x);
+  const RowKernels<T>& kernels = row_kernels<T>();
+  const MergeArguments arguments = merge.arguments(false);
+  const int64_t slots = merge.slots, channels = merge.channels;
+  const A* const weights = static_cast<const A*>(arguments.weights);
+  for_each_task(merge.batch * slots, channels, [&](int64_t begin, int64_t end) {
+    std::vector<A> sum(channels);
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t b = task / slots, p = b % merge.rows;
+      const int32_t* const bounds = arguments.offsets + p * (slots + 1) + task % slots;
+      const int32_t* const members = arguments.members + p * merge.tokens;
+      std::fill(sum.begin(), sum.end(), A(0));
+      A total = 0;
+      for (int32_t i = bounds[0]; i < bounds[1]; ++i) {
+        const A weight = weights == nullptr ? A(1) : weights[b * merge.tokens + members[i]];
+        kernels.add_normalized(tokens.row(b, members[i]), eps, weight, channels, sum.data());
+        total += weight;
+      }
+      const int64_t row = b * affine.batch_stride;
+      if (affine.factor.empty()) {
+        kernels.divide_narrow(sum.data(), total, channels, out + task * channels);
+      } else {
+        kernels.divide_affine(sum.data(), total, affine.factor.data() + row, affine.offset.data() + row, channels,
+                              out + task * channels);
+      }
+    }
+  });
+}
+
+// token_merge with mode "mean" of LayerNorm(x). norm_weight and norm_bias (C), scale and shift (B, C).
+Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& offsets, const Tensor& members,
+                        const Tensor& anchor, const std::optional<Tensor>& weights, double norm_eps,
+                        const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
+                        const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
+  check_floating("x", input, 3);
+  check_pair("norm_weight", norm_weight, "norm_bias", norm_bias);
+  check_pair("scale", scale, "shift", shift);
+  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
+  const auto operand = [&](const char* name, const std::optional<Tensor>& given,
+                           std::initializer_list<int64_t> shape) -> std::optional<Tensor> {
+    if (!given.has_value()) return std::nullopt;
+    check_floating(name, *given, static_cast<int64_t>(shape.size()));
+    check_shape(name, *given, shape);
+    return accumulated(*given, merge.x);
+  };
+  const std::optional<Tensor> wide_weight = operand("norm_weight", norm_weight, {merge.channels});
+  const std::optional<Tensor> wide_bias = operand("norm_bias", norm_bias, {merge.channels});
+  const std::optional<Tensor> wide_scale = operand("scale", scale, {merge.batch, merge.channels});
+  const std::optional<Tensor> wide_shift = operand("shift", shift, {merge.batch, merge.channels});
+  Tensor out = new_tensor({merge.batch, merge.slots, merge.channels}, merge.x.scalar_type());
+  if (out.numel() == 0) return out;
+  with_type_of(merge.x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    using A = accumulate_t<T>;
+    const NormAffine<A> affine(merge, wide_weight, wide_bias, wide_scale, wide_shift);
+    merge_normalized<T>(merge, static_cast<A>(norm_eps), affine, static_cast<T*>(out.mutable_data_ptr()));
   });
   return out;
 }
@@ -214,10 +327,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cpp, m) {
       "token_merge(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, str mode, Tensor? weights)"
       " -> Tensor");
   m.def(
+      "token_merge_norm(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? weights,"
+      " float norm_eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift) -> Tensor");
+  m.def(
       "token_unmerge(Tensor y, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? residual,"
       " Tensor? gate) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(bigain_cpp, CPU, m) {
   m.impl("token_merge", TORCH_BOX(&bigain::token_merge));
+  m.impl("token_merge_norm", TORCH_BOX(&bigain::token_merge_norm));
   m.impl("token_unmerge", TORCH_BOX(&bigain::token_unmerge));
 }

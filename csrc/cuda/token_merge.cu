@@ -1,5 +1,6 @@
-// token_merge and token_unmerge for CUDA tensors. The values of the tables are on the device and are not checked here:
-// the kernels clamp them.
+// token_merge, token_merge_norm and token_unmerge for CUDA tensors. The values of the tables are on the device and are
+// not checked here: the kernels clamp them.
+#include "bigain/layer_norm.cuh"
 #include "bigain/token_merge.cuh"
 #include "bigain/token_unmerge.cuh"
 #include "op_common_cuda.h"
@@ -62,39 +63,14 @@ void merge_to_longest(const TokenMerge<T>& problem, const Tensor& x, const Tenso
   launch_merge_rescale(rescale, stream);
 }
 
-// x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)
-Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets_in, const Tensor& members_in,
-                   const Tensor& anchor_in, const std::string& mode, const std::optional<Tensor>& weights_in) {
-  check_computable("x", input, 3);
-  if (mode != "mean" && mode != "mlerp" && mode != "prune") {
-    fail("mode: got '", mode, "', expected mean, mlerp or prune");
-  }
-  check_int32("anchor", anchor_in, 2);
-  const int64_t batch = input.size(0), tokens = input.size(1), channels = input.size(2), slots = anchor_in.size(1);
-  check_token_count("x", tokens);
-  if (slots > tokens) fail("anchor: got ", slots, " slots, expected at most ", tokens, ", as x has tokens");
-  const int64_t rows = plan_rows("x", slot, batch);
-  check_shape("slot", slot, {rows, tokens});
-  const OnDeviceOf on(input);
-  const Tensor anchor = plan_table("anchor", anchor_in, input, rows, slots);
-  const Tensor members = plan_table("members", members_in, input, rows, tokens);
-  const Tensor offsets = plan_table("offsets", offsets_in, input, rows, slots + 1);
+// The tensors of a merge, checked, as the kernels read them.
+struct Merge {
+  Tensor x, offsets, members, anchor;
   std::optional<Tensor> weights;
-  if (weights_in.has_value()) {
-    check_computable("weights", *weights_in, 2);
-    check_shape("weights", *weights_in, {batch, tokens});
-    check_same_device("weights", *weights_in, input);
-    weights = as_float(*weights_in);
-  }
-  const Tensor x = with_unit_stride(input);
-  Tensor out = new_tensor(x, {batch, slots, channels}, x.scalar_type());
-  if (out.numel() == 0) return out;
-  with_type_of(x, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    if (mode == "prune") {
-      copy_rows<T>(x, anchor, out, {}, on.stream());
-      return;
-    }
+  int64_t batch, tokens, channels, slots, rows;
+
+  template <typename T>
+  TokenMerge<T> problem() const {
     TokenMerge<T> problem = {};
     problem.x = data_of<T>(x);
     problem.batch_stride = x.stride(0);
@@ -107,11 +83,108 @@ Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offset
       problem.weights = data_of<float>(*weights);
       problem.weight_batch_stride = weights->stride(0);
     }
-    if (mode == "mean") {
-      launch_token_merge_mean(problem, mutable_data_of<T>(out), on.stream());
+    return problem;
+  }
+};
+
+// x is a computable tensor (B, N, C); the tables have P rows with P dividing B.
+Merge checked_merge(const Tensor& x, const Tensor& slot, const Tensor& offsets, const Tensor& members,
+                    const Tensor& anchor, const std::optional<Tensor>& weights_in) {
+  check_int32("anchor", anchor, 2);
+  const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), slots = anchor.size(1);
+  check_token_count("x", tokens);
+  if (slots > tokens) fail("anchor: got ", slots, " slots, expected at most ", tokens, ", as x has tokens");
+  const int64_t rows = plan_rows("x", slot, batch);
+  check_shape("slot", slot, {rows, tokens});
+  const Tensor anchor_table = plan_table("anchor", anchor, x, rows, slots);
+  const Tensor members_table = plan_table("members", members, x, rows, tokens);
+  const Tensor offsets_table = plan_table("offsets", offsets, x, rows, slots + 1);
+  std::optional<Tensor> weights;
+  if (weights_in.has_value()) {
+    check_computable("weights", *weights_in, 2);
+    check_shape("weights", *weights_in, {batch, tokens});
+    check_same_device("weights", *weights_in, x);
+    weights = as_float(*weights_in);
+  }
+  return {with_unit_stride(x), offsets_table, members_table, anchor_table, weights, batch, tokens, channels, slots,
+          rows};
+}
+
+// x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)
+Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets, const Tensor& members,
+                   const Tensor& anchor, const std::string& mode, const std::optional<Tensor>& weights) {
+  check_computable("x", input, 3);
+  if (mode != "mean" && mode != "mlerp" && mode != "prune") {
+    fail("mode: got '", mode, "', expected mean, mlerp or prune");
+  }
+  const OnDeviceOf on(input);
+  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
+  Tensor out = new_tensor(merge.x, {merge.batch, merge.slots, merge.channels}, merge.x.scalar_type());
+  if (out.numel() == 0) return out;
+  with_type_of(merge.x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    if (mode == "prune") {
+      copy_rows<T>(merge.x, merge.anchor, out, {}, on.stream());
+    } else if (mode == "mean") {
+      launch_token_merge_mean(merge.problem<T>(), mutable_data_of<T>(out), on.stream());
     } else {
-      merge_to_longest(problem, x, out, on.stream());
+      merge_to_longest(merge.problem<T>(), merge.x, out, on.stream());
     }
+  });
+  return out;
+}
+
+// An operand of the affine parts of a LayerNorm, checked; operands of the dtype of x and of float32 are read as they
+// are.
+struct ChannelOperand {
+  std::optional<Tensor> tensor;
+  Operand kind = Operand::kNone;
+
+  ChannelOperand(const char* name, const std::optional<Tensor>& given, std::initializer_list<int64_t> shape,
+                 const Tensor& x) {
+    if (!given.has_value()) return;
+    check_computable(name, *given, static_cast<int64_t>(shape.size()));
+    check_shape(name, *given, shape);
+    check_same_device(name, *given, x);
+    const bool same = given->scalar_type() == x.scalar_type();
+    kind = same ? Operand::kSame : Operand::kWide;
+    tensor = same ? with_unit_stride(*given) : as_float(*given);
+  }
+
+  ChannelRows rows() const {
+    if (!tensor.has_value()) return {};
+    return {tensor->const_data_ptr(), kind, tensor->dim() == 2 ? tensor->stride(0) : 0};
+  }
+};
+
+// token_merge with mode "mean" of LayerNorm(x): two launches. norm_weight and norm_bias (C), scale and shift (B, C).
+Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& offsets, const Tensor& members,
+                        const Tensor& anchor, const std::optional<Tensor>& weights, double norm_eps,
+                        const std::optional<Tensor>& norm_weight_in, const std::optional<Tensor>& norm_bias_in,
+                        const std::optional<Tensor>& scale_in, const std::optional<Tensor>& shift_in) {
+  check_computable("x", input, 3);
+  check_pair("norm_weight", norm_weight_in, "norm_bias", norm_bias_in);
+  check_pair("scale", scale_in, "shift", shift_in);
+  const OnDeviceOf on(input);
+  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
+  const int64_t batch = merge.batch, channels = merge.channels;
+  const ChannelOperand norm_weight("norm_weight", norm_weight_in, {channels}, input);
+  const ChannelOperand norm_bias("norm_bias", norm_bias_in, {channels}, input);
+  const ChannelOperand scale("scale", scale_in, {batch, channels}, input);
+  const ChannelOperand shift("shift", shift_in, {batch, channels}, input);
+  Tensor out = new_tensor(merge.x, {batch, merge.slots, channels}, merge.x.scalar_type());
+  if (out.numel() == 0) return out;
+  const Tensor statistics = new_tensor(merge.x, {batch, merge.tokens, 2}, ScalarType::Float);
+  with_type_of(merge.x, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const TokenMerge<T> problem = merge.problem<T>();
+    Moments* const moments = mutable_data_of<Moments>(statistics);
+    const float eps = static_cast<float>(norm_eps);
+    const RowMoments<T> tokens = {
+        problem.x, problem.batch_stride, problem.token_stride, batch, merge.tokens, channels, eps, moments};
+    launch_row_moments(tokens, on.stream());
+    const MergeNorm norm = {moments, {norm_weight.rows(), norm_bias.rows(), scale.rows(), shift.rows()}};
+    launch_token_merge_mean(problem, mutable_data_of<T>(out), on.stream(), norm);
   });
   return out;
 }
@@ -182,10 +255,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cuda, m) {
       "token_merge(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, str mode, Tensor? weights)"
       " -> Tensor");
   m.def(
+      "token_merge_norm(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? weights,"
+      " float norm_eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift) -> Tensor");
+  m.def(
       "token_unmerge(Tensor y, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? residual,"
       " Tensor? gate) -> Tensor");
 }
 BIGAIN_IMPL(bigain_cuda, m) {
   m.impl("token_merge", TORCH_BOX(&bigain::token_merge));
+  m.impl("token_merge_norm", TORCH_BOX(&bigain::token_merge_norm));
   m.impl("token_unmerge", TORCH_BOX(&bigain::token_unmerge));
 }

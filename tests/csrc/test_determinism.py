@@ -15,11 +15,12 @@ from tests.shapes import DTYPES, tokens
 
 pytestmark = pytest.mark.usefixtures("cpp")
 GRID = (48, 40)
+NORM = tokens(2, 1, 100, seed=5)[:, 0]
 
 
 def results(x):
     """Everything that the kernels compute from x, as a list of tensors."""
-    score = bk.laplacian_score(x, GRID)
+    score, c = bk.laplacian_score(x, GRID), x.shape[2]
     plan = bk.lgtm_plan(x, GRID, 0.6)
     destinations = bk.select_destinations(score, GRID, (2, 2))
     merged = bk.token_merge(x, plan)
@@ -33,6 +34,10 @@ def results(x):
         bk.block_merge_plan(score, GRID, (2, 2), 600, "std").slot,
         merged,
         bk.token_merge(x, plan, mode="mlerp"),
+        bk.token_merge(x, plan, norm_eps=1e-5),
+        bk.token_merge(
+            x, plan, norm_eps=1e-5, norm_weight=NORM[0, :c], norm_bias=NORM[1, :c], scale=x[:, 3].float(), shift=x[:, 4]
+        ),
         bk.token_unmerge(merged, plan, residual=x, gate=x[:, 0].contiguous()),
         *bk.kv_downsample((x, x), GRID, 3, 0.9),
     ]

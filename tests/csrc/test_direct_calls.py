@@ -22,6 +22,9 @@ SIMILARITY, MATCH = bk.bipartite_match(X, DESTINATIONS)
 PLAN = bk.merge_plan(SIMILARITY, MATCH, DESTINATIONS, 20, (6, 8))
 SLOT, OFFSETS, MEMBERS, ANCHOR = PLAN.slot, PLAN.offsets, PLAN.members, PLAN.anchor
 Y = tokens(4, 28, 10)
+ROW = X[0, 0]
+PLAN_TABLES = (SLOT, OFFSETS, MEMBERS, ANCHOR)
+NORM_ARGUMENTS = (SCORE + 1, 1e-5, ROW, ROW, X[:, 0], X[:, 1])
 TOKENS = torch.arange(48, dtype=torch.int32).repeat(4, 1)
 
 
@@ -63,6 +66,16 @@ BAD = [
     ("token_merge", (X, SLOT, OFFSETS, MEMBERS, ANCHOR, "mode", None), "mode: got 'mode'"),
     ("token_merge", (X[:3], SLOT[:2], OFFSETS, MEMBERS, ANCHOR, "mean", None), "x: got batch 3"),
     ("token_merge", (X, SLOT, OFFSETS, MEMBERS, ANCHOR, "mean", SCORE[:, 1:]), "weights: got shape"),
+    ("token_merge_norm", (X.int(), *PLAN_TABLES, *NORM_ARGUMENTS), "x: wrong dtype"),
+    ("token_merge_norm", (X[:3], *PLAN_TABLES, *NORM_ARGUMENTS), "x: got batch 3"),
+    ("token_merge_norm", (X, SLOT, OFFSETS, changed(MEMBERS, 48), ANCHOR, *NORM_ARGUMENTS), "members: got values"),
+    ("token_merge_norm", (X, *PLAN_TABLES, SCORE[:, 1:], *NORM_ARGUMENTS[1:]), "weights: got shape"),
+    ("token_merge_norm", (X, *PLAN_TABLES, None, 1e-5, ROW[1:], ROW, X[:, 0], X[:, 1]), r"norm_weight: got shape \(9"),
+    ("token_merge_norm", (X, *PLAN_TABLES, None, 1e-5, ROW, X[0], X[:, 0], X[:, 1]), r"norm_bias: got shape \(48, 10"),
+    ("token_merge_norm", (X, *PLAN_TABLES, None, 1e-5, ROW, ROW, X[:3, 0], X[:, 1]), r"scale: got shape \(3, 10"),
+    ("token_merge_norm", (X, *PLAN_TABLES, None, 1e-5, ROW, ROW, X[:, 0], X[:, 1].int()), "shift: wrong dtype"),
+    ("token_merge_norm", (X, *PLAN_TABLES, None, 1e-5, None, ROW, None, None), "norm_weight: got None"),
+    ("token_merge_norm", (X, *PLAN_TABLES, None, 1e-5, None, None, X[:, 0], None), "shift: got None"),
     ("token_unmerge", (Y, changed(SLOT, 28), OFFSETS, MEMBERS, ANCHOR, None, None), "slot: got values"),
     ("token_unmerge", (Y, SLOT, OFFSETS, MEMBERS, ANCHOR, X[:, 1:], None), "residual: got shape"),
     ("token_unmerge", (Y, SLOT, OFFSETS, MEMBERS, ANCHOR, None, X[0]), "gate: got shape"),
@@ -114,6 +127,8 @@ def test_empty_batches_and_no_channels_work(shape, window):
     for mode in ("mean", "mlerp", "prune"):
         merged = torch.ops.bigain.token_merge(x, *tables, mode, None)
         assert merged.shape == (rows, 28, shape[2])
+    norm = (score + 1, 1e-5, x.new_ones(shape[2]), x.new_ones(shape[2]), x[:, 0], x[:, 1])
+    assert torch.ops.bigain.token_merge_norm(x, *tables, *norm).shape == merged.shape
     assert torch.ops.bigain.token_unmerge(merged, *tables, x, x[:, 0]).shape == shape
     assert torch.ops.bigain.kv_downsample([x], 6, 8, 2, 2, 0.9, None)[0].shape == (rows, 12, shape[2])
 

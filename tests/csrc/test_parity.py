@@ -133,6 +133,23 @@ def test_merge_and_unmerge(x, grid, stride, dtype, rows):
             assert_close(actual, reference.token_unmerge(y.double(), plan, *wide), dtype)
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("operands", [(), ("norm_weight", "norm_bias"), ("scale", "shift"), "all"])
+def test_merge_of_normalized_tokens(x, grid, stride, dtype, rows, operands):
+    n, channels = x.shape[1:]
+    plan = bk.lgtm_plan(x[:rows].float(), grid, 0.9 * bk.max_ratio(grid, stride), stride)
+    weights = tokens(BATCH, n, 1, seed=8)[..., 0].abs() + 0.1
+    weight, bias = tokens(2, 1, channels, dtype, seed=10)[:, 0]
+    scale, shift = tokens(BATCH, 2, channels, dtype, seed=11, strided=True).unbind(1)
+    given = {"norm_weight": weight, "norm_bias": bias, "scale": scale, "shift": shift}
+    given = {name: tensor for name, tensor in given.items() if operands == "all" or name in operands}
+    wide = {name: tensor.double() for name, tensor in given.items()}
+    for w in (None, weights, weights.bfloat16()):
+        merged = bk.token_merge(x, plan, weights=w, norm_eps=1e-3, **given)
+        wide_w = w if w is None else w.double()
+        assert_close(merged, reference.token_merge(x.double(), plan, "mean", wide_w, norm_eps=1e-3, **wide))
+
+
 @pytest.mark.parametrize("alpha", [-0.5, 0.9, 1.0, "rows"])
 def test_kv_downsample(x, grid, stride, alpha):
     factor = (min(stride[0], grid[0]), min(stride[1], grid[1]))

@@ -46,22 +46,15 @@ def launch_everything(x: torch.Tensor, grid: tuple[int, int], stride: tuple[int,
         for mode in ("mean", "mlerp", "prune"):
             y = bk.token_merge(x, plan, mode)
         bk.token_merge(x, plan, "mean", torch.ones_like(score))
+        bk.token_merge(x, plan, norm_eps=1e-5)
+        vectors = {"norm_weight": x[0, 0], "norm_bias": x[0, 0], "scale": x[:, 0], "shift": x[:, 0].float()}
+        bk.token_merge(x, plan, weights=torch.ones_like(score), norm_eps=1e-5, **vectors)
         bk.token_unmerge(y, plan)
         bk.token_unmerge(y, plan, residual=x, gate=x[:, 0])
     factor = (min(2, grid[0]), min(3, grid[1]))
     rows = torch.linspace(0, 1, x.shape[0], device=x.device)
     for alpha in (0.0, 0.9, 1.0, rows):
         bk.kv_downsample((x, x[..., :8]), grid, factor, alpha)
-
-
-def launch_fused_norms(x: torch.Tensor) -> None:
-    """LayerNorm and adaLN inside merging, which no public op offers yet."""
-    from bigain_kernels.triton_kernels.token_merge import launch_token_merge
-
-    plan = bk.lgtm_plan(x, (1, x.shape[1]), 0.4, (1, 2))
-    tables = (plan.slot, plan.offsets, plan.members, plan.anchor)
-    vector, rows = x[0, 0], x[:, 0]
-    launch_token_merge(x, *tables, norm=True, norm_weight=vector, norm_bias=vector, shift=rows, scale=rows)
 
 
 def main() -> None:
@@ -77,8 +70,6 @@ def main() -> None:
             for dtype, (grid, stride) in zip(DTYPES, GRIDS, strict=True):
                 whole = tokens(2, grid[0] * grid[1] + 3, 149, dtype).to(options.device)
                 launch_everything(whole[:, 2:-1, 3:75], grid, stride)
-                if backend == "triton":
-                    launch_fused_norms(whole[:, :-3, 3:75])
             x = tokens(1, 1300, 64, torch.bfloat16).to(options.device)
             x[:, 5:1200] = x[:, :1]
             launch_everything(x, (26, 50), (2, 2))

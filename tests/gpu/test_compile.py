@@ -86,13 +86,14 @@ def calls():
         "block_merge_plan": (score, *GRID, 2, 2, 90, "std"),
         "lgtm_plan": (x, *GRID, 2, 2, 100, -1, 2),
         "token_merge": (x, *tables, "mlerp", score + 1),
+        "token_merge_norm": (x, *tables, score + 1, 1e-5, x[0, 0], x[0, 1], x[:, 0], x[:, 1]),
         "token_unmerge": (y, *tables, x, gate.float()),
         "kv_downsample": ([x, x], *GRID, 2, 2, 0.0, alpha),
     }
 
 
 OPS = ("laplacian_score", "select_destinations", "bipartite_match", "merge_plan", "block_merge_plan", "lgtm_plan",
-       "token_merge", "token_unmerge", "kv_downsample")  # fmt: skip
+       "token_merge", "token_merge_norm", "token_unmerge", "kv_downsample")  # fmt: skip
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -31,6 +31,7 @@ def everything(x, y, alpha, weights):
         *leaves((plan, near, blocks)),
         *(bk.token_merge(x, p, mode) for p in (plan, blocks) for mode in ("mean", "mlerp", "prune")),
         bk.token_merge(x, plan, "mean", weights),
+        bk.token_merge(x, plan, norm_eps=1e-5, scale=x[:, 0], shift=x[:, 1]),
         bk.token_unmerge(y[:, : plan.num_slots], plan, x, x[:, 0]),
         bk.kv_downsample(x, GRID, 2, alpha),
         *bk.kv_downsample((x, y), GRID, (3, 2), 0.9),

@@ -62,6 +62,15 @@ def check_moving(x, plan):
     for mode in ("mean", "mlerp"):
         y = bk.token_merge(x, plan, mode, weights)
         assert_close(y, reference(bk.token_merge, wide, plan, mode, weights.double()))
+    batch, _, channels = x.shape
+    weight, bias = random_tokens(2, 1, channels, x.dtype, 2)[:, 0]
+    scale, shift = random_tokens(batch, 2, channels, x.dtype, 3).unbind(1)
+    affine, modulation = {"norm_weight": weight, "norm_bias": bias}, {"scale": scale, "shift": shift}
+    for operands in ({}, affine, modulation, affine | modulation):
+        y = bk.token_merge(x, plan, weights=weights, norm_eps=1e-3, **operands)
+        others = {name: tensor.double() for name, tensor in operands.items()}
+        expected = reference(bk.token_merge, wide, plan, weights=weights.double(), norm_eps=1e-3, **others)
+        assert_close(y, expected)
     y = bk.token_merge(x, plan)
     for residual, gate in ((None, None), (x, None), (None, x[:, 0]), (x, x[:, 0])):
         others = [None if t is None else t.double() for t in (residual, gate)]
@@ -130,6 +139,16 @@ def test_tokens_all_alike(backend, value):
     expected = reference(bk.lgtm_plan, x, (64, 64), 0.7)
     assert torch.equal(plan.slot, expected.slot)
     assert_close(y, x[:, : plan.num_slots])
+
+
+def test_tokens_all_alike_are_normalized_alike(backend):
+    x = random_tokens(1, 1, 320, torch.bfloat16).expand(1, 4096, 320)
+    shift = torch.zeros(1, 320, device=DEVICE)
+    with bk.use_backend(backend):
+        plan = bk.lgtm_plan(x, (64, 64), 0.7)
+        y = bk.token_merge(x, plan, norm_eps=1e-5, scale=shift + 1, shift=shift)
+    expected = 2 * torch.nn.functional.layer_norm(x[:, : plan.num_slots].double(), (320,))
+    assert_close(y, expected)
 
 
 def test_shared_plans(backend):

@@ -33,6 +33,8 @@ OP_CALLS = {
     "token_merge": (X, *TABLES, "mean", None),
     "token_merge mlerp": (X, *TABLES, "mlerp", SCORE + 1),
     "token_merge prune": (X, *TABLES, "prune", None),
+    "token_merge_norm": (X, *TABLES, None, 1e-5, None, None, None, None),
+    "token_merge_norm all": (X, *TABLES, SCORE + 1, 1e-6, X[0, 0], X[0, 1], X[:, 2], X[:, 3]),
     "token_unmerge": (X[:, :24].contiguous(), *TABLES, X, X[:, 0]),
     "kv_downsample": ([X, X], 6, 8, 2, 2, 0.9, None),
     "kv_downsample rows": ([X], 6, 8, 2, 1, 0.0, ROWS),
@@ -60,6 +62,7 @@ PUBLIC_CALLS = {
     "tome": lambda x: bk.tome_plan(x, GRID, 0.5, timestep=torch.arange(x.shape[0])),
     "sito": lambda x: bk.sito_plan(x, GRID, 0.5),
     "merge and unmerge": lambda x: merge_and_unmerge(x, bk.lgtm_plan(x, GRID, 0.5)),
+    "merge of a norm": lambda x: merge_norm(x, bk.lgtm_plan(x, GRID, 0.5)),
     "kv_downsample": lambda x: bk.kv_downsample((x, x), GRID, 2, 0.9),
     "kv_downsample schedule": lambda x: bk.kv_downsample(
         x, GRID, 2, bk.alpha_schedule((0.8, 1.2), torch.arange(x.shape[0]))
@@ -84,6 +87,12 @@ PUBLIC_CALLS = {
 
 def merge_and_unmerge(x, plan):
     return bk.token_unmerge(bk.token_merge(x, plan), plan, residual=x, gate=x.select(1, 0))
+
+
+def merge_norm(x, plan):
+    vector, rows = x.select(0, 0).select(0, 0), x.select(1, 0)
+    operands = {"norm_weight": vector, "norm_bias": vector, "scale": rows, "shift": rows}
+    return bk.token_merge(x, plan, norm_eps=1e-6), bk.token_merge(x, plan, norm_eps=1e-5, **operands)
 
 
 def leaves(value):
@@ -142,23 +151,24 @@ def test_export_round_trip(tmp_path):
     class Layer(torch.nn.Module):
         def forward(self, x):
             pooled = PUBLIC_CALLS["attention text"](x), *PUBLIC_CALLS["projection"](x)
-            return bk.lgtm_plan(x, GRID, 0.5), PUBLIC_CALLS["merge and unmerge"](x), pooled
+            others = *pooled, *PUBLIC_CALLS["merge of a norm"](x)
+            return bk.lgtm_plan(x, GRID, 0.5), PUBLIC_CALLS["merge and unmerge"](x), others
 
     batch = 2 * torch.export.Dim("pairs", min=1, max=32)  # a key bias of two rows divides the batch
     program = torch.export.export(Layer(), (X,), dynamic_shapes={"x": {0: batch}})
     torch.export.save(program, tmp_path / "layer.pt2")
     loaded = torch.export.load(tmp_path / "layer.pt2").module()
     x = tokens(6, 48, 10, seed=9)
-    plan, out, pooled = loaded(x)
+    plan, out, others = loaded(x)
     assert isinstance(plan, bk.MergePlan)
     assert plan.grid == GRID
     torch.testing.assert_close(out, Layer()(x)[1])
-    torch.testing.assert_close(pooled, Layer()(x)[2])
+    torch.testing.assert_close(others, Layer()(x)[2])
 
 
 # torch warns as well, before our error: the ops have no autograd kernel.
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-@pytest.mark.parametrize("call", ["merge and unmerge", "kv_downsample", "attention", "projection"])
+@pytest.mark.parametrize("call", ["merge and unmerge", "merge of a norm", "kv_downsample", "attention", "projection"])
 def test_backward_raises_instead_of_returning_wrong_gradients(call):
     with torch.enable_grad():
         x = X.clone().requires_grad_()
@@ -168,12 +178,21 @@ def test_backward_raises_instead_of_returning_wrong_gradients(call):
 
 
 @pytest.mark.filterwarnings("ignore:.*an autograd kernel was not registered")
-@pytest.mark.parametrize("which", ["weights", "alpha", "key_bias", "w_v", "b_k"])
+@pytest.mark.parametrize(
+    "which", ["weights", "norm_weight", "norm_bias", "scale", "shift", "alpha", "key_bias", "w_v", "b_k"]
+)
 def test_backward_through_a_second_input_raises_too(which):
     with torch.enable_grad():
-        leaf = torch.ones(4, {"weights": 48, "w_v": 10}.get(which, 12), requires_grad=True)
+        leaf = torch.ones(4, {"weights": 48, "alpha": 12, "key_bias": 12, "b_k": 12}.get(which, 10), requires_grad=True)
+        norm = {"norm_weight": X[0, 0], "norm_bias": X[0, 0], "scale": X[:, 0], "shift": X[:, 0]}
         results = {
             "weights": lambda: bk.token_merge(X, PLAN, weights=leaf),
+            **{
+                name: lambda name=name: bk.token_merge(
+                    X, PLAN, norm_eps=1e-5, **norm | {name: leaf[0] if name.startswith("norm_") else leaf}
+                )
+                for name in norm
+            },
             "alpha": lambda: bk.kv_downsample(X, GRID, 2, leaf[:, 0]),
             "key_bias": lambda: bk.kv_downsample_attention(Q, Q, Q, GRID, 2, 0.9, key_bias=leaf),
             "w_v": lambda: bk.pooled_kv_projection(X, GRID, 2, 0.9, W, leaf)[1],

@@ -81,6 +81,7 @@ def calls():
         "block_merge_plan": ((score, *GRID, 2, 2, R, "max"), 1),
         "lgtm_plan": ((x, *GRID, 2, 2, R, -1, 1), 3),
         "token_merge": ((x, *tables, "mlerp", None), 3),
+        "token_merge_norm": ((x, *tables, score, 1e-5, x[0, 0], x[0, 1], x[:, 0], x[:, 1]), 2),
         "token_unmerge": ((x[:, :M], *tables, x, x[:, 0]), 1),
         "kv_downsample": (([x, x, x, x], *GRID, 2, 2, 0.0, alphas), 1),
         "kv_downsample_attention": ((q, q, q, *GRID, 2, 2, 0.0, alphas, None, None, 0, N), 1),
@@ -180,8 +181,24 @@ def test_empty_tensors(shape):
     with record_launches():
         tables = IMPLEMENTATIONS["lgtm_plan"](x, 3, 3, 2, 2, 4, -1, 1)
         assert IMPLEMENTATIONS["token_merge"](x, *tables, "mean", None).shape == (shape[0], 5, shape[2])
+        norm = (None, 1e-5, x.new_empty(shape[2]), x.new_empty(shape[2]), x[:, 0], x[:, 1])
+        assert IMPLEMENTATIONS["token_merge_norm"](x, *tables, *norm).shape == (shape[0], 5, shape[2])
         assert IMPLEMENTATIONS["laplacian_score"](x, 3, 3, "l2").shape == shape[:2]
         assert IMPLEMENTATIONS["kv_downsample"]([x], 3, 3, 2, 2, 0.9, None)[0].shape == (shape[0], 1, shape[2])
+
+
+def test_a_fused_norm_stores_no_normalized_tokens():
+    """The statistics of the tokens, then the merge, which reads the tokens themselves."""
+    x, tables = x_and_tables()
+    with record_launches() as launches:
+        IMPLEMENTATIONS["token_merge_norm"](x, *tables, None, 1e-6, x[0, 0], x[0, 1], x[:, 0], x[:, 1])
+    statistics, merge = launches
+    assert (statistics.name, merge.name) == ("row_stats", "token_merge")
+    assert statistics.arguments["eps"] == 1e-6
+    assert (merge.arguments["NORM"], merge.arguments["AFFINE"], merge.arguments["MODULATE"]) == (True, True, True)
+    tokens = x.numel() * x.element_size()
+    assert bytes_of(statistics) <= 1.05 * tokens
+    assert bytes_of(merge) <= 1.1 * (tokens + BATCH * M * CHANNELS * 2)
 
 
 def test_programs_for_huge_slots():

@@ -33,6 +33,16 @@ def test_float64_goes_to_the_next_backend():
         IMPLEMENTATIONS["laplacian_score"](x, 3, 4, "l1")
 
 
+def test_float64_operands_of_a_norm_go_to_the_next_backend():
+    x, row = tokens(1, 12, 8), torch.ones(8, dtype=torch.float64)
+    plan = methods.lgtm_plan(x, (3, 4), 0.5)
+    call = (x, plan.slot, plan.offsets, plan.members, plan.anchor, None, 1e-5, row, row, None, None)
+    expected = reference.token_merge(x, plan, norm_eps=1e-5, norm_weight=row, norm_bias=row)
+    assert torch.equal(IMPLEMENTATIONS["token_merge_norm"](*call), expected)
+    with use_backend("triton"), pytest.raises(backends.BackendUnavailable, match="does not compute in float64"):
+        IMPLEMENTATIONS["token_merge_norm"](*call)
+
+
 def test_long_rows_go_to_the_next_backend():
     packed = torch.zeros(1, 65_537), torch.zeros(1, 65_537, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     expected = reference.merge_plan(*packed, 5, (1, 65_537))
@@ -71,7 +81,9 @@ def test_fake_cuda_tensors_are_traced():
         slot, offsets, members, anchor = torch.ops.bigain.lgtm_plan(x, 8, 8, 2, 2, 40, -1, 1)
         y = torch.ops.bigain.token_merge(x, slot, offsets, members, anchor, "mean", None)
         out = torch.ops.bigain.token_unmerge(y, slot, offsets, members, anchor, x, None)
-    assert y.shape == (2, 24, 32)
+        tables = (slot, offsets, members, anchor)
+        normed = torch.ops.bigain.token_merge_norm(x, *tables, None, 1e-5, None, None, x.select(1, 0), x.select(1, 1))
+    assert y.shape == normed.shape == (2, 24, 32)
     assert out.shape == x.shape
     assert out.device.type == "cuda"
 
@@ -80,7 +92,8 @@ class Layer(torch.nn.Module):
     def forward(self, x):
         plan = methods.lgtm_plan(x, (8, 8), 0.6)
         k, v = kv_downsample((x, x), (8, 8), 2, 0.9)
-        return token_unmerge(token_merge(x, plan), plan, residual=x), k, v
+        normed = token_merge(x, plan, norm_eps=1e-6, scale=x.select(1, 0), shift=x.select(1, 1))
+        return token_unmerge(token_merge(x, plan), plan, residual=x), normed, k, v
 
 
 class Launching(torch.fx.Interpreter):
@@ -102,15 +115,15 @@ def test_export_for_a_gpu_without_one(tmp_path):
     torch.export.save(program, tmp_path / "layer.pt2")
     loaded = torch.export.load(tmp_path / "layer.pt2")
     names = [str(n.target) for n in loaded.graph.nodes if str(n.target).startswith("bigain.")]
-    ops = ["lgtm_plan", "token_merge", "token_unmerge", "kv_downsample"]
+    ops = ["lgtm_plan", "token_merge", "token_merge_norm", "token_unmerge", "kv_downsample"]
     assert sorted(names) == sorted(f"bigain.{op}.default" for op in ops)
     with FakeTensorMode():
         fakes = loaded.module()(torch.empty(6, 64, 32, dtype=torch.bfloat16, device="cuda"))
     with record_launches() as launches:
         results = Launching(loaded.graph_module).run(torch.empty(6, 64, 32, dtype=torch.bfloat16, device="meta"))
-    assert sorted(launch.name for launch in launches) == sorted(
-        ["laplacian_score", "bipartite_match", "merge_plan", "token_merge", "token_unmerge", "kv_downsample"]
-    )
+    planning, norm = ["laplacian_score", "bipartite_match", "merge_plan"], ["row_stats", "token_merge"]
+    expected = [*planning, *norm, "token_merge", "token_unmerge", "kv_downsample"]
+    assert sorted(launch.name for launch in launches) == sorted(expected)
     for fake, result in zip(fakes, results, strict=True):
         assert fake.device.type == "cuda"
         assert (fake.shape, fake.dtype) == (result.shape, result.dtype)

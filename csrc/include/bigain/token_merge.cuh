@@ -5,11 +5,17 @@
 // folded by tree_sum: when one destination attracts thousands of sources, a block reads them side by side instead of
 // one thread one after another. Nothing is accumulated in memory.
 //
+// Tokens may be normalized as they are read (LayerNorm). Merging is linear, so the affine parts are applied once to the
+// mean instead of to every token.
+//
 // The tables cannot be checked on the host without waiting for the device. What lies out of range is clamped, so that a
 // wrong plan gives wrong numbers and never reads or writes out of bounds.
 #pragma once
 
+#include <type_traits>
+
 #include "bigain/common.cuh"
+#include "bigain/layer_norm.cuh"
 #include "bigain/row_norms.cuh"
 
 namespace bigain {
@@ -57,21 +63,31 @@ struct TokenMerge {
   int64_t weight_batch_stride;
 };
 
-// Adds members first, first + step, ... of a slot to sum and their weights to total, in this order.
-template <typename T, bool kAligned, bool kWeighted>
+// What normalizes the tokens as they are read, or nothing.
+struct MergeNorm {
+  const Moments* moments;  // (batch, tokens)
+  NormAffine affine;
+};
+struct NoNorm {};
+
+// Adds members first, first + step, ... of a slot to sum and their weights to total, in this order. x, weights and
+// moments are those of the batch element.
+template <typename T, bool kAligned, bool kWeighted, bool kNorm>
 __device__ __forceinline__ void add_members(const TokenMerge<T>& p, const T* x, const float* weights,
-                                            const MergeTables::Slot& slot, unsigned first, unsigned step, int64_t c,
-                                            float (&sum)[kVector<T>], float& total) {
+                                            const Moments* moments, const MergeTables::Slot& slot, unsigned first,
+                                            unsigned step, int64_t c, float (&sum)[kVector<T>], float& total) {
   const unsigned size = slot.size;
   for (unsigned i = first; i < size; i += kMergeUnroll * step) {
     Vector<T> rows[kMergeUnroll];
     float weight[kMergeUnroll];
+    Moments moment[kMergeUnroll];
 #pragma unroll
     for (int j = 0; j < kMergeUnroll; ++j) {
       if (i + j * step < size) {
         const int token = p.tables.token(slot.members[i + j * step]);
         rows[j] = load_vector<kAligned>(x + token * p.token_stride, c, p.channels);
         if constexpr (kWeighted) weight[j] = weights[token];
+        if constexpr (kNorm) moment[j] = moments[token];
       }
     }
 #pragma unroll
@@ -79,7 +95,8 @@ __device__ __forceinline__ void add_members(const TokenMerge<T>& p, const T* x, 
       if (i + j * step < size) {
 #pragma unroll
         for (int k = 0; k < kVector<T>; ++k) {
-          const float value = to_float(rows[j].value[k]);
+          float value = to_float(rows[j].value[k]);
+          if constexpr (kNorm) value = (value - moment[j].mean) * moment[j].inverse;
           sum[k] += kWeighted ? value * weight[j] : value;
         }
         if constexpr (kWeighted) total += weight[j];
@@ -90,9 +107,10 @@ __device__ __forceinline__ void add_members(const TokenMerge<T>& p, const T* x, 
 
 // y (batch, slots, channels), contiguous, is the mean over members in type Out. A block owns kMergeSlots slots and
 // kMergeVectors vectors of channels; a thread sums one vector of one slot.
-template <typename T, typename Out, bool kAligned, bool kWeighted>
-__global__ void __launch_bounds__(kMergeThreads, kAligned ? 3 : 2)
-    token_merge_kernel(const TokenMerge<T> p, Out* const y) {
+template <typename T, typename Out, bool kAligned, bool kWeighted, typename Norm>
+__global__ void __launch_bounds__(kMergeThreads, kAligned && std::is_same_v<Norm, NoNorm> ? 3 : 2)
+    token_merge_kernel(const TokenMerge<T> p, const Norm norm, Out* const y) {
+  constexpr bool kNorm = std::is_same_v<Norm, MergeNorm>;
   constexpr int kWidth = kMergeVectors * kVector<T>;
   BIGAIN_SHARED(float, partial, kLongLanes* kWidth);
   BIGAIN_SHARED(float, partial_total, kLongLanes);
@@ -104,6 +122,8 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned ? 3 : 2)
   const int64_t first_channel = static_cast<int64_t>(blockIdx.x % slabs) * kWidth;
   const T* const x = p.x + b * p.batch_stride;
   const float* const weights = kWeighted ? p.weights + b * p.weight_batch_stride : nullptr;
+  const Moments* moments = nullptr;
+  if constexpr (kNorm) moments = norm.moments + b * static_cast<int64_t>(p.tables.tokens);
   const int lane = threadIdx.x / kMergeVectors;
   const int m = first_slot + lane;
   const int64_t c = first_channel + threadIdx.x % kMergeVectors * kVector<T>,
@@ -114,15 +134,21 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned ? 3 : 2)
     is_long = slot.size > kLongSlot;
     if (!is_long) {
       float sum[kVector<T>] = {}, total = 0.0f;
-      add_members<T, kAligned, kWeighted>(p, x, weights, slot, 0, 1, c, sum, total);
+      add_members<T, kAligned, kWeighted, kNorm>(p, x, weights, moments, slot, 0, 1, c, sum, total);
       if constexpr (!kWeighted) total = static_cast<float>(max(slot.size, 1));
+      if constexpr (kNorm) {
+#pragma unroll
+        for (int k = 0; k < kVector<T>; ++k) sum[k] /= total;
+        apply_affine<kAligned, T>(norm.affine, b, c, p.channels, sum);
+      }
       Out* const out = y + (first_out + m) * p.channels;
       if constexpr (sizeof(Out) == sizeof(T)) {
         Vector<Out> mean;
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) mean.value[k] = from_float<Out>(sum[k] / total);
+        for (int k = 0; k < kVector<T>; ++k) mean.value[k] = from_float<Out>(kNorm ? sum[k] : sum[k] / total);
         store_vector<kAligned>(out, c, p.channels, mean);
       } else {
+        static_assert(!kNorm, "normalized tokens are merged to their own type");
 #pragma unroll
         for (int k = 0; k < kVector<T>; ++k) {
           if (c + k < p.channels) out[c + k] = from_float<Out>(sum[k] / total);
@@ -137,7 +163,7 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned ? 3 : 2)
     if (slot.size <= kLongSlot) continue;
     float sum[kVector<T>] = {}, total = 0.0f;
     if (c < p.channels) {
-      add_members<T, kAligned, kWeighted>(p, x, weights, slot, lane, kLongLanes, c, sum, total);
+      add_members<T, kAligned, kWeighted, kNorm>(p, x, weights, moments, slot, lane, kLongLanes, c, sum, total);
     }
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
@@ -156,24 +182,41 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned ? 3 : 2)
         for (int j = 0; j < kLongLanes; ++j) lanes[j] = partial_total[j];
         total = tree_sum(lanes);
       }
-      y[(first_out + i) * p.channels + first_channel + threadIdx.x] = from_float<Out>(whole / total);
+      if constexpr (kNorm) {
+        partial[threadIdx.x] = whole / total;  // no other thread reads this column
+      } else {
+        y[(first_out + i) * p.channels + first_channel + threadIdx.x] = from_float<Out>(whole / total);
+      }
     }
     __syncthreads();
+    if constexpr (kNorm) {
+      if (lane == 0 && c < p.channels) {
+#pragma unroll
+        for (int k = 0; k < kVector<T>; ++k) sum[k] = partial[threadIdx.x * kVector<T> + k];
+        apply_affine<kAligned, T>(norm.affine, b, c, p.channels, sum);
+        Vector<Out> mean;
+#pragma unroll
+        for (int k = 0; k < kVector<T>; ++k) mean.value[k] = from_float<Out>(sum[k]);
+        store_vector<kAligned>(y + (first_out + i) * p.channels, c, p.channels, mean);
+      }
+      __syncthreads();
+    }
   }
 }
 
-// One launch.
-template <typename T, typename Out>
-void launch_token_merge_mean(const TokenMerge<T>& p, Out* y, cudaStream_t stream) {
+// One launch. Normalized tokens are merged to their own type.
+template <typename T, typename Out, typename Norm = NoNorm>
+void launch_token_merge_mean(const TokenMerge<T>& p, Out* y, cudaStream_t stream, const Norm& norm = {}) {
   const int64_t slabs = ceil_div(num_vectors<T>(p.channels), kMergeVectors);
   const unsigned blocks = grid_extent(p.batch * ceil_div(p.tables.slots, kMergeSlots) * slabs);
-  const bool aligned = has_vectors<T>(p.x, p.channels, p.batch_stride, p.token_stride) &&
-                       has_vectors<Out>(y, p.channels, p.channels, p.channels);
+  bool aligned = has_vectors<T>(p.x, p.channels, p.batch_stride, p.token_stride) &&
+                 has_vectors<Out>(y, p.channels, p.channels, p.channels);
+  if constexpr (std::is_same_v<Norm, MergeNorm>) aligned = aligned && affine_has_vectors<T>(norm.affine, p.channels);
   const auto kernel =
       p.weights == nullptr
-          ? (aligned ? token_merge_kernel<T, Out, true, false> : token_merge_kernel<T, Out, false, false>)
-          : (aligned ? token_merge_kernel<T, Out, true, true> : token_merge_kernel<T, Out, false, true>);
-  launch(kernel, blocks, kMergeThreads, 0, stream, p, y);
+          ? (aligned ? token_merge_kernel<T, Out, true, false, Norm> : token_merge_kernel<T, Out, false, false, Norm>)
+          : (aligned ? token_merge_kernel<T, Out, true, true, Norm> : token_merge_kernel<T, Out, false, true, Norm>);
+  launch(kernel, blocks, kMergeThreads, 0, stream, p, norm, y);
 }
 
 constexpr int kRescaleThreads = 128;

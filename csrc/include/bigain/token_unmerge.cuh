@@ -3,13 +3,11 @@
 #pragma once
 
 #include "bigain/common.cuh"
+#include "bigain/operand.cuh"
 
 namespace bigain {
 
 constexpr int kUnmergeThreads = 256;
-
-// Values of type T, of float, or none.
-enum class Operand { kNone, kSame, kWide };
 
 template <typename T>
 struct TokenUnmerge {
@@ -27,24 +25,6 @@ struct TokenUnmerge {
   Operand residual_is;
   T* out;  // (batch, tokens, channels), contiguous
 };
-
-// kVector<T> values of an operand of type T or float, as float.
-template <bool kAligned, typename T>
-__device__ __forceinline__ void load_operand(const void* operand, Operand kind, int64_t offset, int64_t c,
-                                             int64_t channels, float (&out)[kVector<T>]) {
-  if (kind == Operand::kSame) {
-    const Vector<T> values = load_vector<kAligned>(static_cast<const T*>(operand) + offset, c, channels);
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) out[k] = to_float(values.value[k]);
-  } else {
-#pragma unroll
-    for (int k = 0; k < kVector<T>; k += kVector<float>) {
-      const Vector<float> values = load_vector<kAligned>(static_cast<const float*>(operand) + offset, c + k, channels);
-#pragma unroll
-      for (int i = 0; i < kVector<float>; ++i) out[k + i] = values.value[i];
-    }
-  }
-}
 
 // A thread owns one vector of one token. Indices out of range are clamped: see token_merge.cuh.
 template <typename T, bool kAligned>
@@ -85,9 +65,7 @@ void launch_token_unmerge(const TokenUnmerge<T>& p, cudaStream_t stream) {
   const int row = to_int(p.tokens * num_vectors<T>(p.channels));
   const unsigned blocks = grid_extent(p.batch * ceil_div(row, kUnmergeThreads));
   const auto fits = [&](const void* pointer, Operand kind, int64_t batch_stride, int64_t token_stride) {
-    if (kind == Operand::kNone) return true;
-    return kind == Operand::kSame ? has_vectors<T>(pointer, p.channels, batch_stride, token_stride)
-                                  : has_vectors<float>(pointer, p.channels, batch_stride, token_stride);
+    return operand_has_vectors<T>(pointer, kind, p.channels, batch_stride, token_stride);
   };
   const bool aligned = fits(p.y, Operand::kSame, p.batch_stride, p.slot_stride) &&
                        fits(p.out, Operand::kSame, p.channels, p.channels) &&

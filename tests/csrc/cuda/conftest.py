@@ -35,6 +35,7 @@ OPS = (
     "block_merge_plan",
     "lgtm_plan",
     "token_merge",
+    "token_merge_norm",
     "token_unmerge",
     "kv_downsample",
 )

@@ -16,6 +16,7 @@ TYPES = r"(f|NS_4HalfE|NS_8BFloat16E)"
 READS_VECTORS = {
     "laplacian_score_kernel": rf"I{TYPES}Lb1E",
     "row_norms_kernel": rf"I{TYPES}Lb1E",
+    "row_moments_kernel": rf"I{TYPES}Lb1E",
     "token_merge_kernel": rf"I{TYPES}(f|S1_)Lb1E",
     "merge_rescale_kernel": rf"I{TYPES}Lb1E",
     "token_unmerge_kernel": rf"I{TYPES}Lb1E",

@@ -1,4 +1,4 @@
-"""token_merge and token_unmerge of the CUDA library against the reference."""
+"""token_merge, with a LayerNorm and without, and token_unmerge of the CUDA library against the reference."""
 
 from __future__ import annotations
 
@@ -55,6 +55,92 @@ def test_merge_and_unmerge(on_cuda, grid, stride, dtype, channels, strided, rows
             actual = bk.token_unmerge(y, plan, residual=residual, gate=scale)
             wide = [t if t is None else t.double() for t in (residual, scale)]
             assert_close(actual, reference.token_unmerge(y.double(), plan, *wide), dtype)
+
+
+def norm_operands(batch, channels, dtype, device, strided=False):
+    """norm_weight, norm_bias, scale and shift of a fused LayerNorm."""
+    weight, bias = tokens(2, 1, channels, dtype, seed=10)[:, 0].to(device)
+    scale, shift = (tokens(batch, 1, channels, dtype, seed=seed, strided=strided).to(device) for seed in (11, 12))
+    return {"norm_weight": weight, "norm_bias": bias, "scale": scale[:, 0], "shift": shift[:, 0]}
+
+
+def widened(operands):
+    return {name: tensor.double() for name, tensor in operands.items()}
+
+
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("channels", [1, 7, 72])
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("grid", "stride"), GRIDS)
+def test_merge_of_normalized_tokens(on_cuda, grid, stride, dtype, channels, strided, rows):
+    n = grid[0] * grid[1]
+    x = tokens(3, n, channels, dtype, seed=channels, strided=strided)
+    plan = reference.lgtm_plan(x[:rows].double(), grid, stride, int(0.9 * n * bk.max_ratio(grid, stride)))
+    plan, x = plan.to(on_cuda.device), x.to(on_cuda.device)
+    weights = (tokens(3, n, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
+    same = norm_operands(3, channels, dtype, on_cuda.device, strided)
+    other = norm_operands(3, channels, torch.float32 if dtype != torch.float32 else torch.bfloat16, on_cuda.device)
+    for names in ((), ("norm_weight", "norm_bias"), ("scale", "shift"), tuple(same)):
+        for given in (same, other):
+            given = {name: given[name] for name in names}
+            for w in (None, weights):
+                merged = bk.token_merge(x, plan, weights=w, norm_eps=1e-3, **given)
+                wide = w if w is None else w.double()
+                expected = reference.token_merge(x.double(), plan, "mean", wide, norm_eps=1e-3, **widened(given))
+                assert_close(merged, expected)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("channels", [40, 67, 136])
+def test_crowded_slots_of_normalized_tokens(on_cuda, order, dtype, channels):
+    n, sizes = 700, [400, 31, 32, 33, 34, 64, 65]
+    plan = crowded_plan(2, sizes, n).to(on_cuda.device)
+    x = tokens(4, n, channels, dtype).to(on_cuda.device)
+    weights = (tokens(4, n, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
+    operands = norm_operands(4, channels, dtype, on_cuda.device)
+    for norm in ({}, operands):
+        for given in (None, weights):
+            merged = bk.token_merge(x, plan, weights=given, norm_eps=1e-5, **norm)
+            wide = given if given is None else given.double()
+            expected = reference.token_merge(x.double(), plan, "mean", wide, norm_eps=1e-5, **widened(norm))
+            assert_close(merged, expected)
+            on_cuda.set_order(0)
+            assert torch.equal(bk.token_merge(x, plan, weights=given, norm_eps=1e-5, **norm), merged)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("channels", [72, 1152])
+def test_all_tokens_alike_are_normalized_alike(on_cuda, channels, dtype):
+    """One slot of all tokens: its mean is the one normalized token. 1,152 channels are shared by a whole warp."""
+    x = tokens(2, 1, channels, dtype).expand(2, 300, channels).to(on_cuda.device)
+    plan = crowded_plan(1, [300], 300).to(on_cuda.device)
+    operands = norm_operands(2, channels, torch.float32, on_cuda.device)
+    one = reference.token_merge(
+        x[:, :1].double(), MergePlan.identity(1, (1, 1)).to(on_cuda.device), norm_eps=1e-5, **widened(operands)
+    )
+    assert_close(bk.token_merge(x, plan, norm_eps=1e-5, **operands), one)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_same_bits_of_normalized_tokens_in_any_layout(on_cuda, dtype):
+    plan = crowded_plan(3, [70, 9], 120).to(on_cuda.device)
+    x = tokens(3, 120, 40, dtype).to(on_cuda.device)
+    operands = norm_operands(3, 40, dtype, on_cuda.device)
+    expected = bk.token_merge(x, plan, norm_eps=1e-5, **operands)
+    for view in layouts(x):
+        assert torch.equal(bk.token_merge(view, plan, norm_eps=1e-5, **operands), expected)
+    for name in operands:
+        views = layouts(operands[name][None]) if name.startswith("norm_") else layouts(operands[name])
+        for view in views:
+            view = view[0] if name.startswith("norm_") else view
+            assert torch.equal(bk.token_merge(x, plan, norm_eps=1e-5, **operands | {name: view}), expected)
+    # The other row of the plan, alone.
+    alone = MergePlan(
+        *(t[1:2] for t in (plan.slot, plan.offsets, plan.members, plan.anchor)), plan.grid, plan.num_slots
+    )
+    row = {name: t if name.startswith("norm_") else t[1:2] for name, t in operands.items()}
+    assert torch.equal(bk.token_merge(x[1:2], alone, norm_eps=1e-5, **row), expected[1:2])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -120,6 +206,10 @@ def test_launches(on_cuda):
         before = on_cuda.launches()
         y = bk.token_merge(x, plan, mode=mode)
         assert on_cuda.launches() - before == expected
+    for operands in ({}, norm_operands(4, 40, torch.float16, on_cuda.device)):
+        before = on_cuda.launches()
+        bk.token_merge(x, plan, norm_eps=1e-5, **operands)
+        assert on_cuda.launches() - before == 2
     before = on_cuda.launches()
     bk.token_unmerge(y, plan, residual=x, gate=x[:, 0].float())
     assert on_cuda.launches() - before == 1
@@ -140,6 +230,8 @@ def test_tables_out_of_range_read_nothing_else(on_cuda, channels):
         for mode in ("mean", "mlerp", "prune"):
             y = on_cuda.ops.token_merge(x, *tables, mode, None)
             assert not y.isnan().any()
+        y = on_cuda.ops.token_merge_norm(x, *tables, None, 1e-5, x[0, 0], x[0, 1], x[:, 0], x[:, 1])
+        assert not y.isnan().any()
         assert not on_cuda.ops.token_unmerge(y, *tables, x, None).isnan().any()
 
 
@@ -150,6 +242,7 @@ def test_nan_and_infinity_stay_in_their_slots(on_cuda):
     x[0, 0, 3] = torch.inf
     for mode in ("mean", "mlerp"):
         assert_close(bk.token_merge(x, plan, mode=mode), reference.token_merge(x.double(), plan, mode))
+    assert_close(bk.token_merge(x, plan, norm_eps=1e-5), reference.token_merge(x.double(), plan, norm_eps=1e-5))
 
 
 BAD = [
@@ -178,6 +271,36 @@ def test_bad_arguments(on_cuda, change, message):
         on_cuda.ops.token_merge(**arguments)
 
 
+BAD_NORMS = [
+    ({"x": lambda t: t.double()}, "x: wrong dtype"),
+    ({"x": lambda t: t[:3]}, "x: got batch 3, expected a multiple of the plan's 2 rows"),
+    ({"members": lambda t: t[:, 1:]}, "members: got shape"),
+    ({"weights": lambda t: torch.zeros(4, 47)}, "weights: got shape"),
+    ({"norm_weight": lambda t: t[1:]}, r"norm_weight: got shape \(9\), expected \(10\)"),
+    ({"norm_bias": lambda t: t.double()}, "norm_bias: wrong dtype"),
+    ({"norm_bias": lambda t: None}, "norm_bias: got None, expected a tensor, as norm_weight is one"),
+    ({"scale": lambda t: None}, "scale: got None, expected a tensor, as shift is one"),
+    ({"scale": lambda t: t[0]}, r"scale: got shape \(10\), expected 2 dimensions"),
+    ({"shift": lambda t: t[:3]}, r"shift: got shape \(3, 10\), expected \(4, 10\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_NORMS)
+def test_bad_arguments_of_a_norm(on_cuda, change, message):
+    plan = crowded_plan(2, [9, 3], 48).to(on_cuda.device)
+    arguments = {
+        "x": tokens(4, 48, 10).to(on_cuda.device),
+        **{name: getattr(plan, name) for name in ("slot", "offsets", "members", "anchor")},
+        "weights": None,
+        "norm_eps": 1e-5,
+        **norm_operands(4, 10, torch.float32, on_cuda.device),
+    }
+    arguments = {name: change.get(name, lambda t: t)(value) for name, value in arguments.items()}
+    arguments = {k: v.to(on_cuda.device) if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}
+    with pytest.raises(ValueError, match=message):
+        on_cuda.ops.token_merge_norm(**arguments)
+
+
 def test_bad_arguments_of_unmerge(on_cuda):
     plan = crowded_plan(2, [9, 3], 48).to(on_cuda.device)
     tables = [plan.slot, plan.offsets, plan.members, plan.anchor]
@@ -201,4 +324,6 @@ def test_nothing_to_merge(on_cuda, shape):
     for mode in ("mean", "mlerp", "prune"):
         y = bk.token_merge(x, plan, mode=mode)
         assert y.shape == (shape[0], plan.num_slots, shape[2])
+    operands = norm_operands(*shape[::2], torch.float32, on_cuda.device)
+    assert bk.token_merge(x, plan, norm_eps=1e-5, **operands).shape == y.shape
     assert bk.token_unmerge(y, plan, residual=x).shape == shape

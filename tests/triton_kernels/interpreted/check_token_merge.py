@@ -8,7 +8,9 @@ from bigain_kernels import reference
 from bigain_kernels.plan import MergePlan
 from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
+from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 from bigain_kernels.triton_kernels.token_merge import launch_token_merge, launch_token_unmerge
+from tests.shapes import tokens
 
 from .check_merge_plan import random_match
 from .inputs import DTYPES, candidates, odd_tokens, on_device
@@ -167,6 +169,23 @@ def test_fused_layer_norm(dtype, affine, modulate):
         **({"shift": shift, "scale": scale} if modulate else {}),
     )
     assert_close(y, reference.token_merge(normed, plan))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("given", [(), ("norm_weight", "norm_bias"), ("scale", "shift"), "all"], ids=str)
+def test_the_op_with_a_norm(given, weighted, dtype):
+    x, plan, channels = tokens(4, 63, 72, dtype, strided=True), random_plan(2, 63), 72
+    weight, bias = tokens(2, 1, channels, dtype, seed=1)[:, 0]
+    scale, shift = tokens(4, 1, channels, torch.float32, seed=2)[:, 0], tokens(4, 2, channels, dtype, seed=3)[:, 1]
+    operands = {"norm_weight": weight, "norm_bias": bias, "scale": scale, "shift": shift}
+    operands = {name: t if given == "all" or name in given else None for name, t in operands.items()}
+    weights = tokens(4, 63, 1, seed=4)[..., 0].abs() + 0.1 if weighted else None
+    tables = (plan.slot, plan.offsets, plan.members, plan.anchor)
+    y = on_device(IMPLEMENTATIONS["token_merge_norm"])(x, *tables, weights, 1e-3, *operands.values())
+    wide = {name: None if t is None else t.double() for name, t in operands.items()}
+    wide_weights = None if weights is None else weights.double()
+    assert_close(y, reference.token_merge(x.double(), plan, "mean", wide_weights, norm_eps=1e-3, **wide))
 
 
 @pytest.mark.parametrize("gated", [False, True])
