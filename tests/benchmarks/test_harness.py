@@ -127,6 +127,13 @@ def test_rows_say_where_they_come_from(session, tmp_path, monkeypatch):
     assert rows[0]["command"].startswith("python -m ")
 
 
+def test_a_file_with_other_columns_is_left_alone(tmp_path):
+    (tmp_path / "old.csv").write_text("shape,time\nsd2,1\n")
+    with pytest.raises(ValueError, match="csv: .*old.csv has the columns 'shape,time'"):
+        harness.write_csv(tmp_path / "old.csv", "cpu", [])
+    assert (tmp_path / "old.csv").read_text() == "shape,time\nsd2,1\n"
+
+
 def test_plots(session, tmp_path):
     if find_spec("matplotlib") is None:
         pytest.skip("matplotlib is not installed")
