@@ -16,6 +16,7 @@ import torch
 
 Call = Callable[[], object]
 MODES = ("eager", "graph")
+_WARM_SECONDS = 0.004
 
 
 class Timing(NamedTuple):
@@ -35,8 +36,8 @@ def summary(microseconds: Sequence[float]) -> Timing:
 def time_cpu(calls: Mapping[str, Call], seconds: float = 1.0, at_least: int = 5) -> dict[str, Timing]:
     """Wall-clock times of several calls on the CPU, which take turns, so that a disturbance hits all of them.
 
-    In a turn each call runs twice and the second run counts: its inputs are then as near to the processor as the call
-    itself leaves them, and not where another call pushed them.
+    In a turn each call runs for some milliseconds, at least once, before the run that counts: its inputs are then as
+    near to the processor as the call itself leaves them, and not where another call pushed them.
 
     Args:
         calls: what to run, by name.
@@ -49,7 +50,10 @@ def time_cpu(calls: Mapping[str, Call], seconds: float = 1.0, at_least: int = 5)
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or min(map(len, samples.values())) < at_least:
         for name, call in calls.items():
+            start = time.perf_counter()
             call()
+            while time.perf_counter() - start < _WARM_SECONDS:
+                call()
             start = time.perf_counter()
             call()
             samples[name].append((time.perf_counter() - start) * 1e6)
