@@ -131,7 +131,7 @@ def test_rows_say_where_they_come_from(session, tmp_path, monkeypatch):
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path):
     (tmp_path / "old.csv").write_text("shape,time\nsd2,1\n")
-    with pytest.raises(ValueError, match="csv: .*old.csv has the columns 'shape,time'"):
+    with pytest.raises(ValueError, match=r"csv: .*old.csv has the columns 'shape,time'"):
         harness.write_csv(tmp_path / "old.csv", "cpu", [])
     assert (tmp_path / "old.csv").read_text() == "shape,time\nsd2,1\n"
 
