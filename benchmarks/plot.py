@@ -17,7 +17,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 COLOURS = {
-    **{"triton": "#d1495b", "cuda": "#8d2f5f", "cpp": "#d1495b", "fused": "#8d2f5f", "pool": "#d1495b"},
+    **{"cpp": "#d1495b", "triton": "#d1495b", "cuda": "#8d2f5f", "fused": "#c77dff", "pool": "#f4a261"},
+    **{"pooled": "#2a9d8f", "full": "#264653", "unpatched": "#264653"},
     **{"reference": "#7d8597", "compiled": "#b8bfcc", "eager": "#30638e", "conv2d": "#00798c", "tomesd": "#edae49"},
 }
 
@@ -63,7 +64,7 @@ def plot_op(op: str, rows: dict[tuple[str, str], dict[str, str]], out: Path) -> 
         title=f"{op}, {any_row['dtype']}\n{any_row['device'].split(',')[0]}, torch {any_row['torch']}",
     )
     axes.set_xticks(range(len(problems)), problems)
-    axes.legend(fontsize="small", ncols=2)
+    figure.legend(fontsize="small", loc="outside right upper")
     figure.savefig(out, dpi=130)
     plt.close(figure)
 
