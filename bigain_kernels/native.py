@@ -12,8 +12,8 @@ BIGAIN_CPU_ISA (baseline, avx2 or avx512) an instruction set below the best that
 from __future__ import annotations
 
 import functools
-import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ from torch import Tensor
 _FOLDER = Path(__file__).parent
 _NAMESPACE = "bigain_cpp"
 _CUDA_NAMESPACE = "bigain_cuda"
+_LEFT_OUT = "left out with BIGAIN_BUILD_CPU=0"  # begins the reason that setup.py writes then
+_SLOW = "ops on CPU tensors run in plain PyTorch, which is slower"
+_REMEDY = (
+    "To have it, install again where torch and a C++ compiler are: pip install --force-reinstall --no-deps "
+    "--no-cache-dir ...; to do without it and without this warning, install with BIGAIN_BUILD_CPU=0"
+)
 
 
 def _find(stem: str, variable: str) -> tuple[Path | None, str]:
@@ -33,22 +39,40 @@ def _find(stem: str, variable: str) -> tuple[Path | None, str]:
     if library is not None:
         return library, ""
     reason = _FOLDER / f"{stem}_missing.txt"  # written by setup.py
-    return None, reason.read_text() if reason.exists() else "this installation was made without it"
+    return None, reason.read_text(encoding="utf-8") if reason.exists() else "this installation was made without it"
 
 
-def _load(library: Path) -> str:
-    """Load a library; returns why it does not load, or nothing."""
+def _load(library: Path, namespace: str) -> str:
+    """Load a library; returns why it does not load, or nothing.
+
+    LibTorch aborts the process when ops of the same names are defined again. So a second build of the library, say that
+    of another version of this package, is refused before it is opened.
+    """
+    ops = getattr(torch.ops, namespace)
+    if hasattr(ops, "build_info"):
+        loaded = os.path.realpath(library) in torch.ops.loaded_libraries
+        return "" if loaded else f"{library} is not loaded: this process has another build of it already"
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        logging.getLogger(__name__).warning("%s does not load, the ops run without it: %s", library, error)
-        return f"{library.name} does not load: {error}"
-    return ""
+        return f"{library} does not load: {error.__cause__ or error}"
+    return "" if hasattr(ops, "build_info") else f"{library} is no library of bigain_kernels"
+
+
+def _warn(message: str) -> None:
+    """Once in a process, when this module is imported: the ops work without the library, only slower."""
+    warnings.warn(f"bigain_kernels: {message}", RuntimeWarning, stacklevel=2)
 
 
 def _load_cpu() -> str:
     library, reason = _find("_native", "BIGAIN_NATIVE_LIBRARY")
-    return reason if library is None else _load(library)
+    if library is not None:
+        reason = _load(library, _NAMESPACE)
+        if reason:
+            _warn(f"{_SLOW}: {reason}")
+    elif not reason.startswith(_LEFT_OUT):
+        _warn(f"{_SLOW}, because the C++ library was not built: {reason}. {_REMEDY}")
+    return reason
 
 
 def _load_cuda() -> str:
@@ -58,7 +82,10 @@ def _load_cuda() -> str:
     # The library calls into libtorch_cuda, which only such a torch has.
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    return _load(library) or torch.ops.bigain_cuda.problem()
+    reason = _load(library, _CUDA_NAMESPACE)
+    if reason:
+        _warn(f"the CUDA library is not used: {reason}")
+    return reason or torch.ops.bigain_cuda.problem()
 
 
 REASON = _load_cpu()

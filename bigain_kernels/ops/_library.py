@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,8 +11,24 @@ from torch import Tensor
 
 from .. import backends, native
 
+
+def _library() -> torch.library.Library:
+    """The namespace, which a process can define once.
+
+    Raises:
+        ImportError: another copy of this package has defined it.
+    """
+    try:
+        return torch.library.Library("bigain", "DEF")
+    except RuntimeError as error:
+        raise ImportError(
+            f"bigain_kernels: got a second copy at {Path(__file__).parents[1]}, expected one in a process: "
+            "another copy of the package has registered the ops torch.ops.bigain"
+        ) from error
+
+
 # Keeping the Library object alive keeps the registrations alive. C++ and Triton only add implementations to it.
-LIBRARY = torch.library.Library("bigain", "DEF")
+LIBRARY = _library()
 
 
 def _or_next(op: str, in_cuda: Callable[..., Any]) -> Callable[..., Any]:
