@@ -21,8 +21,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ..methods import CompressionConfig, MergeConfig
 from . import context as hooks
-from .configs import CompressionConfig, MergeConfig
 from .grids import GridReader
 from .joint import FluxPoolAttnProcessor, QwenPoolAttnProcessor, SD3PoolAttnProcessor
 from .layers import ATTENTIONS, REPLACEABLE, Layer, decide, find_layers, find_model
@@ -204,7 +204,8 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
 
     Args:
         model_or_pipe: the model, or a pipeline with it as `unet` or `transformer`.
-        config: LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig or ToDoConfig.
+        config: LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig, ToDoConfig, AvgPoolConfig, or the config
+            of a method from elsewhere.
 
     Returns:
         CompressionReport: what was patched, what was not and why; print it.
@@ -243,7 +244,7 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     needs_source = merges and isinstance(model, UNet2DConditionModel)
     for layer, entry in zip(patched, patch.layers, strict=True):
         layer.attn._bigain = LayerPatch(resolved, needs_source)
-        if hooks.is_random(resolved):
+        if resolved.is_random:
             device = layer.attn.to_q.weight.device
             # Offloading may have left nothing but a meta tensor there.
             index = torch.tensor(layer.index, device="cpu" if device.type == "meta" else device)

@@ -25,9 +25,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ..checks import check_pair
-from ..methods import alpha_schedule
+from ..methods import CompressionConfig, MergeConfig, PoolConfig, alpha_schedule
 from ..plan import MergePlan
-from .configs import CompressionConfig, IEKVDConfig, MergeConfig, SiToConfig, ToMeConfig
 
 KEY = "bigain"
 # In `joint_attention_kwargs` of a Flux model: its grid, from a caller who does not want it read from the positions.
@@ -70,13 +69,6 @@ class PlanSlots:
 
     def at(self, grid: tuple[int, int]) -> PlanSlot:
         return self._slots.setdefault(grid, PlanSlot())
-
-
-def is_random(config: CompressionConfig) -> bool:
-    """Whether the method draws random numbers, which vary over blocks and timesteps."""
-    if isinstance(config, ToMeConfig):
-        return config.destinations == "random"
-    return isinstance(config, SiToConfig) and config.noise > 0
 
 
 def _get(names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -163,9 +155,9 @@ def make_context(config: CompressionConfig, sample: Tensor, timestep: Tensor | f
             return {"active": False}
         if isinstance(ratio, tuple):
             context["ratio"] = ratio[0] * noise + ratio[1] * (1.0 - noise)
-    if isinstance(config, IEKVDConfig) and isinstance(config.alpha, tuple):
+    if isinstance(config, PoolConfig) and isinstance(config.alpha, tuple):
         context["alpha"] = alpha_schedule(config.alpha, timestep_rows(timestep, sample), config.train_timesteps)
-    if is_random(config):
+    if config.is_random:
         context["timestep"] = timestep_rows(timestep, sample)
     if isinstance(config, MergeConfig) and config.cached_assignment:
         context["slots"] = PlanSlots()

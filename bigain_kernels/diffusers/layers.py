@@ -26,7 +26,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAt
 from diffusers.models.transformers.transformer_qwenimage import QwenDoubleStreamAttnProcessor2_0
 from torch import nn
 
-from .configs import CompressionConfig, MergeConfig
+from ..methods import CompressionConfig, MergeConfig
 
 # Models with joint attention, by the name of their family.
 JOINT = {

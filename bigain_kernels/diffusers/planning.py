@@ -4,52 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..methods import abm_plan, lgtm_plan, sito_plan, tome_plan
+from ..methods import MergeConfig
 from ..plan import MergePlan
-from .configs import ABMConfig, LGTMConfig, MergeConfig, SiToConfig, ToMeConfig
 from .context import Context
-
-
-def make_plan(
-    config: MergeConfig, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None
-) -> MergePlan:
-    """The plan that the method of `config` makes from hidden states.
-
-    Args:
-        config: of a merge method.
-        x: (B, N, C) hidden states to match on, N = H * W in raster order.
-        grid: (H, W).
-        ratio: fraction of tokens to remove, of this timestep.
-        timestep: (B,) what random methods vary with.
-
-    Returns:
-        MergePlan with B rows, or B / share_plan.
-
-    Raises:
-        TypeError, ValueError: `config` is of no merge method, or the method refuses its arguments.
-    """
-    stride, share = config.stride, config.share_plan
-    if isinstance(config, LGTMConfig):
-        return lgtm_plan(x, grid, ratio, stride, window=config.window, share_plan=share)
-    if isinstance(config, ABMConfig):
-        return abm_plan(x, grid, ratio, stride, reduce=config.reduce, share_plan=share)
-    if isinstance(config, ToMeConfig):
-        return tome_plan(
-            x,
-            grid,
-            ratio,
-            stride,
-            destinations=config.destinations,
-            seed=config.seed,
-            timestep=timestep,
-            window=config.window,
-            share_plan=share,
-        )
-    if isinstance(config, SiToConfig):
-        return sito_plan(
-            x, grid, ratio, stride, noise=config.noise, seed=config.seed, timestep=timestep, share_plan=share
-        )
-    raise TypeError(f"config: got {type(config).__name__}, expected the config of a merge method")
 
 
 def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor | None) -> MergePlan | None:
@@ -74,7 +31,7 @@ def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor
     if block is not None:
         timestep = context["timestep"].to(x.device)
         timestep = timestep + block.to(x.device) * config.train_timesteps
-    plan = make_plan(config, x, grid, ratio, timestep)
+    plan = config.plan(x, grid, ratio, timestep)
     if slot is not None:
         slot.plan = plan
     return plan

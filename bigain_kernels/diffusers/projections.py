@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..methods import CompressionConfig, MergeConfig, PoolConfig
 from ..ops import kv_downsample, pooled_kv_projection
-from .configs import CompressionConfig, MergeConfig, PoolConfig
 
 Window = tuple[int, int]
 
@@ -43,7 +43,7 @@ def pools_early(attn: Any, config: PoolConfig, fused: bool) -> bool:
     """
     if config.pool == "hidden":
         return True
-    return not fused and (attn.norm_k is None or config.alpha == 1.0)  # type: ignore[attr-defined]
+    return not fused and (attn.norm_k is None or config.alpha == 1.0)
 
 
 def path_of(attn: Any, config: CompressionConfig, fused: bool, text_inside: bool) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .configs import CompressionConfig
+from ..methods import CompressionConfig
 
 
 @dataclass(frozen=True)

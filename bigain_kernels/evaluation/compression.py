@@ -57,7 +57,7 @@ def make_config(method: str, options: MethodOptions | None = None) -> Any:
         "sito": lambda: integration.SiToConfig(**merge, seed=options.seed),
         "iekvd": lambda: integration.IEKVDConfig(factor=options.factor, alpha=options.alpha, blocks=options.blocks),
         "todo": lambda: integration.ToDoConfig(factor=options.factor, blocks=options.blocks),
-        "avgpool": lambda: integration.IEKVDConfig(factor=options.factor, alpha=0.0, blocks=options.blocks),
+        "avgpool": lambda: integration.AvgPoolConfig(factor=options.factor, blocks=options.blocks),
     }
     return makers[method]()
 

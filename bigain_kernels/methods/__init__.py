@@ -1,9 +1,43 @@
-"""Methods: ops composed into a MergePlan, and the schedules that drive them."""
+"""Methods: ops composed into a MergePlan, the configs that own them, and the schedules that drive them.
 
-from .abm import abm_plan
-from .lgtm import lgtm_plan
+A method is a config class. To add one, here or in another package, derive it from `MergeConfig` or `PoolConfig`,
+declare its options with `option`, and `register` it.
+"""
+
+from .abm import ABMConfig, abm_plan
+from .avgpool import AvgPoolConfig
+from .config import CompressionConfig, MergeConfig, PoolConfig
+from .iekvd import IEKVDConfig
+from .lgtm import LGTMConfig, lgtm_plan
+from .options import option
+from .registry import config_class, names, register, unregister
 from .schedule import alpha_schedule
-from .sito import sito_plan
-from .tome import tome_plan
+from .sito import SiToConfig, sito_plan
+from .todo import ToDoConfig
+from .tome import ToMeConfig, tome_plan
 
-__all__ = ["abm_plan", "alpha_schedule", "lgtm_plan", "sito_plan", "tome_plan"]
+for _config in (LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig, ToDoConfig, AvgPoolConfig):
+    register(_config)
+
+__all__ = [
+    "ABMConfig",
+    "AvgPoolConfig",
+    "CompressionConfig",
+    "IEKVDConfig",
+    "LGTMConfig",
+    "MergeConfig",
+    "PoolConfig",
+    "SiToConfig",
+    "ToDoConfig",
+    "ToMeConfig",
+    "abm_plan",
+    "alpha_schedule",
+    "config_class",
+    "lgtm_plan",
+    "names",
+    "option",
+    "register",
+    "sito_plan",
+    "tome_plan",
+    "unregister",
+]

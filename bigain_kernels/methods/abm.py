@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 from torch import Tensor
 
 from ..ops import block_merge_plan, laplacian_score
+from ..ops.merge_plan import REDUCTIONS
 from ..plan import MergePlan
 from ..reference.lgtm_plan import share_mean
 from ._common import check_method
+from .config import MergeConfig
+from .options import Choice, option
 
 
 def abm_plan(
@@ -41,3 +47,20 @@ def abm_plan(
     grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
     score = laplacian_score(share_mean(x, share_plan or 1), grid)
     return block_merge_plan(score, grid, stride, r, reduce)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ABMConfig(MergeConfig):
+    """Adaptive block merging (BiGain, arXiv 2603.12240): whole smooth tiles merge; see `bigain_kernels.abm_plan`.
+
+    Args:
+        reduce: how the scores of a tile become one: "max", "sum", "mean", "min" or "std".
+        others: see `MergeConfig` and `CompressionConfig`.
+    """
+
+    method: ClassVar[str] = "abm"
+
+    reduce: str = option("max", Choice(REDUCTIONS))
+
+    def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+        return abm_plan(x, grid, ratio, self.stride, reduce=self.reduce, share_plan=self.share_plan)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,6 +12,8 @@ from ..checks import check_count
 from ..ops.lgtm_plan import NO_WINDOW
 from ..plan import MergePlan
 from ._common import check_method
+from .config import MergeConfig
+from .options import Count, option
 
 
 def lgtm_plan(
@@ -46,3 +51,20 @@ def lgtm_plan(
         x.detach(), *grid, *stride, r, NO_WINDOW if window is None else window, share_plan or 1
     )
     return MergePlan(slot, offsets, members, anchor, grid, x.shape[1] - r)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LGTMConfig(MergeConfig):
+    """Laplacian-gated token merging (BiGain, arXiv 2603.12240); see `bigain_kernels.lgtm_plan`.
+
+    Args:
+        window: compare a source only with destinations of tiles at most this many tiles away; None compares with all.
+        others: see `MergeConfig` and `CompressionConfig`.
+    """
+
+    method: ClassVar[str] = "lgtm"
+
+    window: int | None = option(None, Count())
+
+    def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+        return lgtm_plan(x, grid, ratio, self.stride, window=self.window, share_plan=self.share_plan)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from ..checks import check_number
 from ..ops import select_destinations
+from ..ops.token_merge import MODES
 from ..plan import MergePlan
 from ..reference.lgtm_plan import share_mean
 from ._common import check_method, check_random, counter_random, match_and_plan
+from .config import MergeConfig
+from .options import Choice, Count, Number, option
 
 _STREAM = 2
 
@@ -76,3 +81,37 @@ def sito_plan(
         score = score + noise * spread * _gaussian(seed, timestep, x.shape[1], x.device)
     destinations = select_destinations(-score.float(), grid, stride)
     return match_and_plan(x, destinations, r, grid, stride, None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiToConfig(MergeConfig):
+    """Similarity-based token pruning (SiTo, Zhang et al., AAAI 2025); see `bigain_kernels.sito_plan`.
+
+    Args:
+        mode: "prune", the method's own; the modes of `MergeConfig` are open too.
+        noise: scale of the random perturbation of the selection scores, at least 0.
+        seed: of the perturbation.
+        others: see `MergeConfig` and `CompressionConfig`.
+    """
+
+    method: ClassVar[str] = "sito"
+
+    mode: str = option("prune", Choice(MODES))
+    noise: float = option(0.1, Number(0.0))
+    seed: int = option(0, Count())
+
+    @property
+    def is_random(self) -> bool:
+        return self.noise > 0
+
+    def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+        return sito_plan(
+            x,
+            grid,
+            ratio,
+            self.stride,
+            noise=self.noise,
+            seed=self.seed,
+            timestep=timestep,
+            share_plan=self.share_plan,
+        )

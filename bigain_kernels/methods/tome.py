@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -10,6 +13,8 @@ from ..plan import MergePlan
 from ..reference.laplacian_score import tile_tokens
 from ..reference.lgtm_plan import share_mean
 from ._common import check_method, check_random, counter_random, match_and_plan
+from .config import MergeConfig
+from .options import Choice, Count, option
 
 DESTINATIONS = ("random", "first")
 _STREAM = 1
@@ -77,3 +82,39 @@ def tome_plan(
     x = share_mean(x, share_plan or 1)
     chosen = tome_destinations(x.shape[0], grid, stride, destinations, seed, timestep, x.device)
     return match_and_plan(x, chosen, r, grid, stride, window)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToMeConfig(MergeConfig):
+    """Token merging for Stable Diffusion (Bolya and Hoffman 2023, arXiv 2303.17604); see `bigain_kernels.tome_plan`.
+
+    Args:
+        destinations: "random", one token of each tile drawn anew in every block and at every timestep, the same for all
+            rows of a timestep; or "first", the top-left token.
+        seed: of the random destinations.
+        window: compare a source only with destinations of tiles at most this many tiles away; None compares with all.
+        others: see `MergeConfig` and `CompressionConfig`.
+    """
+
+    method: ClassVar[str] = "tome"
+
+    destinations: str = option("random", Choice(DESTINATIONS))
+    seed: int = option(0, Count())
+    window: int | None = option(None, Count())
+
+    @property
+    def is_random(self) -> bool:
+        return self.destinations == "random"
+
+    def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+        return tome_plan(
+            x,
+            grid,
+            ratio,
+            self.stride,
+            destinations=self.destinations,
+            seed=self.seed,
+            timestep=timestep,
+            window=self.window,
+            share_plan=self.share_plan,
+        )

@@ -13,7 +13,8 @@ from diffusers import (
     UNet2DConditionModel,
 )
 
-from bigain_kernels.diffusers import planning
+from bigain_kernels import methods
+from bigain_kernels.methods import MergeConfig
 
 TEXT_DIM = 32
 
@@ -187,13 +188,17 @@ def only(inputs, rows) -> dict:
 def recorded_plans(monkeypatch):
     """Lists (hidden states, plan) of every planning call while it is open."""
     records = []
-    make_plan = planning.make_plan
 
-    def record(config, x, *args, **kwargs):
-        plan = make_plan(config, x, *args, **kwargs)
-        records.append((x, plan))
-        return plan
+    def recorded(make_plan):
+        def record(config, x, *args, **kwargs):
+            plan = make_plan(config, x, *args, **kwargs)
+            records.append((x, plan))
+            return plan
+
+        return record
 
     with monkeypatch.context() as patch:
-        patch.setattr(planning, "make_plan", record)
+        for config in map(methods.config_class, methods.names()):
+            if issubclass(config, MergeConfig):
+                patch.setattr(config, "plan", recorded(config.plan))
         yield records

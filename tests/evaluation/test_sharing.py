@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
-from bigain_kernels.diffusers import LGTMConfig, ToMeConfig, planning
+from bigain_kernels.diffusers import LGTMConfig, ToMeConfig
 from bigain_kernels.evaluation.classify import ClassificationResult, ClassifierConfig, classify
 from bigain_kernels.evaluation.compression import MethodOptions, make_config, with_shared_plan
 from bigain_kernels.evaluation.data import load_digits
 from bigain_kernels.evaluation.generate import GenerateConfig, generate
 from bigain_kernels.evaluation.metrics import paired_difference
+from bigain_kernels.methods import lgtm
 
 IMAGES = 120
 # One sample at a low timestep, where the errors of the classes hang on detail: compression costs most there, so few
@@ -58,22 +60,22 @@ def test_alpha_below_one_is_at_least_nearest(tiny) -> None:
     assert paired_difference(correct("iekvd"), correct("todo")).value >= 0
 
 
-def _count_rows(monkeypatch: pytest.MonkeyPatch, name: str) -> list[int]:
-    """The rows of every plan that the processors build from now on."""
-    original, rows = getattr(planning, name), []
+def _count_rows(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> list[int]:
+    """The rows of every plan that the function `name` of `owner` makes from now on."""
+    original, rows = getattr(owner, name), []
 
     def counting(*args, **kwargs):
         plan = original(*args, **kwargs)
         rows.append(plan.num_rows)
         return plan
 
-    monkeypatch.setattr(planning, name, counting)
+    monkeypatch.setattr(owner, name, counting)
     return rows
 
 
 @pytest.mark.parametrize(("shared", "per_pair"), [(True, 1), (False, None)])
 def test_one_plan_for_each_image_and_sample(monkeypatch, tiny, digits, shared: bool, per_pair: int | None) -> None:
-    rows = _count_rows(monkeypatch, "lgtm_plan")
+    rows = _count_rows(monkeypatch, lgtm, "lgtm_plan")
     config = ClassifierConfig(stages=((2, 4), (3, 1)), batch_size=25)
     n, blocks = 7, len(tiny.denoiser.model.transformer_blocks)
     classify(
@@ -104,7 +106,7 @@ def test_shared_plan_does_not_depend_on_the_batch_size(tiny, digits) -> None:
 
 
 def test_guidance_pairs_share_a_plan(monkeypatch, tiny) -> None:
-    rows = _count_rows(monkeypatch, "lgtm_plan")
+    rows = _count_rows(monkeypatch, lgtm, "lgtm_plan")
     labels, blocks = torch.arange(6), len(tiny.denoiser.model.transformer_blocks)
     config, compression = GenerateConfig(steps=2, guidance=3.0), LGTMConfig(ratio=0.7)
     generate(tiny.denoiser, labels, config, compression=compression, share_plan=True)

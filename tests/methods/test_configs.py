@@ -6,10 +6,19 @@ import dataclasses
 
 import pytest
 
-from bigain_kernels.diffusers import ABMConfig, IEKVDConfig, LGTMConfig, SiToConfig, ToDoConfig, ToMeConfig
-from bigain_kernels.diffusers.configs import CompressionConfig
+from bigain_kernels import diffusers, methods
+from bigain_kernels.methods import (
+    ABMConfig,
+    AvgPoolConfig,
+    CompressionConfig,
+    IEKVDConfig,
+    LGTMConfig,
+    SiToConfig,
+    ToDoConfig,
+    ToMeConfig,
+)
 
-ALL = (LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig, ToDoConfig)
+ALL = [methods.config_class(name) for name in methods.names()]
 
 WRONG = [
     (LGTMConfig, {"ratio": 0.9}, ValueError, r"ratio: got 0.9, expected 0 <= ratio <= 0.75"),
@@ -79,4 +88,9 @@ def test_numbers_become_pairs():
     assert IEKVDConfig(factor=3).factor == (3, 3)
     assert LGTMConfig(ratio=[0, 0.5]).ratio == (0.0, 0.5)
     assert LGTMConfig(stride=(1, 2), ratio=0.5).ratio == 0.5
-    assert ToDoConfig().alpha == 1.0
+    assert (ToDoConfig().alpha, AvgPoolConfig().alpha) == (1.0, 0.0)
+
+
+@pytest.mark.parametrize("cls", ALL)
+def test_configs_are_offered_beside_the_models(cls):
+    assert getattr(diffusers, cls.__name__) is cls

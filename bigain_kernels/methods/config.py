@@ -1,0 +1,159 @@
+"""What the configs of all methods share: where and when to compress, and what merging and pooling take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from torch import Tensor
+
+from ..ops.token_merge import MODES
+from ..plan import MergePlan
+from .options import Choice, Count, Flag, Indices, Level, Names, Number, Pair, Scheduled, check_range, kind_of, option
+
+Schedule = float | tuple[float, float]
+
+DEFAULT_TRAIN_TIMESTEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionConfig:
+    """Where and when to compress; the base of every method's config, not one itself.
+
+    A method's config names its method in `method`, declares its options as fields, and is made known by
+    `bigain_kernels.methods.register`. It derives from `MergeConfig` or `PoolConfig`.
+
+    Args:
+        max_downsample: deepest resolution level of a U-Net to compress, counted from its latent grid: 1 is the full
+            resolution alone, 2 half resolution too, then 4 and 8. Transformers have one level and ignore it.
+        blocks: indices of the transformer blocks to compress, counted in module order (the report of
+            `apply_token_compression` lists them); None is all of them. A U-Net block must also pass `max_downsample`.
+        start: where in the noise schedule compression begins, a fraction: 0 is the noisiest timestep. For flow-matching
+            models (Flux, Qwen-Image, Stable Diffusion 3) it is a fraction of sigma, which a shifted schedule does not
+            pass evenly.
+        end: where it ends, a fraction of at least `start`: 1 is the cleanest timestep. Both ends are included.
+        modules: which attentions of a block: "attn1", the self-attention (joint attention counts as such), and, for
+            merge methods, "attn2", the cross-attention.
+        num_train_timesteps: length T of the noise schedule that `start`, `end` and schedules refer to. None is that of
+            the pipeline's scheduler, and 1000 for a bare model.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of its range.
+    """
+
+    method: ClassVar[str] = ""
+
+    max_downsample: int = option(1, Level((1, 2, 4, 8)))
+    blocks: tuple[int, ...] | None = option(None, Indices())
+    start: float = option(0.0, Number(0.0, 1.0))
+    end: float = option(1.0, Number(0.0, 1.0))
+    modules: tuple[str, ...] = option(("attn1",), Names(("attn1", "attn2")))
+    num_train_timesteps: int | None = option(None, Count(2))
+
+    def __post_init__(self) -> None:
+        if not self.method:
+            raise TypeError(f"config: got {type(self).__name__}, expected the config of a method, such as LGTMConfig")
+        for declared in fields(self):
+            kind, value = kind_of(declared), getattr(self, declared.name)
+            if kind is not None and not (value is None and declared.default is None):
+                object.__setattr__(self, declared.name, kind.check(declared.name, value))
+        if self.start > self.end:
+            raise ValueError(f"start: got {self.start}, expected at most end, {self.end}")
+
+    @property
+    def has_window(self) -> bool:
+        """Whether some timesteps are left uncompressed."""
+        return self.start > 0.0 or self.end < 1.0
+
+    @property
+    def train_timesteps(self) -> int:
+        """T, the length of the noise schedule."""
+        return self.num_train_timesteps or DEFAULT_TRAIN_TIMESTEPS
+
+    @property
+    def is_random(self) -> bool:
+        """Whether the method draws random numbers, which vary over blocks and timesteps."""
+        return False
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeConfig(CompressionConfig):
+    """What the merge methods share, besides the arguments of `CompressionConfig`.
+
+    Args:
+        ratio: fraction of the tokens to remove, at most 1 - 1 / (sy * sx); or a pair (first, last) that moves linearly
+            over the timestep from the first denoising step (t = T - 1) to the last (t = 0). A pair needs the timestep
+            on the host (one read per forward pass) and one timestep for the whole batch, because it changes shapes.
+        stride: (sy, sx), the tile with one destination, in tokens (rows, columns).
+        mode: how tokens become one: "mean", "mlerp" or "prune"; see `bigain_kernels.token_merge`.
+        proportional: weigh every merged key of self-attention by the number of tokens it stands for (proportional
+            attention, Bolya et al. 2022, arXiv 2210.09461): the result is that of attention over all N tokens of which
+            each merged one is a copy. Cross-attention has no merged keys and no weights.
+        cached_assignment: the first compressed block of a resolution plans, and the later ones of the same forward pass
+            use its plan. Nothing is kept between forward passes.
+        share_plan: k plans once for every k rows of the batch, from their mean hidden state: row b uses plan row
+            b mod (B / k), the order of `torch.cat([uncond, cond])` (k = 2) and of class-major classifier batches
+            (k = classes). None plans for every row.
+    """
+
+    ratio: float | tuple[float, float] = option(0.5, Scheduled())
+    stride: tuple[int, int] = option((2, 2), Pair())
+    mode: str = option("mean", Choice(MODES))
+    proportional: bool = option(False, Flag())
+    cached_assignment: bool = option(False, Flag())
+    share_plan: int | None = option(None, Count(1))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        sy, sx = self.stride
+        for value in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
+            why = f", one token of every {sy} x {sx} tile stays"
+            check_range("ratio", value, 0.0, 1.0 - 1.0 / (sy * sx), why)
+
+    def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+        """The plan that the method makes from hidden states.
+
+        Args:
+            x: (B, N, C) hidden states to match on, N = H * W in raster order.
+            grid: (H, W).
+            ratio: fraction of tokens to remove, of this timestep.
+            timestep: (B,) what random methods vary with; the others do not read it.
+
+        Returns:
+            MergePlan with B rows, or B / share_plan.
+
+        Raises:
+            TypeError, ValueError: the method refuses an argument.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.plan")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PoolConfig(CompressionConfig):
+    """What the methods that pool keys and values share, besides the arguments of `CompressionConfig`.
+
+    Args:
+        factor: s or (sy, sx), the pooling window in tokens (rows, columns).
+        pool: what is pooled in layers that normalise or rotate their keys (Flux, Qwen-Image, Stable Diffusion 3.5).
+            "keys": keys and values as attention gets them, after norm and rotation, exactly as the method is defined;
+            all tokens are projected. "hidden": the hidden states before the projections, s * s times less to project,
+            and each pooled key is then rotated by the position of its window's nearest token; an approximation, because
+            neither norm nor rotation commutes with the average. In all other layers, and everywhere for alpha = 1, the
+            two are equal and the cheaper one runs.
+    """
+
+    factor: int | tuple[int, int] = option(2, Pair())
+    pool: str = option("keys", Choice(("keys", "hidden")))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modules != ("attn1",):
+            raise ValueError(
+                f"modules: got {self.modules}, expected ('attn1',): the keys and values of cross-attention are text, "
+                "which has no grid to pool on"
+            )
+
+    @property
+    def alpha(self) -> Schedule:
+        """Weight of nearest against average pooling, or a pair that moves over the timestep; of the method."""
+        raise NotImplementedError(f"{type(self).__name__}.alpha")
