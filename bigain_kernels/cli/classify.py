@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from . import options as opt
+from .text import printable
 
 if TYPE_CHECKING:
-    import torch
-
     from ..evaluation.checkpoints import Checkpoint
     from ..evaluation.classify import ClassificationResult, ClassifierConfig
-    from ..evaluation.folders import ImageFolder
-
-# Images read, encoded and kept in memory at a time.
-_CHUNK = 64
+    from ..evaluation.inputs import Inputs
 
 
 def classify(
@@ -34,6 +30,9 @@ def classify(
     out: Annotated[Path, typer.Option(help="Folder for results.jsonl and summary.json.")] = Path("classified"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the results in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Start anew over the results in --out.")] = False,
+    skip_damaged: Annotated[
+        bool, typer.Option("--skip-damaged", help="Leave out images that cannot be read, and list them.")
+    ] = False,
     method: opt.MethodOption = opt.Method.none,
     ratio: opt.RatioOption = "0.7",
     stride: opt.StrideOption = "2",
@@ -68,6 +67,7 @@ def classify(
     from ..evaluation.checkpoints import load_checkpoint
     from ..evaluation.compression import make_config, with_shared_plan
     from ..evaluation.folders import find_images
+    from ..evaluation.inputs import DigitInputs, FolderInputs
     from ..evaluation.records import ResultsFile
 
     opt.set_threads(threads)
@@ -77,6 +77,8 @@ def classify(
         with_shared_plan(compression, 1)
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1")
+    if skip_damaged and images is None:
+        raise ValueError("skip_damaged: got it without --images, expected a folder that it is for")
     if resume and overwrite:
         raise ValueError("resume: got --overwrite with it, expected one of the two")
     path = out / "results.jsonl"
@@ -92,8 +94,7 @@ def classify(
         dtype=chosen_dtype,
     )
     config = _config(loaded, timesteps, stages, score, seed, batch_size)
-    data = _Data(loaded, folder, limit)
-    count = len(data)
+    data = DigitInputs(loaded, limit) if folder is None else FolderInputs(loaded, folder, skip_damaged)
     settings = {
         "checkpoint": str(checkpoint or "tiny"),
         "images": str(images or "digits"),
@@ -107,15 +108,18 @@ def classify(
         "template": template,
     }
     if folder is not None:
-        settings["image_files"] = folder.digest
+        # One class more makes another question of every image.
+        settings["class_names"] = hashlib.sha256(json.dumps(loaded.class_names).encode()).hexdigest()[:16]
     with ResultsFile(path, settings, resume) as results:
-        before = _first(results.result, count)
+        before = _results_of(data, results.result)
         if before.images:
             typer.echo(f"{len(before.images)} images were classified before")
         try:
             _run(loaded, data, config, compression, share_plan, results)
         finally:
-            _summarise(_first(results.result, count), settings, out)
+            _summarise(_results_of(data, results.result), data, settings, out)
+    if data.damaged and len(data.damaged) == len(folder or ()):
+        raise ValueError(f"images: got {images} with damaged images alone, expected some that can be read")
 
 
 def _config(
@@ -136,60 +140,30 @@ def _config(
     return ClassifierConfig(**given)
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The images to classify: an image folder, or else the test digits."""
-
-    loaded: Checkpoint
-    folder: ImageFolder | None
-    limit: int | None
-
-    def __len__(self) -> int:
-        from ..evaluation.data import load_digits
-
-        return len(self.folder) if self.folder is not None else len(load_digits("test").labels[: self.limit])
-
-    def read(self, indices: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch
-
-        from ..evaluation.data import load_digits
-        from ..evaluation.folders import load_images
-
-        if self.folder is not None:
-            labels = torch.tensor([self.loaded.label_of(self.folder.names[i]) for i in indices])
-            return load_images([self.folder.paths[i] for i in indices], self.loaded.image_shape), labels
-        digits = load_digits("test")
-        if self.loaded.image_shape != tuple(digits.images.shape[1:]):
-            raise ValueError(f"images: got none, expected a folder: this model draws {self.loaded.image_shape} images")
-        return digits.images[indices], digits.labels[indices]
-
-
-def _first(result: ClassificationResult, count: int) -> ClassificationResult:
-    """The results of the first `count` images; a file that is gone on with may hold more."""
+def _results_of(data: Inputs, result: ClassificationResult) -> ClassificationResult:
+    """The results of these images; a file that is gone on with may hold more."""
     from ..evaluation.classify import ClassificationResult
 
-    return ClassificationResult([image for image in result.images if image.index < count])
+    chosen = set(data.indices)
+    return ClassificationResult([image for image in result.images if image.index in chosen])
 
 
 def _run(
-    loaded: Checkpoint, data: _Data, config: ClassifierConfig, compression: Any, share_plan: bool, results: Any
+    loaded: Checkpoint, data: Inputs, config: ClassifierConfig, compression: Any, share_plan: bool, results: Any
 ) -> None:
     from ..evaluation.classify import classify as classify_images
 
     known = {image.index for image in results.images}
-    count = len(data)
-    left = [i for i in range(count) if i not in known]
+    correct = [image.correct for image in _results_of(data, results.result).images]
     with opt.progress_bar() as progress:
-        task = progress.add_task("classifying", total=count, completed=count - len(left))
+        task = progress.add_task("classifying", total=len(data.indices), completed=len(correct))
 
         def record(image: Any) -> None:
             results.add(image)
-            done = _first(results.result, count)
-            progress.update(task, advance=1, description=f"accuracy {done.accuracy:.3f}")
+            correct.append(image.correct)
+            progress.update(task, advance=1, description=f"accuracy {sum(correct) / len(correct):.3f}")
 
-        for first in range(0, len(left), _CHUNK):
-            indices = left[first : first + _CHUNK]
-            pixels, labels = data.read(indices)
+        for indices, pixels, labels in data.parts(known):
             latents = loaded.encode(pixels)
             classify_images(
                 loaded.denoiser,
@@ -203,17 +177,21 @@ def _run(
             )
 
 
-def _summarise(result: ClassificationResult, settings: dict[str, Any], out: Path) -> None:
+def _summarise(result: ClassificationResult, data: Inputs, settings: dict[str, Any], out: Path) -> None:
     summary = {
         "images": len(result.images),
+        "damaged": [str(image.path) for image in data.damaged],
         "accuracy": result.accuracy,
         "standard_error": result.standard_error,
         "evaluations": result.evaluations,
         "seconds": result.seconds,
     }
+    for image in data.damaged:
+        typer.echo(printable(f"left out {image.path}: {image.reason}"))
     if result.images:
         (out / "summary.json").write_text(json.dumps({**summary, "settings": settings}, indent=2) + "\n")
+        damaged = f", {len(data.damaged)} damaged left out" if data.damaged else ""
         typer.echo(
-            f"accuracy {result.accuracy:.4f} ± {result.standard_error:.4f} on {len(result.images)} images; "
-            f"{result.evaluations} forward evaluations in {result.seconds:.1f} s; results in {out}"
+            f"accuracy {result.accuracy:.4f} ± {result.standard_error:.4f} on {len(result.images)} images{damaged}; "
+            f"{result.evaluations} forward evaluations in {result.seconds:.1f} s; results in {printable(str(out))}"
         )

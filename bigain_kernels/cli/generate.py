@@ -75,7 +75,7 @@ def generate(
         device=chosen_device,
         dtype=chosen_dtype,
     )
-    classes = [loaded.label_of(name) for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
+    classes = [loaded.label_of(name, "label") for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
     labels = [classes[i % len(classes)] for i in range(images)]
     settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": repr(compression)}
     settings |= {"share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..backends import BackendUnavailable
+from .text import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -60,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         message = str(error) or type(error).__name__
     # Without arguments the help has been shown, and there is no message.
     if message:
-        print(f"bigain: {' '.join(message.split())}", file=sys.stderr)
+        print(f"bigain: {printable(' '.join(message.split()))}", file=sys.stderr)
     return BAD_INPUT
 
 

@@ -55,8 +55,8 @@ class Checkpoint:
     def device(self) -> torch.device:
         return next(self.denoiser.model.parameters()).device
 
-    def label_of(self, name: str) -> int:
-        """The label of a class name, or of a number written out.
+    def label_of(self, name: str, argument: str = "class") -> int:
+        """The label of a class name, or of a number written out; `argument` is what the error is to name.
 
         Raises:
             ValueError: there is no such class.
@@ -65,10 +65,13 @@ class Checkpoint:
             return self.class_names.index(name)
         if name in self.aliases:
             return self.aliases[name]
-        if name.isdigit() and int(name) < self.denoiser.num_classes:
+        # Ten digits are more than any model has classes; `int` itself refuses thousands of them in words of its own.
+        if name.isascii() and name.isdigit() and len(name) <= 10 and int(name) < self.denoiser.num_classes:
             return int(name)
         some = ", ".join(self.class_names[:10]) + (", ..." if len(self.class_names) > 10 else "")
-        raise ValueError(f"class: got {name!r}, expected one of {some} or a number below {self.denoiser.num_classes}")
+        raise ValueError(
+            f"{argument}: got class {name!r}, expected one of {some} or a number below {self.denoiser.num_classes}"
+        )
 
     @torch.no_grad()
     def encode(self, images: torch.Tensor, batch_size: int = 8) -> torch.Tensor:

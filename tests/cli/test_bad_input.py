@@ -59,8 +59,11 @@ WRONG = [
     (["generate", "--steps", "2000"], "steps: got 2000"),
     (["generate", "--method", "none", "--share-plan"], "share_plan: got method none"),
     (["generate", "--device", "meta"], "device: got 'meta'"),
-    (["generate", "--label", "cat"], "class: got 'cat'"),
-    (["generate", "--label", "10"], "class: got '10'"),
+    (["generate", "--label", "cat"], "label: got class 'cat'"),
+    (["generate", "--label", "10"], "label: got class '10'"),
+    (["generate", "--label", "²"], "label: got class '²'"),
+    (["generate", "--label", "a\x1b[2J\nb$"], "label: got class 'a\\x1b[2J\\nb$'"),
+    (["classify", "--skip-damaged"], "skip_damaged: got it without --images"),
     (["generate", "--batch-size", "0"], "batch_size: got 0"),
     (["generate", "--method", "todo", "--share-plan"], "share_plan: got ToDoConfig"),
     (["generate", "--checkpoint", "nowhere"], "checkpoint: got nowhere"),
@@ -150,4 +153,4 @@ def test_wrong_files_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str
     folder.mkdir(parents=True)
     (folder / "a.png").write_bytes(b"no image")
     assert main(["classify", "--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 2
-    assert "a.png, expected an image" in capsys.readouterr().err
+    assert "a.png, expected an image in PNG" in capsys.readouterr().err

@@ -26,6 +26,7 @@ from bigain_kernels.evaluation.classify import ImageResult
 from bigain_kernels.evaluation.compression import METHODS
 from bigain_kernels.evaluation.data import load_digits
 from bigain_kernels.evaluation.demo_files import ORDER_TITLE
+from bigain_kernels.evaluation.folders import find_images
 from bigain_kernels.evaluation.records import ResultsFile
 
 COMMANDS = ["demo", "classify", "generate", "train-tiny", "env", "tune"]
@@ -126,13 +127,42 @@ def test_resume_with_a_smaller_limit_reports_that_part(tmp_path: Path, capsys: p
     assert len(_images(tmp_path / "results.jsonl")) == 8
 
 
-def test_resume_refuses_a_folder_with_another_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    images, out = _digit_folder(tmp_path / "images", 4), tmp_path / "out"
-    assert _bigain("classify", "--images", images, "--limit", 2, "--out", out) == 0
-    assert _bigain("classify", "--images", images, "--limit", 3, "--out", out, "--resume") == 0
-    _digit_folder(tmp_path / "images", 5)
-    assert _bigain("classify", "--images", images, "--limit", 3, "--out", out, "--resume") == 2
-    assert "image_files" in capsys.readouterr().err.splitlines()[-1]
+def test_resume_keeps_results_when_files_come_and_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images, out, fresh = _digit_folder(tmp_path / "images", 5), tmp_path / "out", tmp_path / "fresh"
+    assert _bigain("classify", "--images", images, "--limit", 3, "--out", out) == 0
+    _digit_folder(images, 8)
+    find_images(images).paths[0].unlink()
+    assert _bigain("classify", "--images", images, "--out", out, "--resume") == 0
+    assert _bigain("classify", "--images", images, "--out", fresh) == 0
+    there = {image["index"] for image in _images(fresh / "results.jsonl")}
+    kept = [image for image in _images(out / "results.jsonl") if image["index"] in there]
+    for a, b in zip(kept, _images(fresh / "results.jsonl"), strict=True):
+        assert a["errors"] == pytest.approx(b["errors"], rel=1e-4)
+    assert json.loads((out / "summary.json").read_text())["images"] == 7
+
+
+def test_resume_takes_a_file_with_other_pixels_for_another_image(tmp_path: Path) -> None:
+    images, out = _digit_folder(tmp_path / "images", 3), tmp_path / "out"
+    assert _bigain("classify", "--images", images, "--out", out) == 0
+    before = _images(out / "results.jsonl")
+    changed, other = find_images(images).paths[:2]
+    changed.write_bytes(other.read_bytes())
+    assert _bigain("classify", "--images", images, "--out", out, "--resume") == 0
+    after = _images(out / "results.jsonl")
+    assert len(after) == 4
+    assert all(image in after for image in before)
+    assert json.loads((out / "summary.json").read_text())["images"] == 3
+
+
+def test_resume_refuses_another_set_of_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # The shipped model has its own classes; here it stands for one that is asked about the folder's.
+    images, out = _digit_folder(tmp_path / "images", 3), tmp_path / "out"
+    assert _bigain("classify", "--images", images, "--out", out) == 0
+    content = (out / "results.jsonl").read_text()
+    found = json.loads(content.splitlines()[0])["settings"]["class_names"]
+    (out / "results.jsonl").write_text(content.replace(found, "0" * 16))
+    assert _bigain("classify", "--images", images, "--out", out, "--resume") == 2
+    assert "class_names" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_interrupted_classification_goes_on(
