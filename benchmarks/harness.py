@@ -94,8 +94,8 @@ class Session:
 def own_backends(op: str, device: str) -> list[str]:
     """The compiled backends that implement an op on a device type, the preferred one first."""
     found = []
-    for name in backends.PREFERENCE[device]:
-        if name != "reference" and name in backends.known_backends():
+    for name in backends.order(device):
+        if name != "reference":
             with bk.use_backend(name):
                 try:
                     backends.choose(op, device)

@@ -2,8 +2,8 @@
 and knows why not otherwise.
 
 The libraries (csrc/, on the stable ABI of LibTorch) define their ops in `torch.ops.bigain_cpp` and
-`torch.ops.bigain_cuda`, with the schemas of the ops in `torch.ops.bigain`. Those call them when `backends` chooses the
-backend "cpp" or "cuda".
+`torch.ops.bigain_cuda`, with the schemas of the ops in `torch.ops.bigain`. Those call them when the backend "cpp" or
+"cuda" is chosen.
 
 Environment variables for tests: BIGAIN_NATIVE_LIBRARY and BIGAIN_CUDA_LIBRARY are paths of other builds to load,
 BIGAIN_CPU_ISA (baseline, avx2 or avx512) an instruction set below the best that the machine has.
@@ -11,15 +11,11 @@ BIGAIN_CPU_ISA (baseline, avx2 or avx512) an instruction set below the best that
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 _FOLDER = Path(__file__).parent
 _NAMESPACE = "bigain_cpp"
@@ -90,40 +86,6 @@ def _load_cuda() -> str:
 
 REASON = _load_cpu()
 CUDA_REASON = _load_cuda()
-
-
-def _implementation(namespace: str, op: str) -> Callable[..., Any] | None:
-    packet = getattr(getattr(torch.ops, namespace), op, None)
-    return None if packet is None else packet.default
-
-
-def implementation(op: str) -> Callable[..., Any] | None:
-    """The implementation of an op for CPU tensors, or None."""
-    return None if REASON else _implementation(_NAMESPACE, op)
-
-
-def cuda_implementation(op: str) -> Callable[..., Any] | None:
-    """The implementation of an op for CUDA tensors, or None. What it refuses, `cuda_refusal` tells before."""
-    return None if CUDA_REASON else _implementation(_CUDA_NAMESPACE, op)
-
-
-@functools.cache
-def _has_code_for(device: int) -> bool:
-    return torch.ops.bigain_cuda.runs_on(device)
-
-
-def cuda_refusal(arguments: tuple[Any, ...]) -> str:
-    """Why the CUDA library cannot run an op with these arguments; empty when it can."""
-    for argument in arguments:
-        for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
-            if not isinstance(tensor, Tensor):
-                continue
-            if tensor.dtype == torch.float64:
-                return "does not compute in float64"
-            if tensor.is_cuda and not _has_code_for(tensor.device.index):
-                major, minor = torch.cuda.get_device_capability(tensor.device)
-                return f"was built without sm_{major}{minor}, which {tensor.device} needs"
-    return ""
 
 
 def report() -> str:

@@ -4,29 +4,35 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import bigain_kernels as bk
 from bigain_kernels import backends, env
+from bigain_kernels.backends import Backend
+from bigain_kernels.backends.compositions import lgtm_plan, pooled_kv_projection
 from tests.shapes import tokens
 
 X = tokens(1, 16, 4)
 
 
-@pytest.fixture
-def counted(monkeypatch):
-    """A second backend for laplacian_score that counts its calls; gone after the test."""
-    calls = []
-    monkeypatch.setattr(backends, "_implementations", {k: dict(v) for k, v in backends._implementations.items()})
+def zeros(x, height, width, norm):
+    return torch.zeros(x.shape[:2])
 
-    @backends.register("laplacian_score", "counted", "cpu")
+
+@pytest.fixture
+def counted():
+    """A second backend for laplacian_score that counts its calls and runs when it is asked for; gone after the test."""
+    calls = []
+
     def score(x, height, width, norm):
         calls.append(norm)
-        return torch.zeros(x.shape[:2])
+        return zeros(x, height, width, norm)
 
-    return calls
+    with backends.registered(Backend("counted", {"laplacian_score": score}.get, devices=("cpu",), priority=-1)):
+        yield calls
 
 
 def test_a_named_backend_runs_and_only_inside_the_block(counted):
@@ -61,6 +67,81 @@ def test_the_environment_variable_is_honoured_and_checked(counted, monkeypatch):
 def test_a_named_backend_that_cannot_run_a_call_raises(counted):
     with bk.use_backend("counted"), pytest.raises(backends.BackendUnavailable, match=r"counted.*token_merge.*cpu"):
         bk.token_merge(X, bk.MergePlan.identity(1, (4, 4)))
+
+
+def test_the_highest_priority_of_the_device_runs():
+    toy = Backend("toy", {"laplacian_score": zeros}.get, devices=("cpu",), priority=1000)
+    with backends.registered(toy):
+        assert backends.order("cpu")[0] == "toy"
+        assert (bk.laplacian_score(X, (4, 4)) == 0).all()
+        assert backends.choose("laplacian_score", "cpu").backend == "toy"
+        assert backends.choose("token_merge", "cpu").backend != "toy"
+        assert backends.choose("laplacian_score", "cuda").backend != "toy"
+        with backends.registered(replace(toy, devices=None)):
+            assert backends.choose("laplacian_score", "cuda").backend == "toy"
+    assert "toy" not in backends.known_backends()
+    assert (bk.laplacian_score(X, (4, 4)) > 0).all()
+
+
+def test_a_refused_call_goes_on_unless_the_backend_was_named():
+    def refuses(op, arguments):
+        return "takes rows in pairs" if arguments[0].shape[0] % 2 else ""
+
+    with backends.registered(Backend("pairs", {"laplacian_score": zeros}.get, priority=1000, refuses=refuses)):
+        assert (bk.laplacian_score(tokens(2, 16, 4), (4, 4)) == 0).all()
+        assert (bk.laplacian_score(X, (4, 4)) > 0).all()
+        with bk.use_backend("pairs"):
+            assert (bk.laplacian_score(tokens(2, 16, 4), (4, 4)) == 0).all()
+            with pytest.raises(backends.BackendUnavailable, match=r"^pairs: laplacian_score takes rows in pairs$"):
+                bk.laplacian_score(X, (4, 4))
+
+
+def test_when_all_refuse_all_reasons_are_told():
+    below = {name: backends.unregister(name) for name in backends.order("cpu")}
+    toy = Backend("toy", {"laplacian_score": zeros}.get, refuses=lambda op, arguments: "is only a toy")
+    try:
+        with (
+            backends.registered(toy),
+            pytest.raises(backends.BackendUnavailable, match="score: toy is only a toy, and no other backend"),
+        ):
+            bk.laplacian_score(X, (4, 4))
+        with pytest.raises(backends.BackendUnavailable, match="laplacian_score: no backend implements it for cpu"):
+            bk.laplacian_score(X, (4, 4))
+    finally:
+        for backend in below.values():
+            backends.register(backend)
+
+
+def test_ops_are_composed_of_those_that_a_backend_has():
+    reference = backends.get("reference")
+    parts = ("laplacian_score", "select_destinations", "bipartite_match", "merge_plan")
+    own = {op: reference.implement(op) for op in parts}
+    toy = Backend("toy", own.get, compositions={"lgtm_plan": lgtm_plan, "pooled_kv_projection": pooled_kv_projection})
+    with backends.registered(toy), bk.use_backend("toy"):
+        plan = bk.lgtm_plan(X, (4, 4), 0.5)
+        # kv_downsample is not among its ops.
+        with pytest.raises(backends.BackendUnavailable, match=r"toy.*no implementation of pooled_kv_projection"):
+            bk.pooled_kv_projection(X, (4, 4), 2, 0.9, X[0, :2], X[0, :2])
+    with bk.use_backend("reference"):
+        assert torch.equal(plan.slot, bk.lgtm_plan(X, (4, 4), 0.5).slot)
+
+
+def test_a_missing_backend_says_why():
+    absent = Backend("absent", {"laplacian_score": zeros}.get, priority=1000, missing="its library was not built")
+    with backends.registered(absent):
+        assert "no absent: its library was not built" in backends.choose("laplacian_score", "cpu").reason
+        with (
+            pytest.raises(ValueError, match=r"'absent', which cannot run here \(its library was not built\), expected"),
+            bk.use_backend("absent"),
+        ):
+            pass
+
+
+def test_names_are_registered_once():
+    with pytest.raises(ValueError, match="name: got 'reference', expected none of the registered backends"):
+        backends.register(Backend("reference", {}.get))
+    with pytest.raises(ValueError, match="name: got 'warp', expected one of"):
+        backends.unregister("warp")
 
 
 def test_unknown_backend():

@@ -11,8 +11,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from bigain_kernels import backends
-from bigain_kernels.reference.attention import attend, pool_image
+from bigain_kernels.backends.compositions import attend, pool_image
 from bigain_kernels.reference.merge_plan import merged_tiles
 
 from . import configs
@@ -139,7 +138,8 @@ def _kv_downsample_attention(
         elements = batch * heads * triton.cdiv(queries, 128) * read * 2 * d
         if configs.route("kv_downsample_attention", q.device, elements // (3 if text else 1)) == "fused":
             return launch_kv_downsample_attention(q, k, v, grid, factor, weight, scale, key_bias, image)
-    k, v = pool_image([k, v], grid, factor, weight, image, launch_kv_downsample)
+    pooling = (height, width, sy, sx, alpha, row_alpha, image_start, image_stop)
+    k, v = pool_image([k, v], *pooling, _kv_downsample)
     if fits and key_bias is not None:
         return launch_kv_downsample_attention(q, k, v, (1, k.shape[2]), (1, 1), 1.0, scale, key_bias)
     return attend(q, k, v, scale, key_bias)
@@ -184,8 +184,8 @@ def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
         yield from (each for each in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(each, Tensor))
 
 
-def refusal(op: str, args: tuple[Any, ...]) -> str | None:
-    """Why the kernels cannot run a call, or None."""
+def refusal(op: str, args: tuple[Any, ...]) -> str:
+    """Why the kernels cannot run a call; empty when they can."""
     tensors = list(_tensors(args))
     for tensor in tensors:
         if tensor.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
@@ -195,16 +195,14 @@ def refusal(op: str, args: tuple[Any, ...]) -> str | None:
         return f"launches at most {MOST_ROWS} rows of {MOST_TOKENS} tokens, got {rows} of {tokens}"
     if op in _PLANS and tensors[0].shape[1] > MAX_TOKENS:
         return f"plans rows of at most {MAX_TOKENS} tokens, got {tensors[0].shape[1]}"
-    return None
+    return ""
 
 
-def _guarded(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
+def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device: `launch` with that of its tensors for the current one."""
+
     def run(*args: Any) -> Any:
-        reason = refusal(op, args)
-        if reason is not None:
-            return backends.next_after("triton", op, "cuda", reason)(*args)
         device = next(_tensors(args)).device
-        # Triton launches on the current device.
         elsewhere = device.index is not None and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else nullcontext():
             return launch(*args)
@@ -213,7 +211,7 @@ def _guarded(op: str, launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    op: _guarded(op, launch)
+    op: _on_its_device(launch)
     for op, launch in {
         "laplacian_score": _laplacian_score,
         "select_destinations": _select_destinations,

@@ -1,6 +1,6 @@
 """The public ops; importing this package registers them in `torch.ops.bigain`."""
 
-from . import _triton, lgtm_plan  # noqa: F401 - imported to register
+from . import lgtm_plan  # noqa: F401 - imported to register
 from .attention import kv_downsample_attention
 from .bipartite_match import bipartite_match
 from .kv_downsample import kv_downsample

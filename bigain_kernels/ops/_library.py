@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, native
+from .. import backends
+from ..backends.reference import IMPLEMENTATIONS
 
 
 def _library() -> torch.library.Library:
@@ -31,16 +32,6 @@ def _library() -> torch.library.Library:
 LIBRARY = _library()
 
 
-def _or_next(op: str, in_cuda: Callable[..., Any]) -> Callable[..., Any]:
-    """The implementation of the CUDA library, and for what that refuses the next backend."""
-
-    def run(*args: Any) -> Any:
-        reason = native.cuda_refusal(args)
-        return (backends.next_after("cuda", op, "cuda", reason) if reason else in_cuda)(*args)
-
-    return run
-
-
 def define(
     schema: str, reference: Callable[..., Any], fake: Callable[..., Any], device_of: Callable[..., str] | None = None
 ) -> None:
@@ -53,17 +44,11 @@ def define(
         device_of: device type of a call; by default that of the first argument.
     """
     name = schema.split("(", 1)[0]
-    backends.register(name, "reference")(reference)
-    in_cpp = native.implementation(name)
-    if in_cpp is not None:
-        backends.register(name, "cpp", "cpu")(in_cpp)
-    in_cuda = native.cuda_implementation(name)
-    if in_cuda is not None:
-        backends.register(name, "cuda", "cuda")(_or_next(name, in_cuda))
+    IMPLEMENTATIONS[name] = reference
 
     def dispatch(*args: Any) -> Any:
         device = args[0].device.type if device_of is None else device_of(*args)
-        return backends.implementation(name, device)(*args)
+        return backends.implementation(name, device, args)(*args)
 
     LIBRARY.define(schema)
     # One Python kernel for all devices: the backend is chosen at the call, so use_backend works in compiled code too.

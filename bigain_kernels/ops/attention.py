@@ -2,50 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import backends, native, reference
+from .. import reference
 from ..checks import check_count, check_factor, check_grid, check_number, check_same_device, check_tensor
 from ._library import define, inference_only
 from .kv_downsample import check_alpha
 
 
-def native_pool(
-    xs: Sequence[Tensor], grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor
-) -> list[Tensor]:
-    """`reference.kv_downsample` of several tensors by the C++ library."""
-    number, row_alpha = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
-    return torch.ops.bigain_cpp.kv_downsample(list(xs), *grid, *factor, number, row_alpha)
-
-
-def _with(pool: Callable[..., Any]) -> Callable[..., Tensor]:
-    """The op in PyTorch, around an implementation of `kv_downsample`."""
-
-    def attend(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        height: int,
-        width: int,
-        sy: int,
-        sx: int,
-        alpha: float,
-        row_alpha: Tensor | None,
-        scale: float | None,
-        key_bias: Tensor | None,
-        image_start: int,
-        image_stop: int,
-    ) -> Tensor:
-        weight = alpha if row_alpha is None else row_alpha
-        image = (image_start, image_stop)
-        grid, factor = (height, width), (sy, sx)
-        return reference.kv_downsample_attention(q, k, v, grid, factor, weight, scale, key_bias, image, pool)
-
-    return attend
+def _reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    height: int,
+    width: int,
+    sy: int,
+    sx: int,
+    alpha: float,
+    row_alpha: Tensor | None,
+    scale: float | None,
+    key_bias: Tensor | None,
+    image_start: int,
+    image_stop: int,
+) -> Tensor:
+    weight, image = alpha if row_alpha is None else row_alpha, (image_start, image_stop)
+    return reference.kv_downsample_attention(q, k, v, (height, width), (sy, sx), weight, scale, key_bias, image)
 
 
 def _fake(q: Tensor, *rest: Any) -> Tensor:
@@ -57,12 +41,9 @@ define(
     "kv_downsample_attention(Tensor q, Tensor k, Tensor v, SymInt height, SymInt width, SymInt sy, SymInt sx,"
     " float alpha, Tensor? row_alpha, float? scale, Tensor? key_bias, SymInt image_start, SymInt image_stop)"
     " -> Tensor",
-    _with(reference.kv_downsample),
+    _reference,
     _fake,
 )
-if native.implementation("kv_downsample") is not None:
-    # PyTorch's attention is compiled code already; what the library adds is the pooling.
-    backends.register("kv_downsample_attention", "cpp", "cpu")(_with(native_pool))
 
 
 def kv_downsample_attention(

@@ -2,39 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .. import backends, native, reference
+from .. import reference
 from ..checks import check_factor, check_grid, check_same_device, check_tensor
 from ._library import define, inference_only
-from .attention import native_pool
 from .kv_downsample import check_alpha
 
 
-def _with(pool: Callable[..., Any]) -> Callable[..., tuple[Tensor, Tensor]]:
-    """The op in PyTorch, around an implementation of `kv_downsample`."""
-
-    def project(
-        x: Tensor,
-        height: int,
-        width: int,
-        sy: int,
-        sx: int,
-        alpha: float,
-        row_alpha: Tensor | None,
-        w_k: Tensor,
-        w_v: Tensor,
-        b_k: Tensor | None,
-        b_v: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        weight = alpha if row_alpha is None else row_alpha
-        return reference.pooled_kv_projection(x, (height, width), (sy, sx), weight, w_k, w_v, b_k, b_v, pool)
-
-    return project
+def _reference(
+    x: Tensor,
+    height: int,
+    width: int,
+    sy: int,
+    sx: int,
+    alpha: float,
+    row_alpha: Tensor | None,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_k: Tensor | None,
+    b_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    weight = alpha if row_alpha is None else row_alpha
+    return reference.pooled_kv_projection(x, (height, width), (sy, sx), weight, w_k, w_v, b_k, b_v)
 
 
 def _fake(
@@ -57,11 +48,9 @@ def _fake(
 define(
     "pooled_kv_projection(Tensor x, SymInt height, SymInt width, SymInt sy, SymInt sx, float alpha,"
     " Tensor? row_alpha, Tensor w_k, Tensor w_v, Tensor? b_k, Tensor? b_v) -> (Tensor, Tensor)",
-    _with(reference.kv_downsample),
+    _reference,
     _fake,
 )
-if native.implementation("kv_downsample") is not None:
-    backends.register("pooled_kv_projection", "cpp", "cpu")(_with(lambda x, *rest: native_pool([x], *rest)[0]))
 
 
 def pooled_kv_projection(

@@ -22,8 +22,7 @@ if ON_GPU and not torch.cuda.is_available():
 
 needs_cuda = pytest.mark.skipif(not ON_GPU, reason="needs CUDA itself")
 # Backends whose kernels run on the device, the reference aside.
-_KNOWN = backends.known_backends()
-BACKENDS = [name for name in backends.PREFERENCE[DEVICE.type] if name != "reference" and name in _KNOWN]
+BACKENDS = [name for name in backends.order(DEVICE.type) if name != "reference"]
 assert BACKENDS, f"no backend has kernels for {DEVICE.type}: is the package installed (python -m bigain_kernels.env)?"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 

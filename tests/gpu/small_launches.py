@@ -63,9 +63,8 @@ def main() -> None:
     parser.add_argument("--backend", action="append", help="default: all that have kernels for the device")
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args()
-    known = [b for b in bk.backends.PREFERENCE[options.device] if b in bk.backends.known_backends()]
     torch.set_grad_enabled(False)
-    for backend in options.backend or [name for name in known if name != "reference"]:
+    for backend in options.backend or [name for name in bk.backends.order(options.device) if name != "reference"]:
         with bk.use_backend(backend):
             for dtype, (grid, stride) in zip(DTYPES, GRIDS, strict=True):
                 whole = tokens(2, grid[0] * grid[1] + 3, 149, dtype).to(options.device)

@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from bigain_kernels import backends, kv_downsample, methods, reference, token_merge, token_unmerge, use_backend
+from bigain_kernels import (
+    backends,
+    kv_downsample,
+    laplacian_score,
+    methods,
+    reference,
+    token_merge,
+    token_unmerge,
+    use_backend,
+)
 
 pytest.importorskip("triton")
 
 from bigain_kernels.aot import record_launches
-from bigain_kernels.ops._triton import OPS
+from bigain_kernels.backends.triton import OPS
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 from tests.shapes import tokens
+
+
+@pytest.fixture
+def on_cpu():
+    """The backend "triton" as if it took CPU tensors: what it refuses can be seen without a GPU."""
+    with backends.registered(replace(backends.get("triton"), devices=("cpu",), priority=100)):
+        yield
 
 
 def test_every_op_is_registered_for_cuda():
@@ -25,42 +43,42 @@ def test_every_op_is_registered_for_cuda():
                 backends.choose(op, "cpu")
 
 
-def test_float64_goes_to_the_next_backend():
+def test_float64_goes_to_the_next_backend(on_cpu):
     x = tokens(1, 12, 8, torch.float64)
-    score = IMPLEMENTATIONS["laplacian_score"](x, 3, 4, "l1")
-    assert torch.equal(score, reference.laplacian_score(x, (3, 4)))
+    assert backends.choose("laplacian_score", "cpu").backend == "triton"
+    torch.testing.assert_close(laplacian_score(x, (3, 4)), reference.laplacian_score(x, (3, 4)))
     with use_backend("triton"), pytest.raises(backends.BackendUnavailable, match="does not compute in float64"):
-        IMPLEMENTATIONS["laplacian_score"](x, 3, 4, "l1")
+        laplacian_score(x, (3, 4))
 
 
-def test_float64_operands_of_a_norm_go_to_the_next_backend():
+def test_float64_operands_of_a_norm_go_to_the_next_backend(on_cpu):
     x, row = tokens(1, 12, 8), torch.ones(8, dtype=torch.float64)
-    plan = methods.lgtm_plan(x, (3, 4), 0.5)
-    call = (x, plan.slot, plan.offsets, plan.members, plan.anchor, None, 1e-5, row, row, None, None)
-    expected = reference.token_merge(x, plan, norm_eps=1e-5, norm_weight=row, norm_bias=row)
-    assert torch.equal(IMPLEMENTATIONS["token_merge_norm"](*call), expected)
+    with use_backend("reference"):
+        plan = methods.lgtm_plan(x, (3, 4), 0.5)
+    norm = {"norm_eps": 1e-5, "norm_weight": row, "norm_bias": row}
+    torch.testing.assert_close(token_merge(x, plan, **norm), reference.token_merge(x, plan, **norm))
     with use_backend("triton"), pytest.raises(backends.BackendUnavailable, match="does not compute in float64"):
-        IMPLEMENTATIONS["token_merge_norm"](*call)
+        token_merge(x, plan, **norm)
 
 
-def test_long_rows_go_to_the_next_backend():
-    packed = torch.zeros(1, 65_537), torch.zeros(1, 65_537, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
-    expected = reference.merge_plan(*packed, 5, (1, 65_537))
-    assert torch.equal(IMPLEMENTATIONS["merge_plan"](*packed, 5)[0], expected.slot)
+def test_long_rows_go_to_the_next_backend(on_cpu):
+    call = torch.zeros(1, 65_537), torch.zeros(1, 65_537, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
+    expected = reference.merge_plan(*call, 5, (1, 65_537))
+    assert torch.equal(torch.ops.bigain.merge_plan(*call, 5)[0], expected.slot)
     with use_backend("triton"), pytest.raises(backends.BackendUnavailable, match="at most 65536 tokens, got 65537"):
-        IMPLEMENTATIONS["merge_plan"](*packed, 5)
+        torch.ops.bigain.merge_plan(*call, 5)
 
 
 @pytest.mark.parametrize("shape", [(16_384, 1, 2), (1, 1_000_001, 1)])
-def test_what_no_grid_of_programs_holds_goes_to_the_next_backend(shape):
+def test_what_no_grid_of_programs_holds_goes_to_the_next_backend(on_cpu, shape):
     x = tokens(*shape)
     grid = (1, shape[1])
-    assert torch.equal(IMPLEMENTATIONS["laplacian_score"](x, *grid, "l1"), reference.laplacian_score(x, grid))
+    torch.testing.assert_close(laplacian_score(x, grid), reference.laplacian_score(x, grid))
     with (
         use_backend("triton"),
         pytest.raises(backends.BackendUnavailable, match="at most 16383 rows of 1000000 tokens"),
     ):
-        IMPLEMENTATIONS["laplacian_score"](x, *grid, "l1")
+        laplacian_score(x, grid)
 
 
 @pytest.mark.parametrize("share", [1, 2])

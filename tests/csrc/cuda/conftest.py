@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,13 +114,13 @@ def cuda_ops() -> CudaOps:
 
 
 @pytest.fixture
-def on_cuda(cuda_ops, monkeypatch) -> CudaOps:
+def on_cuda(cuda_ops) -> Iterator[CudaOps]:
     """The public ops run on the CUDA kernels, which the emulator brings to CPU tensors."""
-    if cuda_ops.emulated:
-        for op in OPS:
-            kernel = getattr(cuda_ops.ops, op).default
-            monkeypatch.setitem(backends._implementations[op], ("cuda", "cpu"), kernel)
-    with bk.use_backend("cuda"):
+    cuda = backends.get("cuda")
+    with (
+        backends.registered(replace(cuda, devices=("cpu",), missing="") if cuda_ops.emulated else cuda),
+        bk.use_backend("cuda"),
+    ):
         yield cuda_ops
 
 

@@ -1,0 +1,38 @@
+"""The backend "cuda": the CUDA C++ library."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import native
+from .backend import Backend, Implementation
+
+
+def _implement(op: str) -> Implementation | None:
+    packet = getattr(torch.ops.bigain_cuda, op, None)
+    return None if packet is None else packet.default
+
+
+@functools.cache
+def _has_code_for(device: int) -> bool:
+    return torch.ops.bigain_cuda.runs_on(device)
+
+
+def _refuses(op: str, arguments: tuple[Any, ...]) -> str:
+    for argument in arguments:
+        for tensor in argument if isinstance(argument, (list, tuple)) else (argument,):
+            if not isinstance(tensor, Tensor):
+                continue
+            if tensor.dtype == torch.float64:
+                return "does not compute in float64"
+            if tensor.is_cuda and not _has_code_for(tensor.device.index):
+                major, minor = torch.cuda.get_device_capability(tensor.device)
+                return f"was built without sm_{major}{minor}, which {tensor.device} needs"
+    return ""
+
+
+CUDA = Backend("cuda", _implement, devices=("cuda",), priority=20, missing=native.CUDA_REASON, refuses=_refuses)
