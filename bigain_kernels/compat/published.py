@@ -44,7 +44,7 @@ def published_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[i
 def published_lgtm_plan(x: Tensor, grid: tuple[int, int], ratio: float, stride: tuple[int, int] = (2, 2)) -> MergePlan:
     """L-GTM with `published_destinations`; arguments, result and errors as `bigain_kernels.lgtm_plan`."""
     grid, stride, r = check_method(x, grid, ratio, stride, None)
-    destinations = published_destinations(laplacian_score(x, grid), grid, stride)
+    destinations = published_destinations(laplacian_score(x.detach(), grid), grid, stride)
     return match_and_plan(x, destinations, r, grid, stride, None)
 
 

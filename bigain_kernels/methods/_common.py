@@ -31,9 +31,7 @@ def match_and_plan(
     x: Tensor, destinations: Tensor, r: int, grid: tuple[int, int], stride: tuple[int, int], window: int | None
 ) -> MergePlan:
     """The second half of every method that merges into destinations."""
-    similarity, match = bipartite_match(
-        x, destinations, window=window, grid=None if window is None else grid, stride=None if window is None else stride
-    )
+    similarity, match = bipartite_match(x.detach(), destinations, window, grid, stride)
     return merge_plan(similarity, match, destinations, r, grid)
 
 

@@ -48,7 +48,7 @@ def lgtm_plan(
     if window is not None:
         check_count("window", window)
     slot, offsets, members, anchor = torch.ops.bigain.lgtm_plan(
-        x.detach(), *grid, *stride, r, NO_WINDOW if window is None else window, share_plan or 1
+        x, *grid, *stride, r, NO_WINDOW if window is None else window, share_plan or 1
     )
     return MergePlan(slot, offsets, members, anchor, grid, x.shape[1] - r)
 

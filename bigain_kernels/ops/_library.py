@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import backends
 from ..backends.reference import IMPLEMENTATIONS
+from ._autograd import define_refusal, refuse_derivatives
+from ._vmap import one_by_one
 
 
 def _library() -> torch.library.Library:
@@ -30,6 +31,7 @@ def _library() -> torch.library.Library:
 
 # Keeping the Library object alive keeps the registrations alive. C++ and Triton only add implementations to it.
 LIBRARY = _library()
+define_refusal(LIBRARY)
 
 
 def define(
@@ -54,26 +56,5 @@ def define(
     # One Python kernel for all devices: the backend is chosen at the call, so use_backend works in compiled code too.
     LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
     torch.library.register_fake(f"bigain::{name}", fake, lib=LIBRARY)
-
-
-class _RefuseBackward(torch.autograd.Function):
-    """The identity, with a backward that says why there is none."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, op: str) -> Tensor:
-        ctx.op = op
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError(
-            f"bigain_kernels.{ctx.op}: has no backward, the ops are for inference; "
-            "run under torch.no_grad() or detach the input"
-        )
-
-
-def inference_only(op: str, x: Tensor) -> Tensor:
-    """`x`, made to raise instead of returning wrong gradients when something backpropagates through the op."""
-    if x.requires_grad and torch.is_grad_enabled():
-        return _RefuseBackward.apply(x, op)
-    return x
+    LIBRARY.impl(name, refuse_derivatives(name, dispatch), "Autograd", with_keyset=True)
+    torch.library.register_vmap(f"bigain::{name}", one_by_one(name), lib=LIBRARY)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_count, check_factor, check_grid, check_number, check_same_device, check_tensor
-from ._library import define, inference_only
+from ._library import define
 from .kv_downsample import check_alpha
 
 
@@ -84,7 +84,7 @@ def kv_downsample_attention(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor, alpha, scale or image_tokens.
-        RuntimeError: on backward; the op is for inference.
+        RuntimeError: on differentiation; the op is for inference.
     """
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor, 4)
@@ -99,7 +99,7 @@ def kv_downsample_attention(
     start, stop = _check_image_tokens(image_tokens, tokens)
     height, width = check_grid(grid, stop - start, "k" if image_tokens is None else "image_tokens")
     sy, sx = check_factor(factor, (height, width))
-    number, row_alpha = check_alpha("kv_downsample_attention", alpha, q, "q")
+    number, row_alpha = check_alpha(alpha, q, "q")
     if scale is not None:
         check_number("scale", scale)
     if key_bias is not None:
@@ -111,8 +111,6 @@ def kv_downsample_attention(
         if (rows == 0 and batch != 0) or (rows != 0 and batch % rows != 0):
             raise ValueError(f"key_bias: got {rows} rows, expected a divisor of {batch}, the batch of q")
         check_same_device(q=q, key_bias=key_bias)
-        key_bias = inference_only("kv_downsample_attention", key_bias)
-    q, k, v = (inference_only("kv_downsample_attention", tensor) for tensor in (q, k, v))
     return torch.ops.bigain.kv_downsample_attention(
         q, k, v, height, width, sy, sx, number, row_alpha, scale, key_bias, start, stop
     )

@@ -59,6 +59,7 @@ def bipartite_match(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, batch, window, grid or stride.
+        RuntimeError: on differentiation; the op is for inference.
     """
     check_tensor("x", x, 3)
     check_tensor("destinations", destinations, 2, (torch.int32,))
@@ -70,8 +71,8 @@ def bipartite_match(
         )
     check_same_device(x=x, destinations=destinations)
     if window is None:
-        return torch.ops.bigain.bipartite_match(x.detach(), destinations, _NO_WINDOW, 1, 1, 1, 1)
+        return torch.ops.bigain.bipartite_match(x, destinations, _NO_WINDOW, 1, 1, 1, 1)
     check_count("window", window)
     height, width = check_grid(grid, x.shape[1], "x")
     sy, sx = check_pair("stride", stride)
-    return torch.ops.bigain.bipartite_match(x.detach(), destinations, window, height, width, sy, sx)
+    return torch.ops.bigain.bipartite_match(x, destinations, window, height, width, sy, sx)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_factor, check_grid, check_number, check_same_device, check_tensor
-from ._library import define, inference_only
+from ._library import define
 
 
 def _reference(
@@ -31,7 +31,7 @@ define(
 )
 
 
-def check_alpha(op: str, alpha: object, like: Tensor, like_name: str) -> tuple[float, Tensor | None]:
+def check_alpha(alpha: object, like: Tensor, like_name: str) -> tuple[float, Tensor | None]:
     """`alpha` as the op takes it: a number, and the (B,) float32 tensor that replaces it when one was given."""
     if not isinstance(alpha, Tensor):
         check_number("alpha", alpha)
@@ -40,7 +40,7 @@ def check_alpha(op: str, alpha: object, like: Tensor, like_name: str) -> tuple[f
     if alpha.shape[0] != like.shape[0]:
         raise ValueError(f"alpha: got {alpha.shape[0]} values, expected {like.shape[0]}, the batch of {like_name}")
     check_same_device(**{like_name: like, "alpha": alpha})
-    return 0.0, inference_only(op, alpha)
+    return 0.0, alpha
 
 
 @overload
@@ -75,7 +75,7 @@ def kv_downsample(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor or alpha.
-        RuntimeError: on backward; the op is for inference.
+        RuntimeError: on differentiation; the op is for inference.
     """
     if not isinstance(x, (Tensor, list, tuple)):
         raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor or a sequence of them")
@@ -92,7 +92,6 @@ def kv_downsample(
         check_same_device(**{"x[0]": tensors[0], name: tensor})
     height, width = check_grid(grid, tensors[0].shape[1], "x")
     sy, sx = check_factor(factor, (height, width))
-    number, row_alpha = check_alpha("kv_downsample", alpha, tensors[0], "x")
-    tensors = [inference_only("kv_downsample", tensor) for tensor in tensors]
+    number, row_alpha = check_alpha(alpha, tensors[0], "x")
     pooled = torch.ops.bigain.kv_downsample(tensors, height, width, sy, sx, number, row_alpha)
     return pooled[0] if isinstance(x, Tensor) else tuple(pooled)

@@ -41,11 +41,12 @@ def laplacian_score(x: Tensor, grid: tuple[int, int], norm: str = "l1") -> Tenso
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, grid or norm.
+        RuntimeError: on differentiation; the op is for inference.
     """
     check_tensor("x", x, 3)
     height, width = check_grid(grid, x.shape[1], "x")
     check_choice("norm", norm, NORMS)
-    return torch.ops.bigain.laplacian_score(x.detach(), height, width, norm)
+    return torch.ops.bigain.laplacian_score(x, height, width, norm)
 
 
 def select_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import reference
 from ..checks import check_factor, check_grid, check_same_device, check_tensor
-from ._library import define, inference_only
+from ._library import define
 from .kv_downsample import check_alpha
 
 
@@ -86,7 +86,7 @@ def pooled_kv_projection(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor or alpha.
-        RuntimeError: on backward; the op is for inference.
+        RuntimeError: on differentiation; the op is for inference.
     """
     check_tensor("x", x, 3)
     for name, weight, bias_name, bias in (("w_k", w_k, "b_k", b_k), ("w_v", w_v, "b_v", b_v)):
@@ -101,9 +101,7 @@ def pooled_kv_projection(
                 raise ValueError(f"{bias_name}: got shape {tuple(bias.shape)}, expected {(weight.shape[0],)}")
     height, width = check_grid(grid, x.shape[1], "x")
     sy, sx = check_factor(factor, (height, width))
-    number, row_alpha = check_alpha("pooled_kv_projection", alpha, x, "x")
-    x, w_k, w_v = (inference_only("pooled_kv_projection", tensor) for tensor in (x, w_k, w_v))
-    b_k, b_v = (None if bias is None else inference_only("pooled_kv_projection", bias) for bias in (b_k, b_v))
+    number, row_alpha = check_alpha(alpha, x, "x")
     return torch.ops.bigain.pooled_kv_projection(x, height, width, sy, sx, number, row_alpha, w_k, w_v, b_k, b_v)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import reference
 from ..checks import FLOAT_DTYPES, check_choice, check_number, check_plan, check_same_device, check_tensor
 from ..plan import MergePlan
-from ._library import define, inference_only
+from ._library import define
 
 MODES = ("mean", "mlerp", "prune")
 
@@ -131,7 +131,7 @@ def token_merge(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, plan, mode, weights given with "prune", a norm with
             another mode than "mean", half of a pair, or what belongs to a norm without norm_eps.
-        RuntimeError: on backward; the op is for inference.
+        RuntimeError: on differentiation; the op is for inference.
     """
     check_tensor("x", x, 3)
     check_plan(plan, "x", x, "num_tokens")
@@ -143,15 +143,12 @@ def token_merge(
         if weights.shape != x.shape[:2]:
             raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(x.shape[:2])}")
         check_same_device(x=x, weights=weights)
-        weights = inference_only("token_merge", weights)
     operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
     _check_norm(x, mode, norm_eps, operands)
-    x = inference_only("token_merge", x)
     tables = (plan.slot, plan.offsets, plan.members, plan.anchor)
     if norm_eps is None:
         return torch.ops.bigain.token_merge(x, *tables, mode, weights)
-    detached = (None if t is None else inference_only("token_merge", t) for t in operands.values())
-    return torch.ops.bigain.token_merge_norm(x, *tables, weights, float(norm_eps), *detached)
+    return torch.ops.bigain.token_merge_norm(x, *tables, weights, float(norm_eps), *operands.values())
 
 
 def token_unmerge(y: Tensor, plan: MergePlan, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
@@ -168,7 +165,7 @@ def token_unmerge(y: Tensor, plan: MergePlan, residual: Tensor | None = None, ga
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape or plan.
-        RuntimeError: on backward; the op is for inference.
+        RuntimeError: on differentiation; the op is for inference.
     """
     check_tensor("y", y, 3)
     check_plan(plan, "y", y, "num_slots")
@@ -178,12 +175,9 @@ def token_unmerge(y: Tensor, plan: MergePlan, residual: Tensor | None = None, ga
         if residual.shape != expected:
             raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {expected}")
         check_same_device(y=y, residual=residual)
-        residual = inference_only("token_unmerge", residual)
     if gate is not None:
         check_tensor("gate", gate, 2, FLOAT_DTYPES)
         if gate.shape != (y.shape[0], y.shape[2]):
             raise ValueError(f"gate: got shape {tuple(gate.shape)}, expected {(y.shape[0], y.shape[2])}")
         check_same_device(y=y, gate=gate)
-        gate = inference_only("token_unmerge", gate)
-    y = inference_only("token_unmerge", y)
     return torch.ops.bigain.token_unmerge(y, plan.slot, plan.offsets, plan.members, plan.anchor, residual, gate)
