@@ -33,6 +33,9 @@ ISAS = {
     "avx512": "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
 
+# The matrix unit, on top of avx512, where the compiler knows it (GCC 11, clang 12).
+AMX = "-mamx-tile -mamx-bf16"
+
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 # Fused multiply-add and reordered sums where the source asks for them (omp simd), but NaN and infinities as IEEE says.
 FAST = "-O3 -fopenmp-simd -ffp-contract=fast -fno-math-errno -fno-trapping-math"
@@ -91,6 +94,12 @@ def why_not() -> str:
     return ""
 
 
+def takes(compiler: str, flags: str) -> bool:
+    """Whether the compiler knows the flags."""
+    command = [*compiler.split(), *flags.split(), "-x", "c++", "-E", os.devnull]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
 def escape(path: Path | str) -> str:
     """A path as ninja writes it."""
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
@@ -105,8 +114,11 @@ def ninja_file(output: Path, sanitize: bool) -> str:
     # Clang does not peel loops for alignment. GCC must not: the order of a sum would depend on the address.
     kernel_flags = "" if is_clang else "--param=vect-max-peeling-for-alignment=0"
     op_flags = f"-isystem {escape(torch / 'include')} -DTORCH_TARGET_VERSION={TARGET_VERSION}"
+    has_amx = is_x86 and platform.system() == "Linux" and takes(compiler, AMX)
     if is_x86:
         op_flags += " -DBIGAIN_X86_ISAS"
+    if has_amx:
+        op_flags += " -DBIGAIN_AMX"
     link = "-shared -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared -Wl,-z,defs"
     lines = [
         "ninja_required_version = 1.5",
@@ -133,6 +145,10 @@ def ninja_file(output: Path, sanitize: bool) -> str:
         if isa == "baseline" or is_x86:
             for stem in KERNELS:
                 compile_one(stem, f"{stem}.{isa}", f"{kernel_flags} {machine} -DBIGAIN_ISA={isa}")
+    if has_amx:
+        # GCC's own header reads an undefined register on purpose, and warns of it.
+        quiet = "" if is_clang else " -Wno-maybe-uninitialized"
+        compile_one("match_amx", "match_amx", f"{ISAS['avx512']} {AMX}{quiet}")
     # libtorch_cpu is loaded before by `import torch`; naming it here lets the loader find its symbols, no path is kept.
     lines += [
         f"build {escape(output)}: link {' '.join(objects)}",

@@ -1,8 +1,7 @@
 // bipartite_match on the CPU (bipartite soft matching of ToMe, Bolya et al. 2023).
+#include "bipartite_match_amx.h"
 #include "bipartite_match_window.h"
 #include "match_kernel.h"
-#include "op_common.h"
-#include "row_kernels.h"
 
 namespace bigain {
 namespace {
@@ -62,32 +61,29 @@ void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
     }
   });
 
-  const int64_t chunks = (m.tokens + kMatchRows - 1) / kMatchRows;
-  for_each_task(num_rows * chunks, kMatchRows * m.count * m.channels / 16, [&](int64_t begin, int64_t end) {
+  const SourceChunks chunks(m, first_row, last_row, kMatchRows);
+  for_each_task(chunks.count(), kMatchRows * m.count * m.channels / 16, [&](int64_t begin, int64_t end) {
     std::vector<A> wide(std::is_same_v<A, T> ? 0 : kMatchRows * m.channels);
     const A* rows[kMatchRows];
-    int64_t sources[kMatchRows];
     A best[kMatchRows];
     int32_t position[kMatchRows];
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t row = task / chunks, b = first_row + row, first = task % chunks * kMatchRows;
-      int64_t size = 0;
-      for (int64_t n = first; n < std::min(first + kMatchRows, m.tokens); ++n) {
-        if (m.is_destination[b * m.tokens + n]) continue;
+      const SourceChunks::Chunk chunk = chunks[task];
+      for (int64_t i = 0; i < chunk.count; ++i) {
+        const T* const source = m.x.row(chunk.row, chunk.sources[i]);
         if constexpr (std::is_same_v<A, T>) {
-          rows[size] = m.x.row(b, n);
+          rows[i] = source;
         } else {
-          A* const copy = wide.data() + size * m.channels;
-          m.rows->divide(m.x.row(b, n), A(1), m.channels, copy);
-          rows[size] = copy;
+          A* const copy = wide.data() + i * m.channels;
+          m.rows->divide(source, A(1), m.channels, copy);
+          rows[i] = copy;
         }
-        sources[size++] = n;
       }
-      if (size == 0) continue;
-      kernel.match(rows, size, panels + row * num_panels * m.channels * width, bias + row * num_panels * width,
-                   num_panels, m.channels, best, position);
-      for (int64_t i = 0; i < size; ++i) {
-        m.store(b, sources[i], best[i], position[i]);
+      const int64_t row = chunk.row - first_row;
+      kernel.match(rows, chunk.count, panels + row * num_panels * m.channels * width, bias + row * num_panels * width,
+                   m.count, m.channels, best, position);
+      for (int64_t i = 0; i < chunk.count; ++i) {
+        m.store(chunk.row, chunk.sources[i], best[i], position[i]);
       }
     }
   });
@@ -140,8 +136,11 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& de
     }
     const int64_t row_bytes = std::max<int64_t>(1, count * m.channels * sizeof(A));
     const int64_t at_once = std::max<int64_t>(1, kPackedBytes / row_bytes);
-    for (int64_t first = 0; first < batch; first += at_once) {
-      match_rows(m, first, std::min(first + at_once, batch));
+    for (int64_t first = 0, last; first < batch; first = last) {
+      const bool on_amx = fits_amx(m, first);
+      for (last = first + 1; last < std::min(first + at_once, batch) && fits_amx(m, last) == on_amx; ++last) {
+      }
+      on_amx ? match_rows_on_amx(m, first, last) : match_rows(m, first, last);
     }
   });
   return {similarity, match};

@@ -1,46 +1,9 @@
-// What both forms of bipartite matching share, and the form that compares only with the destinations of near tiles.
+// Bipartite matching that compares only with the destinations of near tiles.
 #pragma once
 
-#include "op_common.h"
-#include "row_kernels.h"
+#include "matching.h"
 
 namespace bigain {
-
-template <typename T>
-struct Matching {
-  using A = accumulate_t<T>;
-
-  Tokens<T> x;  // (B, N, C)
-  int64_t batch, tokens, channels;
-  int64_t count;  // D, destinations in each row
-  const RowKernels<T>* rows;
-  const int32_t* destinations;    // (B, D)
-  A* norm;                        // (B, N), 0 for tokens without a direction
-  const uint8_t* is_destination;  // (B, N)
-  float* similarity;              // (B, N)
-  int32_t* match;                 // (B, N)
-
-  // Writes destination d of row b, scaled to norm one, to `unit` (C); returns its norm. Zeros if it has no direction.
-  A unit_destination(int64_t b, int64_t d, A* unit) const {
-    const int64_t n = destinations[b * count + d];
-    const A length = norm[b * tokens + n];
-    if (length > 0) {
-      rows->divide(x.row(b, n), length, channels, unit);
-    } else {
-      std::fill_n(unit, channels, A(0));
-    }
-    return length;
-  }
-
-  // The best destination of source n: `product` is the largest product of the token with a unit destination, -inf when
-  // there is none; `position` counts destinations.
-  void store(int64_t b, int64_t n, A product, int64_t position) const {
-    const int64_t at = b * tokens + n;
-    const bool usable = norm[at] > 0 && product > -std::numeric_limits<A>::infinity();
-    match[at] = destinations[b * count + (usable ? position : 0)];
-    if (usable) similarity[at] = static_cast<float>(product / norm[at]);
-  }
-};
 
 // Tiles of the grid; leftover strips belong to the nearest real tile.
 struct TileGrid {

@@ -57,31 +57,32 @@ struct Tile {
 
   static Vector load(const A* from) { return *reinterpret_cast<const typename Lanes<A>::Unaligned*>(from); }
 
-  // Compares kRows sources with the destinations first, ..., first + kWidth - 1 of one panel (channels, kWidth).
+  // Compares kRows sources with the destinations first, ..., first + kUsed * kLanes - 1 of one panel (channels, kWidth).
+  template <int kUsed>
   static void compare(const A* const* rows, const A* panel, const A* bias, int64_t channels, int64_t first,
                       Best* best) {
-    Vector total[kRows][kVectors] = {};
+    Vector total[kRows][kUsed] = {};
     for (int64_t start = 0; start < channels; start += kRun) {
       const int64_t end = channels - start < kRun ? channels : start + kRun;
-      Vector sum[kRows][kVectors] = {};
+      Vector sum[kRows][kUsed] = {};
       for (int64_t c = start; c < end; ++c) {
-        Vector destination[kVectors];
-        for (int v = 0; v < kVectors; ++v) {
+        Vector destination[kUsed];
+        for (int v = 0; v < kUsed; ++v) {
           destination[v] = load(panel + c * kWidth + v * kLanes);
         }
         for (int i = 0; i < kRows; ++i) {
-          for (int v = 0; v < kVectors; ++v) {
+          for (int v = 0; v < kUsed; ++v) {
             sum[i][v] += rows[i][c] * destination[v];
           }
         }
       }
       for (int i = 0; i < kRows; ++i) {
-        for (int v = 0; v < kVectors; ++v) {
+        for (int v = 0; v < kUsed; ++v) {
           total[i][v] += sum[i][v];
         }
       }
     }
-    for (int v = 0; v < kVectors; ++v) {
+    for (int v = 0; v < kUsed; ++v) {
       const Vector offset = load(bias + v * kLanes);
       Index position;
       for (int64_t l = 0; l < kLanes; ++l) {
@@ -97,7 +98,7 @@ struct Tile {
     }
   }
 
-  static void match(const A* const* rows, int64_t count, const A* panels, const A* bias, int64_t num_panels,
+  static void match(const A* const* rows, int64_t count, const A* panels, const A* bias, int64_t num_destinations,
                     int64_t channels, A* best_value, int32_t* best_position) {
     constexpr A kLowest = -std::numeric_limits<A>::infinity();
     // The last tile is filled up with its last source, whose results are the same each time.
@@ -108,10 +109,12 @@ struct Tile {
       padded[i] = rows[i < count ? i : count - 1];
       best[i] = Best{Vector{} + kLowest, Index{}};
     }
-    for (int64_t panel = 0; panel < num_panels; ++panel) {
+    for (int64_t first = 0; first < num_destinations; first += kWidth) {
+      // Vectors of the last panel that hold no destination are left out.
+      const int64_t vectors = (num_destinations - first + kLanes - 1) / kLanes;
+      const auto compare_some = vectors >= kVectors ? compare<kVectors> : vectors == 2 ? compare<2> : compare<1>;
       for (int64_t i = 0; i < filled; i += kRows) {
-        compare(padded + i, panels + panel * channels * kWidth, bias + panel * kWidth, channels, panel * kWidth,
-                best + i);
+        compare_some(padded + i, panels + first * channels, bias + first, channels, first, best + i);
       }
     }
     for (int64_t i = 0; i < count; ++i) {

@@ -19,8 +19,8 @@ struct MatchKernel {
 
   // For each of `count` <= kMatchRows sources: the largest rows[i] . destination + bias[destination] and the first
   // destination that has it. Sources that compare with nothing (NaN) get -inf and 0.
-  // panels (num_panels, channels, panel_width), bias (num_panels * panel_width).
-  void (*match)(const A* const* rows, int64_t count, const A* panels, const A* bias, int64_t num_panels,
+  // panels (num_panels, channels, panel_width), bias (num_panels * panel_width); the last panel may be partly empty.
+  void (*match)(const A* const* rows, int64_t count, const A* panels, const A* bias, int64_t num_destinations,
                 int64_t channels, A* best, int32_t* position);
 };
 
