@@ -87,6 +87,18 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name}: got {value}, expected a finite number")
 
 
+def check_alpha(alpha: object, like: Tensor, like_name: str) -> tuple[float, Tensor | None]:
+    """`alpha` as the op takes it: a number, and the (B,) float32 tensor that replaces it when one was given."""
+    if not isinstance(alpha, Tensor):
+        check_number("alpha", alpha)
+        return float(alpha), None  # type: ignore[arg-type]
+    check_tensor("alpha", alpha, 1, (torch.float32,))
+    if alpha.shape[0] != like.shape[0]:
+        raise ValueError(f"alpha: got {alpha.shape[0]} values, expected {like.shape[0]}, the batch of {like_name}")
+    check_same_device(**{like_name: like, "alpha": alpha})
+    return 0.0, alpha
+
+
 def check_plan(plan: object, name: str, tensor: Tensor, length: str) -> None:
     """`plan` is a MergePlan whose rows divide the batch of `tensor` and whose `length` is its number of tokens."""
     if not isinstance(plan, MergePlan):

@@ -5,8 +5,13 @@ The float64 reference is the truth. One table holds the tolerances; nothing loos
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
+
+from .declaration import OPS
+from .plan import MergePlan
 
 # (relative, absolute) error allowed against the float64 reference for inputs of order one. float32 covers a sum over a
 # few thousand channels; the 16-bit dtypes are computed in float32 and rounded once: half a unit in the last place and
@@ -19,6 +24,78 @@ TOLERANCES: dict[torch.dtype, tuple[float, float]] = {
 }
 # Cosine similarities are sums of up to 4,096 products of magnitude 1 / C, accumulated in float32 from exact inputs.
 SIMILARITY_TOLERANCE = 4e-6
+
+
+class Inputs:
+    """What the samples of the ops are made of: small tokens, and what the reference makes of them, on one device.
+
+    Attributes:
+        grid, stride, n, r: (H, W), (sy, sx), the number of tokens and how many of them are merged.
+        x: (4, N, 10) tokens.
+        q: (4, 2, N, 5), the same as queries of two heads.
+        y: (4, N - r, 10) slots.
+        w: (6, 10), the weight of a projection.
+        weights: (4, N) float32, positive.
+        alphas: (4,) float32.
+    """
+
+    grid, stride, n, r = (6, 8), (2, 2), 48, 20
+
+    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        x = torch.randn(4, self.n, 10, generator=torch.Generator().manual_seed(0))
+        self.x = x.to(device, dtype)
+        self.q = self.x.unflatten(2, (2, 5)).transpose(1, 2)
+        self.y = self.x[:, : self.n - self.r].contiguous()
+        self.w = self.x[0, :6]
+        self.weights = x.abs().sum(2).to(device)
+        self.alphas = torch.linspace(0.8, 1.2, 4, device=device)
+
+    @cached_property
+    def score(self) -> Tensor:
+        """(4, N) float32."""
+        from . import reference
+
+        return reference.laplacian_score(self.x, self.grid)
+
+    @cached_property
+    def destinations(self) -> Tensor:
+        """(4, D) int32."""
+        from . import reference
+
+        return reference.select_destinations(self.score, self.grid, self.stride)
+
+    @cached_property
+    def _matched(self) -> tuple[Tensor, Tensor]:
+        from . import reference
+
+        return reference.bipartite_match(self.x, self.destinations)
+
+    @property
+    def similarity(self) -> Tensor:
+        """(4, N) float32."""
+        return self._matched[0]
+
+    @property
+    def match(self) -> Tensor:
+        """(4, N) int32."""
+        return self._matched[1]
+
+    @cached_property
+    def plan(self) -> MergePlan:
+        """The plan with N - r slots."""
+        from . import reference
+
+        return reference.merge_plan(self.similarity, self.match, self.destinations, self.r, self.grid)
+
+
+def samples(inputs: Inputs | None = None) -> dict[str, tuple[str, tuple]]:
+    """A few calls of every op: by the name of the op and of the sample, the op and its flat arguments."""
+    inputs = inputs or Inputs()
+    return {
+        f"{op.name} {name}".strip(): (op.name, op.flatten(*arguments))
+        for op in OPS.values()
+        for name, arguments in op.samples(inputs).items()
+    }
 
 
 def assert_close(actual: Tensor, expected: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -72,8 +149,6 @@ def assert_match_is_best(x: Tensor, destinations: Tensor, similarity: Tensor, ma
 
 def assert_is_partition(plan: object) -> None:
     """A MergePlan keeps its promises: a partition of the tokens, in the documented order, with consistent tables."""
-    from .plan import MergePlan
-
     assert isinstance(plan, MergePlan)
     rows, n, m = plan.num_rows, plan.num_tokens, plan.num_slots
     for name, width in (("slot", n), ("offsets", m + 1), ("members", n), ("anchor", m)):

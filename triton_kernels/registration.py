@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from bigain_kernels.backends.compositions import attend, pool_image
-from bigain_kernels.reference.merge_plan import merged_tiles
+from bigain_kernels.tokens import merged_tiles
 
 from . import configs
 from ._common import FLOAT_DTYPES, MAX_TOKENS

@@ -1,7 +1,7 @@
 """Ops made of other ops, for backends that have no kernel of their own for them.
 
-The functions take implementations by the names of their ops and return one. `attend`, `pool_image` and `share_mean`
-are the steps between, in PyTorch.
+The functions take implementations by the names of their ops and return one. `attend` and `pool_image` are
+the steps between, in PyTorch.
 """
 
 from __future__ import annotations
@@ -12,20 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..declaration import Tables
+from ..tokens import share_mean
 from .backend import Implementation
-
-Tables = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def share_mean(x: Tensor, share: int) -> Tensor:
-    """Mean of the `share` rows that share a plan: (k * P, N, C) to (P, N, C), row b belonging to plan row b mod P.
-
-    The mean is accumulated in float32 and rounded to the dtype of x.
-    """
-    if share == 1:
-        return x
-    rows = x.unflatten(0, (share, x.shape[0] // share))
-    return rows.to(torch.promote_types(x.dtype, torch.float32)).mean(0).to(x.dtype)
 
 
 def lgtm_plan(

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from .. import reference
+from ..declaration import OPS, tables_of
+from ..plan import MergePlan
 from .backend import Backend, Implementation
 
-# Filled by the declarations of the ops.
-IMPLEMENTATIONS: dict[str, Implementation] = {}
 
-REFERENCE = Backend("reference", IMPLEMENTATIONS.get)
+def _implement(op: str) -> Implementation | None:
+    if op not in reference.__all__:
+        return None
+    function, is_list = OPS[op].of_public(getattr(reference, op)), OPS[op].returns == "Tensor[]"
+
+    def run(*args: Any) -> Any:
+        results = function(*args)
+        if isinstance(results, MergePlan):
+            return tables_of(results)
+        return list(results) if is_list else results
+
+    return run
+
+
+REFERENCE = Backend("reference", _implement)

@@ -7,7 +7,6 @@ the environment variable BIGAIN_BACKEND names one. A backend that was named and 
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 from collections.abc import Iterator
@@ -15,13 +14,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from ..declaration import OPS
 from .backend import Backend, Implementation
-from .reference import IMPLEMENTATIONS as OPS
 
 ENVIRONMENT_VARIABLE = "BIGAIN_BACKEND"
 _log = logging.getLogger(__name__)
 
 _backends: dict[str, Backend] = {}
+_found: dict[tuple[str, str], list[tuple[Backend, Implementation]]] = {}
 _requested: ContextVar[str | None] = ContextVar("bigain_backend", default=None)
 
 
@@ -57,7 +57,7 @@ def unregister(name: str) -> Backend:
     """
     backend = get(name)
     _backends.pop(name)
-    _candidates.cache_clear()
+    _found.clear()
     return backend
 
 
@@ -88,7 +88,7 @@ def registered(backend: Backend) -> Iterator[Backend]:
 
 def _put(backend: Backend) -> None:
     _backends[backend.name] = backend
-    _candidates.cache_clear()
+    _found.clear()
 
 
 def order(device: str) -> tuple[str, ...]:
@@ -102,11 +102,14 @@ def known_backends() -> list[str]:
     return sorted(name for name, backend in _backends.items() if any(backend.find(op) for op in OPS))
 
 
-@functools.cache
-def _candidates(op: str, device: str) -> tuple[tuple[Backend, Implementation], ...]:
-    """What implements an op for a device type, the preferred first."""
-    found = ((_backends[name], _backends[name].find(op)) for name in order(device))
-    return tuple((backend, function) for backend, function in found if function is not None)
+def _candidates(op: str, device: str) -> list[tuple[Backend, Implementation]]:
+    """What implements an op for a device type, the preferred first; the same list until a backend comes or goes."""
+    candidates = _found.get((op, device))
+    if candidates is None:
+        found = ((_backends[name], _backends[name].find(op)) for name in order(device))
+        candidates = [(backend, function) for backend, function in found if function is not None]
+        _found[op, device] = candidates
+    return candidates
 
 
 def _check_name(name: str, source: str) -> None:

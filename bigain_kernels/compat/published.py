@@ -12,7 +12,7 @@ from ..checks import check_grid, check_pair, check_plan, check_tensor
 from ..methods._common import check_method, match_and_plan
 from ..ops import laplacian_score, token_merge
 from ..plan import MergePlan
-from ..reference.laplacian_score import tile_tokens
+from ..tokens import tile_tokens
 
 
 def published_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:

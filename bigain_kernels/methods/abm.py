@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor
 
 from ..ops import block_merge_plan, laplacian_score
-from ..ops.merge_plan import REDUCTIONS
+from ..ops.block_merge_plan import REDUCTIONS
 from ..plan import MergePlan
-from ..reference.lgtm_plan import share_mean
+from ..tokens import share_mean
 from ._common import check_method
 from .config import MergeConfig
 from .options import Choice, option

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ..checks import check_count
-from ..ops.lgtm_plan import NO_WINDOW
+from ..ops.lgtm_plan import call
 from ..plan import MergePlan
 from ._common import check_method
 from .config import MergeConfig
@@ -47,9 +46,7 @@ def lgtm_plan(
     grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
     if window is not None:
         check_count("window", window)
-    slot, offsets, members, anchor = torch.ops.bigain.lgtm_plan(
-        x, *grid, *stride, r, NO_WINDOW if window is None else window, share_plan or 1
-    )
+    slot, offsets, members, anchor = call(x, *grid, *stride, r, -1 if window is None else window, share_plan or 1)
     return MergePlan(slot, offsets, members, anchor, grid, x.shape[1] - r)
 
 

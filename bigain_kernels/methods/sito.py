@@ -13,7 +13,7 @@ from ..checks import check_number
 from ..ops import select_destinations
 from ..ops.token_merge import MODES
 from ..plan import MergePlan
-from ..reference.lgtm_plan import share_mean
+from ..tokens import share_mean
 from ._common import check_method, check_random, counter_random, match_and_plan
 from .config import MergeConfig
 from .options import Choice, Count, Number, option

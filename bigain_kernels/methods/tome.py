@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..checks import check_choice
 from ..plan import MergePlan
-from ..reference.laplacian_score import tile_tokens
-from ..reference.lgtm_plan import share_mean
+from ..tokens import share_mean, tile_tokens
 from ._common import check_method, check_random, counter_random, match_and_plan
 from .config import MergeConfig
 from .options import Choice, Count, option

@@ -1,13 +1,19 @@
 """The public ops; importing this package registers them in `torch.ops.bigain`."""
 
 from . import lgtm_plan  # noqa: F401 - imported to register
-from .attention import kv_downsample_attention
+from ._flops import register_formulas
 from .bipartite_match import bipartite_match
+from .block_merge_plan import block_merge_plan
 from .kv_downsample import kv_downsample
-from .laplacian_score import laplacian_score, select_destinations
-from .merge_plan import block_merge_plan, merge_plan
+from .kv_downsample_attention import kv_downsample_attention
+from .laplacian_score import laplacian_score
+from .merge_plan import merge_plan
 from .pooled_kv_projection import pooled_kv_projection
-from .token_merge import token_merge, token_unmerge
+from .select_destinations import select_destinations
+from .token_merge import token_merge
+from .token_unmerge import token_unmerge
+
+register_formulas()
 
 __all__ = [
     "bipartite_match",

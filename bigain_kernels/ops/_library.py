@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .. import backends
-from ..backends.reference import IMPLEMENTATIONS
+from ..declaration import OPS, Op
 from ._autograd import define_refusal, refuse_derivatives
 from ._vmap import one_by_one
 
@@ -34,27 +34,18 @@ LIBRARY = _library()
 define_refusal(LIBRARY)
 
 
-def define(
-    schema: str, reference: Callable[..., Any], fake: Callable[..., Any], device_of: Callable[..., str] | None = None
-) -> None:
-    """Define one op: its schema, its reference implementation and its fake.
-
-    Args:
-        schema: "name(Tensor x, ...) -> ..." in the language of torch.library.
-        reference: implementation for any device, taking the op's arguments.
-        fake: shapes and dtypes of the results, for tracing.
-        device_of: device type of a call; by default that of the first argument.
-    """
-    name = schema.split("(", 1)[0]
-    IMPLEMENTATIONS[name] = reference
+def define(op: Op) -> Callable[..., Any]:
+    """Register an op: in torch.library, and in `OPS`. Returns the op, which takes the flat arguments."""
+    OPS[op.name] = op
+    device_of = op.device_of
 
     def dispatch(*args: Any) -> Any:
-        device = args[0].device.type if device_of is None else device_of(*args)
-        return backends.implementation(name, device, args)(*args)
+        return backends.implementation(op.name, device_of(args), args)(*args)
 
-    LIBRARY.define(schema)
+    LIBRARY.define(op.schema)
     # One Python kernel for all devices: the backend is chosen at the call, so use_backend works in compiled code too.
-    LIBRARY.impl(name, dispatch, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"bigain::{name}", fake, lib=LIBRARY)
-    LIBRARY.impl(name, refuse_derivatives(name, dispatch), "Autograd", with_keyset=True)
-    torch.library.register_vmap(f"bigain::{name}", one_by_one(name), lib=LIBRARY)
+    LIBRARY.impl(op.name, dispatch, "CompositeExplicitAutograd")
+    LIBRARY.impl(op.name, refuse_derivatives(op.name, dispatch), "Autograd", with_keyset=True)
+    torch.library.register_fake(f"bigain::{op.name}", op.of_public(op.fake), lib=LIBRARY)
+    torch.library.register_vmap(f"bigain::{op.name}", one_by_one(op.name), lib=LIBRARY)
+    return getattr(torch.ops.bigain, op.name).default

@@ -5,31 +5,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
 from ..checks import check_count, check_grid, check_pair, check_same_device, check_tensor
+from ..declaration import Op, grid, pair, tensor, window
+from ._flops import matching
 from ._library import define
 
-# An op schema has no optional pair; this window stands for "no window", where grid and stride are not looked at.
-_NO_WINDOW = -1
+# Without a window, grid and stride are not looked at.
+_NO_WINDOW = (-1, 1, 1, 1, 1)
 
-
-def _reference(
-    x: Tensor, destinations: Tensor, window: int, height: int, width: int, sy: int, sx: int
-) -> tuple[Tensor, Tensor]:
-    if window == _NO_WINDOW:
-        return reference.bipartite_match(x, destinations)
-    return reference.bipartite_match(x, destinations, window, (height, width), (sy, sx))
-
-
-define(
-    "bipartite_match(Tensor x, Tensor destinations, SymInt window, SymInt height, SymInt width, SymInt sy, SymInt sx)"
-    " -> (Tensor, Tensor)",
-    _reference,
-    lambda x, destinations, window, height, width, sy, sx: (
+OP = Op(
+    "bipartite_match",
+    (tensor("x"), tensor("destinations"), window(), grid(), pair("stride", "sy", "sx")),
+    "(Tensor, Tensor)",
+    fake=lambda x, destinations, window, grid, stride: (
         x.new_empty(x.shape[:2], dtype=torch.float32),
         x.new_empty(x.shape[:2], dtype=torch.int32),
     ),
+    flops=lambda x, destinations, window, grid, stride: matching(x, destinations.shape[1], window, grid, stride),
+    samples=lambda s: {
+        "": (s.x, s.destinations, None, (1, 1), (1, 1)),
+        "window": (s.x, s.destinations, 1, s.grid, s.stride),
+    },
 )
+_call = define(OP)
 
 
 def bipartite_match(
@@ -71,8 +69,8 @@ def bipartite_match(
         )
     check_same_device(x=x, destinations=destinations)
     if window is None:
-        return torch.ops.bigain.bipartite_match(x, destinations, _NO_WINDOW, 1, 1, 1, 1)
+        return _call(x, destinations, *_NO_WINDOW)
     check_count("window", window)
     height, width = check_grid(grid, x.shape[1], "x")
     sy, sx = check_pair("stride", stride)
-    return torch.ops.bigain.bipartite_match(x, destinations, window, height, width, sy, sx)
+    return _call(x, destinations, window, height, width, sy, sx)

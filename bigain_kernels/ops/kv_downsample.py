@@ -5,42 +5,25 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import overload
 
-import torch
 from torch import Tensor
 
-from .. import reference
-from ..checks import check_factor, check_grid, check_number, check_same_device, check_tensor
+from ..checks import check_alpha, check_factor, check_grid, check_same_device, check_tensor
+from ..declaration import Op, alpha, grid, pair, tensors
+from ._flops import none
 from ._library import define
+from ._shapes import tiles
 
-
-def _reference(
-    xs: list[Tensor], height: int, width: int, sy: int, sx: int, alpha: float, row_alpha: Tensor | None
-) -> list[Tensor]:
-    weight = alpha if row_alpha is None else row_alpha
-    return list(reference.kv_downsample(xs, (height, width), (sy, sx), weight))
-
-
-define(
-    "kv_downsample(Tensor[] xs, SymInt height, SymInt width, SymInt sy, SymInt sx, float alpha, Tensor? row_alpha)"
-    " -> Tensor[]",
-    _reference,
-    lambda xs, height, width, sy, sx, alpha, row_alpha: [
-        x.new_empty((x.shape[0], (height // sy) * (width // sx), x.shape[2])) for x in xs
+OP = Op(
+    "kv_downsample",
+    (tensors("xs"), grid(), pair("factor", "sy", "sx"), alpha()),
+    "Tensor[]",
+    fake=lambda xs, grid, factor, alpha: [
+        x.new_empty((x.shape[0], tiles("factor", grid, factor), x.shape[2])) for x in xs
     ],
-    device_of=lambda xs, *rest: xs[0].device.type,
+    flops=none,
+    samples=lambda s: {"": ([s.x, s.x], s.grid, (2, 2), 0.9), "rows": ([s.x], s.grid, (2, 1), s.alphas)},
 )
-
-
-def check_alpha(alpha: object, like: Tensor, like_name: str) -> tuple[float, Tensor | None]:
-    """`alpha` as the op takes it: a number, and the (B,) float32 tensor that replaces it when one was given."""
-    if not isinstance(alpha, Tensor):
-        check_number("alpha", alpha)
-        return float(alpha), None  # type: ignore[arg-type]
-    check_tensor("alpha", alpha, 1, (torch.float32,))
-    if alpha.shape[0] != like.shape[0]:
-        raise ValueError(f"alpha: got {alpha.shape[0]} values, expected {like.shape[0]}, the batch of {like_name}")
-    check_same_device(**{like_name: like, "alpha": alpha})
-    return 0.0, alpha
+_call = define(OP)
 
 
 @overload
@@ -93,5 +76,5 @@ def kv_downsample(
     height, width = check_grid(grid, tensors[0].shape[1], "x")
     sy, sx = check_factor(factor, (height, width))
     number, row_alpha = check_alpha(alpha, tensors[0], "x")
-    pooled = torch.ops.bigain.kv_downsample(tensors, height, width, sy, sx, number, row_alpha)
+    pooled = _call(tensors, height, width, sy, sx, number, row_alpha)
     return pooled[0] if isinstance(x, Tensor) else tuple(pooled)

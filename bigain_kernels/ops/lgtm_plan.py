@@ -1,31 +1,25 @@
-"""Op `bigain::lgtm_plan`: the whole of L-GTM planning in one call, for backends that fuse it.
-
-`bigain_kernels.lgtm_plan` is the public function; the op takes checked arguments.
-"""
+"""Op `bigain::lgtm_plan`: the whole of L-GTM planning in one call, for backends that fuse it."""
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from .. import reference
+from ..declaration import Op, count, grid, pair, tensor, window
+from ._flops import matching
 from ._library import define
-from .merge_plan import _fake_tables, _Tables, _tables
+from ._shapes import PLAN, fake_tables, tiles
 
-# An op schema has no optional pair; this window compares with all destinations.
-NO_WINDOW = -1
-
-
-def _reference(x: Tensor, height: int, width: int, sy: int, sx: int, r: int, window: int, share: int) -> _Tables:
-    return _tables(reference.lgtm_plan(x, (height, width), (sy, sx), r, None if window == NO_WINDOW else window, share))
-
-
-def _fake(x: Tensor, height: int, width: int, sy: int, sx: int, r: int, window: int, share: int) -> _Tables:
-    return _fake_tables(x.new_empty((x.shape[0] // share, x.shape[1])), x.shape[1] - r)
-
-
-define(
-    "lgtm_plan(Tensor x, SymInt height, SymInt width, SymInt sy, SymInt sx, SymInt r, SymInt window, SymInt share)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _reference,
-    _fake,
+OP = Op(
+    "lgtm_plan",
+    (tensor("x"), grid(), pair("stride", "sy", "sx"), count("r"), window(), count("share")),
+    PLAN,
+    fake=lambda x, grid, stride, r, window, share: fake_tables(x, x.shape[1] - r, share),
+    flops=lambda x, grid, stride, r, window, share: (
+        matching(x, tiles("stride", grid, stride), window, grid, stride) // share
+    ),
+    samples=lambda s: {
+        "": (s.x, s.grid, s.stride, s.r, None, 1),
+        "window": (s.x, s.grid, s.stride, s.r, 1, 1),
+        "share": (s.x, s.grid, s.stride, s.r, None, 2),
+    },
 )
+# For `bigain_kernels.lgtm_plan`, the public function, which checks the arguments.
+call = define(OP)

@@ -2,55 +2,47 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import reference
-from ..checks import check_factor, check_grid, check_same_device, check_tensor
+from ..checks import check_alpha, check_factor, check_grid, check_same_device, check_tensor
+from ..declaration import Op, alpha, grid, optional_tensor, pair, tensor
+from ._flops import projections
 from ._library import define
-from .kv_downsample import check_alpha
-
-
-def _reference(
-    x: Tensor,
-    height: int,
-    width: int,
-    sy: int,
-    sx: int,
-    alpha: float,
-    row_alpha: Tensor | None,
-    w_k: Tensor,
-    w_v: Tensor,
-    b_k: Tensor | None,
-    b_v: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    weight = alpha if row_alpha is None else row_alpha
-    return reference.pooled_kv_projection(x, (height, width), (sy, sx), weight, w_k, w_v, b_k, b_v)
+from ._shapes import tiles
 
 
 def _fake(
     x: Tensor,
-    height: int,
-    width: int,
-    sy: int,
-    sx: int,
-    alpha: float,
-    row_alpha: Tensor | None,
+    grid: tuple[int, int],
+    factor: tuple[int, int],
+    alpha: float | Tensor,
     w_k: Tensor,
     w_v: Tensor,
-    b_k: Tensor | None,
-    b_v: Tensor | None,
+    *biases: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    rows = (x.shape[0], (height // sy) * (width // sx))
+    rows = (x.shape[0], tiles("factor", grid, factor))
     return x.new_empty((*rows, w_k.shape[0])), x.new_empty((*rows, w_v.shape[0]))
 
 
-define(
-    "pooled_kv_projection(Tensor x, SymInt height, SymInt width, SymInt sy, SymInt sx, float alpha,"
-    " Tensor? row_alpha, Tensor w_k, Tensor w_v, Tensor? b_k, Tensor? b_v) -> (Tensor, Tensor)",
-    _reference,
-    _fake,
+OP = Op(
+    "pooled_kv_projection",
+    (
+        tensor("x"),
+        grid(),
+        pair("factor", "sy", "sx"),
+        alpha(),
+        *map(tensor, ("w_k", "w_v")),
+        *map(optional_tensor, ("b_k", "b_v")),
+    ),
+    "(Tensor, Tensor)",
+    fake=_fake,
+    flops=lambda x, grid, factor, alpha, w_k, w_v, *biases: projections(x, tiles("factor", grid, factor), w_k, w_v),
+    samples=lambda s: {
+        "": (s.x, s.grid, (2, 2), 0.9, s.w, s.w[:3], None, None),
+        "rows": (s.x, s.grid, (2, 1), s.alphas, s.w, s.w, s.w[0, :6], s.w[0, 4:]),
+    },
 )
+_call = define(OP)
 
 
 def pooled_kv_projection(
@@ -102,7 +94,7 @@ def pooled_kv_projection(
     height, width = check_grid(grid, x.shape[1], "x")
     sy, sx = check_factor(factor, (height, width))
     number, row_alpha = check_alpha(alpha, x, "x")
-    return torch.ops.bigain.pooled_kv_projection(x, height, width, sy, sx, number, row_alpha, w_k, w_v, b_k, b_v)
+    return _call(x, height, width, sy, sx, number, row_alpha, w_k, w_v, b_k, b_v)
 
 
 def _check_like(name: str, tensor: Tensor, x: Tensor) -> None:

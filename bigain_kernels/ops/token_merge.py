@@ -1,72 +1,31 @@
-"""Ops `bigain::token_merge`, `bigain::token_merge_norm` and `bigain::token_unmerge`."""
+"""Op `bigain::token_merge`."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .. import reference
-from ..checks import FLOAT_DTYPES, check_choice, check_number, check_plan, check_same_device, check_tensor
+from ..checks import check_choice, check_number, check_plan, check_same_device, check_tensor
+from ..declaration import Op, choice, optional_tensor, plan, tables_of, tensor
 from ..plan import MergePlan
+from ._flops import none
 from ._library import define
+from .token_merge_norm import call as merge_norm
 
 MODES = ("mean", "mlerp", "prune")
 
-
-def _plan(slot: Tensor, offsets: Tensor, members: Tensor, anchor: Tensor) -> MergePlan:
-    return MergePlan(slot, offsets, members, anchor, (1, slot.shape[1]), anchor.shape[1])
-
-
-define(
-    "token_merge(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, str mode, Tensor? weights)"
-    " -> Tensor",
-    lambda x, slot, offsets, members, anchor, mode, weights: reference.token_merge(
-        x, _plan(slot, offsets, members, anchor), mode, weights
-    ),
-    lambda x, slot, offsets, members, anchor, mode, weights: x.new_empty((x.shape[0], anchor.shape[1], x.shape[2])),
+OP = Op(
+    "token_merge",
+    (tensor("x"), plan(), choice("mode"), optional_tensor("weights")),
+    "Tensor",
+    fake=lambda x, plan, mode, weights: x.new_empty((x.shape[0], plan.num_slots, x.shape[2])),
+    flops=none,
+    samples=lambda s: {
+        "mean": (s.x, s.plan, "mean", None),
+        "mlerp": (s.x, s.plan, "mlerp", s.weights),
+        "prune": (s.x, s.plan, "prune", None),
+    },
 )
-
-
-def _merge_norm(
-    x: Tensor,
-    slot: Tensor,
-    offsets: Tensor,
-    members: Tensor,
-    anchor: Tensor,
-    weights: Tensor | None,
-    norm_eps: float,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    return reference.token_merge(
-        x,
-        _plan(slot, offsets, members, anchor),
-        "mean",
-        weights,
-        norm_eps=norm_eps,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        scale=scale,
-        shift=shift,
-    )
-
-
-define(
-    "token_merge_norm(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? weights,"
-    " float norm_eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift) -> Tensor",
-    _merge_norm,
-    lambda x, slot, offsets, members, anchor, *norm: x.new_empty((x.shape[0], anchor.shape[1], x.shape[2])),
-)
-define(
-    "token_unmerge(Tensor y, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? residual,"
-    " Tensor? gate) -> Tensor",
-    lambda y, slot, offsets, members, anchor, residual, gate: reference.token_unmerge(
-        y, _plan(slot, offsets, members, anchor), residual, gate
-    ),
-    lambda y, slot, offsets, members, anchor, residual, gate: y.new_empty((y.shape[0], slot.shape[1], y.shape[2])),
-)
+_call = define(OP)
 
 
 def _check_norm(x: Tensor, mode: str, norm_eps: float | None, operands: dict[str, Tensor | None]) -> None:
@@ -145,39 +104,7 @@ def token_merge(
         check_same_device(x=x, weights=weights)
     operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
     _check_norm(x, mode, norm_eps, operands)
-    tables = (plan.slot, plan.offsets, plan.members, plan.anchor)
+    tables = tables_of(plan)
     if norm_eps is None:
-        return torch.ops.bigain.token_merge(x, *tables, mode, weights)
-    return torch.ops.bigain.token_merge_norm(x, *tables, weights, float(norm_eps), *operands.values())
-
-
-def token_unmerge(y: Tensor, plan: MergePlan, residual: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
-    """Copy each slot back to all its tokens: `gate * y[slot] + residual`, computed in float32 and rounded once.
-
-    Args:
-        y: (B, M, C) slots; float16, bfloat16, float32 or float64, any strides.
-        plan: MergePlan with M slots whose P rows divide B; batch row b uses plan row b mod P.
-        residual: (B, N, C) added to the result, or None.
-        gate: (B, C) multiplied channel by channel, or None.
-
-    Returns:
-        (B, N, C) in the dtype of y.
-
-    Raises:
-        TypeError, ValueError: wrong type, dtype, rank, device, shape or plan.
-        RuntimeError: on differentiation; the op is for inference.
-    """
-    check_tensor("y", y, 3)
-    check_plan(plan, "y", y, "num_slots")
-    if residual is not None:
-        check_tensor("residual", residual, 3, FLOAT_DTYPES)
-        expected = (y.shape[0], plan.num_tokens, y.shape[2])
-        if residual.shape != expected:
-            raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {expected}")
-        check_same_device(y=y, residual=residual)
-    if gate is not None:
-        check_tensor("gate", gate, 2, FLOAT_DTYPES)
-        if gate.shape != (y.shape[0], y.shape[2]):
-            raise ValueError(f"gate: got shape {tuple(gate.shape)}, expected {(y.shape[0], y.shape[2])}")
-        check_same_device(y=y, gate=gate)
-    return torch.ops.bigain.token_unmerge(y, plan.slot, plan.offsets, plan.members, plan.anchor, residual, gate)
+        return _call(x, *tables, mode, weights)
+    return merge_norm(x, *tables, weights, float(norm_eps), *operands.values())

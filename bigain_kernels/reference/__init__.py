@@ -1,17 +1,21 @@
 """The ops in plain PyTorch: the truth that every backend is tested against, and the backend that runs anywhere.
 
-The functions have the signatures of the public ops and trust their arguments; the public ops check them. All of them
-compute in float32, or in float64 when the input is float64.
+The functions take the public arguments of the ops and trust them; the public ops check them. All of them compute in
+float32, or in float64 when the input is float64.
 """
 
-from .attention import kv_downsample_attention
 from .bipartite_match import bipartite_match
+from .block_merge_plan import block_merge_plan
 from .kv_downsample import kv_downsample
-from .laplacian_score import laplacian_score, select_destinations
+from .kv_downsample_attention import kv_downsample_attention
+from .laplacian_score import laplacian_score
 from .lgtm_plan import lgtm_plan
-from .merge_plan import block_merge_plan, merge_plan
+from .merge_plan import merge_plan
 from .pooled_kv_projection import pooled_kv_projection
-from .token_merge import token_merge, token_unmerge
+from .select_destinations import select_destinations
+from .token_merge import token_merge
+from .token_merge_norm import token_merge_norm
+from .token_unmerge import token_unmerge
 
 __all__ = [
     "bipartite_match",
@@ -24,5 +28,6 @@ __all__ = [
     "pooled_kv_projection",
     "select_destinations",
     "token_merge",
+    "token_merge_norm",
     "token_unmerge",
 ]

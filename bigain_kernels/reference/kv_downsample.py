@@ -35,9 +35,9 @@ def _pool(x: Tensor, grid: tuple[int, int], factor: tuple[int, int], alpha: floa
 
 
 def kv_downsample(
-    x: Tensor | Sequence[Tensor], grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor
+    xs: Tensor | Sequence[Tensor], grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor
 ) -> Tensor | tuple[Tensor, ...]:
     """alpha * nearest + (1 - alpha) * average over sy x sx windows; (B, N, C) to (B, (H//sy) * (W//sx), C)."""
-    if isinstance(x, Tensor):
-        return _pool(x, grid, factor, alpha)
-    return tuple(_pool(tensor, grid, factor, alpha) for tensor in x)
+    if isinstance(xs, Tensor):
+        return _pool(xs, grid, factor, alpha)
+    return tuple(_pool(tensor, grid, factor, alpha) for tensor in xs)

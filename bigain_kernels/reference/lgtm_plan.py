@@ -7,8 +7,9 @@ from torch import Tensor
 
 from ..plan import MergePlan
 from .bipartite_match import bipartite_match
-from .laplacian_score import laplacian_score, select_destinations
+from .laplacian_score import laplacian_score
 from .merge_plan import merge_plan
+from .select_destinations import select_destinations
 
 
 def share_mean(x: Tensor, share: int) -> Tensor:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -20,8 +17,8 @@ def pooled_kv_projection(
     w_v: Tensor,
     b_k: Tensor | None = None,
     b_v: Tensor | None = None,
-    pool: Callable[..., Any] = kv_downsample,
 ) -> tuple[Tensor, Tensor]:
     """x (B, N, C) pooled, then projected by w_k (inner_k, C) and w_v (inner_v, C)."""
-    pooled = pool(x, grid, factor, alpha)
+    pooled = kv_downsample(x, grid, factor, alpha)
+    assert isinstance(pooled, Tensor)
     return F.linear(pooled, w_k, b_k), F.linear(pooled, w_v, b_v)

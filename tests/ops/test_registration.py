@@ -7,49 +7,24 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import bigain_kernels as bk
+from bigain_kernels.testing import samples
 from tests.shapes import tokens
 
 pytestmark = pytest.mark.usefixtures("backend")
 
 GRID, STRIDE = (6, 8), (2, 2)
 X = tokens(4, 48, 10)
-SCORE = bk.laplacian_score(X, GRID)
-DESTINATIONS = bk.select_destinations(SCORE, GRID, STRIDE)
-SIMILARITY, MATCH = bk.bipartite_match(X, DESTINATIONS)
 PLAN = bk.lgtm_plan(X, GRID, 0.5)
-TABLES = (PLAN.slot, PLAN.offsets, PLAN.members, PLAN.anchor)
 Q = tokens(4, 48, 20).unflatten(2, (2, 10)).transpose(1, 2)
-ROWS = torch.linspace(0.8, 1.2, 4)
 W = X[0, :6]
 
-OP_CALLS = {
-    "laplacian_score": (X, 6, 8, "l1"),
-    "select_destinations": (SCORE, 6, 8, 2, 2),
-    "bipartite_match": (X, DESTINATIONS, -1, 1, 1, 1, 1),
-    "bipartite_match window": (X, DESTINATIONS, 1, 6, 8, 2, 2),
-    "lgtm_plan": (X, 6, 8, 2, 2, 20, -1, 2),
-    "merge_plan": (SIMILARITY, MATCH, DESTINATIONS, 20),
-    "block_merge_plan": (SCORE, 6, 8, 2, 2, 20, "mean"),
-    "token_merge": (X, *TABLES, "mean", None),
-    "token_merge mlerp": (X, *TABLES, "mlerp", SCORE + 1),
-    "token_merge prune": (X, *TABLES, "prune", None),
-    "token_merge_norm": (X, *TABLES, None, 1e-5, None, None, None, None),
-    "token_merge_norm all": (X, *TABLES, SCORE + 1, 1e-6, X[0, 0], X[0, 1], X[:, 2], X[:, 3]),
-    "token_unmerge": (X[:, :24].contiguous(), *TABLES, X, X[:, 0]),
-    "kv_downsample": ([X, X], 6, 8, 2, 2, 0.9, None),
-    "kv_downsample rows": ([X], 6, 8, 2, 1, 0.0, ROWS),
-    "kv_downsample_attention": (Q, Q, Q, 6, 8, 2, 2, 0.9, None, None, None, 0, 48),
-    "kv_downsample_attention text": (Q, Q, Q, 5, 8, 2, 3, 0.0, ROWS, 0.3, torch.zeros(2, 12), 2, 42),
-    "kv_downsample_attention bias": (Q[:, :, :9], Q, Q, 1, 48, 1, 1, 1.0, None, None, SCORE, 0, 48),
-    "pooled_kv_projection": (X, 6, 8, 2, 2, 0.9, None, W, W[:3], None, None),
-    "pooled_kv_projection rows": (X, 6, 8, 2, 1, 0.0, ROWS, W, W, W[0, :6], W[0, 4:]),
-}
+OP_CALLS = samples()
 
 
 @pytest.mark.parametrize("call", sorted(OP_CALLS))
 def test_opcheck(call):
-    op = getattr(torch.ops.bigain, call.split()[0]).default
-    torch.library.opcheck(op, OP_CALLS[call])
+    op, arguments = OP_CALLS[call]
+    torch.library.opcheck(getattr(torch.ops.bigain, op).default, arguments)
 
 
 PUBLIC_CALLS = {

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from bigain_kernels import reference
-from bigain_kernels.reference.attention import pool_image
+from bigain_kernels.reference.kv_downsample_attention import pool_image
 from bigain_kernels.testing import assert_close
 from bigain_kernels.triton_kernels.attention import config_op, head_blocks, launch_kv_downsample_attention
 from bigain_kernels.triton_kernels.kv_downsample import launch_kv_downsample
@@ -58,7 +58,7 @@ def check(q, k, v, grid, factor, alpha, scale=None, bias=None, image=None, confi
     if q.dtype == torch.float32:
         assert_close(out, truth)
         return
-    pooled = pool_image([k, v], grid, factor, alpha, image or (0, k.shape[2]), reference.kv_downsample)
+    pooled = [pool_image(x, grid, factor, alpha, image or (0, k.shape[2])) for x in (k, v)]
     mask = None if bias is None else bias.to(q.dtype).repeat(q.shape[0] // bias.shape[0], 1)[:, None, None]
     torch_error = (F.scaled_dot_product_attention(q, *pooled, attn_mask=mask, scale=scale) - truth).abs().max()
     assert (out - truth).abs().max() <= 2 * torch_error

@@ -5,8 +5,8 @@ import torch
 
 from bigain_kernels import reference
 from bigain_kernels.plan import MergePlan
-from bigain_kernels.reference.merge_plan import merged_tiles
 from bigain_kernels.testing import assert_is_partition
+from bigain_kernels.tokens import merged_tiles
 from bigain_kernels.triton_kernels.merge_plan import launch_block_merge_plan, launch_merge_plan
 
 from .inputs import candidates, on_device

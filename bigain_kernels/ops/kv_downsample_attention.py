@@ -2,48 +2,55 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
-from .. import reference
-from ..checks import check_count, check_factor, check_grid, check_number, check_same_device, check_tensor
+from ..checks import check_alpha, check_count, check_factor, check_grid, check_number, check_same_device, check_tensor
+from ..declaration import Op, alpha, grid, optional_number, optional_tensor, pair, tensor
+from ._flops import attention
 from ._library import define
-from .kv_downsample import check_alpha
+from ._shapes import tiles
 
 
-def _reference(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    height: int,
-    width: int,
-    sy: int,
-    sx: int,
-    alpha: float,
-    row_alpha: Tensor | None,
-    scale: float | None,
-    key_bias: Tensor | None,
-    image_start: int,
-    image_stop: int,
-) -> Tensor:
-    weight, image = alpha if row_alpha is None else row_alpha, (image_start, image_stop)
-    return reference.kv_downsample_attention(q, k, v, (height, width), (sy, sx), weight, scale, key_bias, image)
-
-
-def _fake(q: Tensor, *rest: Any) -> Tensor:
+def _fake(q: Tensor, *rest: object) -> Tensor:
     batch, heads, n, d = q.shape
     return q.new_empty((batch, n, heads, d)).transpose(1, 2)
 
 
-define(
-    "kv_downsample_attention(Tensor q, Tensor k, Tensor v, SymInt height, SymInt width, SymInt sy, SymInt sx,"
-    " float alpha, Tensor? row_alpha, float? scale, Tensor? key_bias, SymInt image_start, SymInt image_stop)"
-    " -> Tensor",
-    _reference,
-    _fake,
+def _flops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    factor: tuple[int, int],
+    alpha: float | Tensor,
+    scale: float | None,
+    key_bias: Tensor | None,
+    image_tokens: tuple[int, int],
+) -> int:
+    return attention(q, k.shape[2] - (image_tokens[1] - image_tokens[0]) + tiles("factor", grid, factor))
+
+
+OP = Op(
+    "kv_downsample_attention",
+    (
+        *map(tensor, ("q", "k", "v")),
+        grid(),
+        pair("factor", "sy", "sx"),
+        alpha(),
+        optional_number("scale"),
+        optional_tensor("key_bias"),
+        pair("image_tokens", "image_start", "image_stop"),
+    ),
+    "Tensor",
+    fake=_fake,
+    flops=_flops,
+    samples=lambda s: {
+        "": (s.q, s.q, s.q, s.grid, (2, 2), 0.9, None, None, (0, s.n)),
+        "text": (s.q, s.q, s.q, (5, 8), (2, 3), s.alphas, 0.3, s.weights[:2, :12], (2, 42)),
+        "bias": (s.q[:, :, :9], s.q, s.q, (1, s.n), (1, 1), 1.0, None, s.score, (0, s.n)),
+    },
 )
+_call = define(OP)
 
 
 def kv_downsample_attention(
@@ -86,15 +93,15 @@ def kv_downsample_attention(
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor, alpha, scale or image_tokens.
         RuntimeError: on differentiation; the op is for inference.
     """
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, tensor, 4)
-        if tensor.dtype != q.dtype:
-            raise TypeError(f"{name}: got {tensor.dtype}, expected {q.dtype}, the dtype of q")
+    for name, each in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, each, 4)
+        if each.dtype != q.dtype:
+            raise TypeError(f"{name}: got {each.dtype}, expected {q.dtype}, the dtype of q")
     tokens = k.shape[2]
     expected = (q.shape[0], q.shape[1], tokens, q.shape[3])
-    for name, tensor in (("k", k), ("v", v)):
-        if tensor.shape != expected:
-            raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+    for name, each in (("k", k), ("v", v)):
+        if each.shape != expected:
+            raise ValueError(f"{name}: got shape {tuple(each.shape)}, expected {expected}")
     check_same_device(q=q, k=k, v=v)
     start, stop = _check_image_tokens(image_tokens, tokens)
     height, width = check_grid(grid, stop - start, "k" if image_tokens is None else "image_tokens")
@@ -111,9 +118,7 @@ def kv_downsample_attention(
         if (rows == 0 and batch != 0) or (rows != 0 and batch % rows != 0):
             raise ValueError(f"key_bias: got {rows} rows, expected a divisor of {batch}, the batch of q")
         check_same_device(q=q, key_bias=key_bias)
-    return torch.ops.bigain.kv_downsample_attention(
-        q, k, v, height, width, sy, sx, number, row_alpha, scale, key_bias, start, stop
-    )
+    return _call(q, k, v, height, width, sy, sx, number, row_alpha, scale, key_bias, start, stop)
 
 
 def _check_image_tokens(image_tokens: object, tokens: int) -> tuple[int, int]:

@@ -1,0 +1,175 @@
+"""What an op is: everything about it that is more than one function or one backend.
+
+A file `ops/<op>.py` declares its op once. From the declaration come the schema in `torch.ops.bigain`, the
+registrations, and how the arguments of a public function become those of the op and back:
+
+* *public* arguments are those of the reference and of a user: a grid (H, W), a MergePlan, alpha as a number or tensor;
+* *flat* arguments are those that a schema can have, and every implementation of a backend takes: height and width, the
+  four tables of a plan, a number and a tensor that replaces it;
+* launchers of kernels take the public arguments, but the tables in the place of a plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from .plan import MergePlan
+
+Tables = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+class Argument(NamedTuple):
+    """One public argument.
+
+    Attributes:
+        names: what it is called, one name or for a launcher's tables several.
+        parameters: the flat arguments that it becomes, as a schema has them.
+        value: the public argument, as an expression of the flat ones.
+        flatten: the flat arguments of a public one.
+        tables: the launcher's arguments, where they are not the public one.
+    """
+
+    names: tuple[str, ...]
+    parameters: tuple[str, ...]
+    value: str
+    flatten: Callable[[Any], tuple[Any, ...]]
+    tables: str = ""
+
+
+def _as_it_is(name: str, kind: str) -> Argument:
+    return Argument((name,), (f"{kind} {name}",), name, lambda value: (value,))
+
+
+def tensor(name: str) -> Argument:
+    return _as_it_is(name, "Tensor")
+
+
+def optional_tensor(name: str) -> Argument:
+    return _as_it_is(name, "Tensor?")
+
+
+def tensors(name: str) -> Argument:
+    return _as_it_is(name, "Tensor[]")
+
+
+def count(name: str) -> Argument:
+    return _as_it_is(name, "SymInt")
+
+
+def number(name: str) -> Argument:
+    return _as_it_is(name, "float")
+
+
+def optional_number(name: str) -> Argument:
+    return _as_it_is(name, "float?")
+
+
+def choice(name: str) -> Argument:
+    return _as_it_is(name, "str")
+
+
+def pair(name: str, first: str, second: str) -> Argument:
+    """Two integers."""
+    return Argument((name,), (f"SymInt {first}", f"SymInt {second}"), f"({first}, {second})", tuple)
+
+
+def grid() -> Argument:
+    return pair("grid", "height", "width")
+
+
+def window() -> Argument:
+    """How many tiles away matching looks, or None: a schema has no optional integer that may be symbolic."""
+    value = "None if window < 0 else window"
+    return Argument(("window",), ("SymInt window",), value, lambda value: (-1 if value is None else value,))
+
+
+def alpha() -> Argument:
+    """A number, or a tensor with a value per row."""
+
+    def flatten(value: float | Tensor) -> tuple[float, Tensor | None]:
+        return (0.0, value) if isinstance(value, Tensor) else (float(value), None)
+
+    value = "alpha if row_alpha is None else row_alpha"
+    return Argument(("alpha",), ("float alpha", "Tensor? row_alpha"), value, flatten)
+
+
+def plan() -> Argument:
+    """A MergePlan; its grid is not handed on, as no op needs it."""
+    names = ("slot", "offsets", "members", "anchor")
+    value = "MergePlan(slot, offsets, members, anchor, (1, slot.shape[1]), anchor.shape[1])"
+    return Argument(names, tuple(f"Tensor {name}" for name in names), value, tables_of, ", ".join(names))
+
+
+def tables_of(plan: MergePlan) -> Tables:
+    """The tensors of a plan."""
+    return plan.slot, plan.offsets, plan.members, plan.anchor
+
+
+@dataclass(frozen=True)
+class Op:
+    """One op.
+
+    Attributes:
+        name: what it is called in `torch.ops.bigain` and in every folder.
+        arguments: the public arguments, in order.
+        returns: the results, as a schema has them.
+        fake: shapes and dtypes of the results, from the public arguments.
+        flops: operations of a call, from the public arguments; `flops.py` says what counts.
+        samples: calls that tests make, by a name each: public arguments made of `testing.Inputs`.
+    """
+
+    name: str
+    arguments: tuple[Argument, ...]
+    returns: str
+    fake: Callable[..., Any]
+    flops: Callable[..., int]
+    samples: Callable[[Any], dict[str, tuple[Any, ...]]]
+
+    @property
+    def schema(self) -> str:
+        """The schema in the language of torch.library."""
+        return f"{self.name}({', '.join(p for each in self.arguments for p in each.parameters)}) -> {self.returns}"
+
+    @property
+    def flat_names(self) -> list[str]:
+        """Names of the flat arguments."""
+        return [parameter.split()[1] for each in self.arguments for parameter in each.parameters]
+
+    @property
+    def launcher_names(self) -> list[str]:
+        """Names of the arguments of launchers."""
+        return [name for each in self.arguments for name in each.names]
+
+    def flatten(self, *public: Any) -> tuple[Any, ...]:
+        """The flat arguments of a call with public ones."""
+        pairs = zip(self.arguments, public, strict=True)
+        return tuple(value for argument, each in pairs for value in argument.flatten(each))
+
+    def of_public(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the flat arguments from one of the public arguments."""
+        return self._adapter(", ".join(each.value for each in self.arguments))(function)
+
+    def of_launcher(self, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of the flat arguments from one that takes the tables of a plan, and else public arguments."""
+        return self._adapter(", ".join(each.tables or each.value for each in self.arguments))(launch)
+
+    def _adapter(self, values: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        # Written out and compiled, as dataclasses do with their methods: a loop would cost more than a dispatch.
+        source = f"lambda function: lambda {', '.join(self.flat_names)}: function({values})"
+        return eval(source, {"MergePlan": MergePlan})
+
+    @cached_property
+    def device_of(self) -> Callable[[tuple[Any, ...]], str]:
+        """The device type of a call with these flat arguments: that of the first tensor."""
+        if self.arguments[0].parameters[0].startswith("Tensor[]"):
+            return lambda args: args[0][0].device.type
+        return lambda args: args[0].device.type
+
+
+# The ops of this package by name, in the order of their declaration.
+OPS: dict[str, Op] = {}
