@@ -58,7 +58,7 @@ def build(problem: Problem, x: Tensor) -> harness.Case:
         "full": lambda: attend(q, k, v, on_all),
     }
     if "triton" in providers:
-        from bigain_kernels.triton_kernels.attention import launch_kv_downsample_attention
+        from bigain_kernels.triton_kernels.kv_downsample_attention import launch_kv_downsample_attention
 
         providers["fused"] = lambda: launch_kv_downsample_attention(q, k, v, grid, pair, ALPHA)
     keys = pooled_k.shape[2]

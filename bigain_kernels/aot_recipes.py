@@ -22,6 +22,8 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
     """(kernel, variant, op of the config, call) for every kernel; the call gets a config."""
     from bigain_kernels.triton_kernels import bipartite_match, kv_downsample, laplacian_score, merge_plan, row_stats
     from bigain_kernels.triton_kernels import token_merge as merging
+    from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
+    from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
 
     batch, n, channels = SHAPE
     x = torch.empty(SHAPE, dtype=dtype, device="meta")
@@ -87,16 +89,16 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
             "token_merge",
             "adaLN",
             "token_merge",
-            lambda c: merging.launch_token_merge(
-                x, **tables, norm=True, norm_weight=vector, norm_bias=vector, shift=rows, scale=rows, config=c
+            lambda c: launch_token_merge_norm(
+                x, **tables, norm_weight=vector, norm_bias=vector, scale=rows, shift=rows, config=c
             ),
         ),
-        ("token_unmerge", "", "token_unmerge", lambda c: merging.launch_token_unmerge(y, tables["slot"], config=c)),
+        ("token_unmerge", "", "token_unmerge", lambda c: launch_token_unmerge(y, **tables, config=c)),
         (
             "token_unmerge",
             "gate, residual",
             "token_unmerge",
-            lambda c: merging.launch_token_unmerge(y, tables["slot"], x, rows, config=c),
+            lambda c: launch_token_unmerge(y, **tables, residual=x, gate=rows, config=c),
         ),
         (
             "kv_downsample",
@@ -137,7 +139,7 @@ _ATTENTION = {
 
 
 def _attention_recipes(dtype: torch.dtype) -> list[Recipe]:
-    from bigain_kernels.triton_kernels import attention
+    from bigain_kernels.triton_kernels import kv_downsample_attention as attention
 
     def recipe(d: int, factor: tuple[int, int], everything: bool) -> Any:
         grid, text, heads = ((67, 65), 77, 8) if everything else (GRID, 0, 8)
@@ -185,6 +187,8 @@ def _projection_recipes(dtype: torch.dtype) -> list[Recipe]:
 
 
 def _plan_recipes(merge_plan: Any) -> list[Recipe]:
+    from bigain_kernels.triton_kernels.block_merge_plan import launch_block_merge_plan
+
     # 16,384 tokens fill every block and take several of the smaller ones.
     batch, n, d, grid = 2, 16_384, 4096, (128, 128)
     score = torch.empty((batch, n), dtype=torch.float32, device="meta")
@@ -210,6 +214,6 @@ def _plan_recipes(merge_plan: Any) -> list[Recipe]:
             "block_merge_plan",
             "max",
             "merge_plan",
-            lambda c: merge_plan.launch_block_merge_plan(score, grid, (2, 2), 3000, "max", config=c),
+            lambda c: launch_block_merge_plan(score, grid, (2, 2), 9000, "max", config=c),
         ),
     ]

@@ -46,7 +46,8 @@ def _measure(call: Call) -> float:
 
 def attention_calls(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
     """As `calls`, for the ops around attention."""
-    from .triton_kernels import attention, pooled_kv_projection
+    from .triton_kernels import kv_downsample_attention as attention
+    from .triton_kernels import pooled_kv_projection
 
     q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (x, x.flip(1), x.flip(0, 1)))
     bias = torch.zeros((x.shape[0], x.shape[1]), dtype=torch.float32, device=x.device)
@@ -73,6 +74,7 @@ def calls(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
     """A call for every op of the tables, on tokens (B, N, C); the launchers pick their configs themselves."""
     from .triton_kernels import bipartite_match, kv_downsample, laplacian_score, merge_plan, row_stats, token_merge
     from .triton_kernels.lgtm_plan import launch_lgtm_plan
+    from .triton_kernels.token_unmerge import launch_token_unmerge
 
     r = int(x.shape[1] * RATIO)
     scored = laplacian_score.launch_score_and_select(x, grid, STRIDE)
@@ -96,7 +98,7 @@ def calls(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
         **({} if is_fp32 else {"bipartite_match_window": matched_window}),
         "merge_plan": lambda: merge_plan.launch_merge_plan(similarity, match, destinations, r),
         "token_merge": lambda: token_merge.launch_token_merge(x, *tables),
-        "token_unmerge": lambda: token_merge.launch_token_unmerge(merged, tables[0], x, x[:, 0]),
+        "token_unmerge": lambda: launch_token_unmerge(merged, *tables, x, x[:, 0]),
         "kv_downsample": lambda: kv_downsample.launch_kv_downsample(pair, grid, FACTOR, ALPHA),
         **attention_calls(x, grid, heads),
     }

@@ -34,7 +34,7 @@ def _count_digits(b_key, prefix, shift):
 
 
 @triton.jit
-def _threshold(p_keys, n, r, SINGLE: tl.constexpr, BLOCK: tl.constexpr):
+def threshold(p_keys, n, r, SINGLE: tl.constexpr, BLOCK: tl.constexpr):
     """The r-th highest key T (INT_MAX when r = 0) and how many keys equal to T are among the r highest."""
     o_n = tl.arange(0, BLOCK)
     b_key = tl.load(p_keys + o_n, mask=o_n < n, other=INT_MIN)
@@ -60,7 +60,7 @@ def _threshold(p_keys, n, r, SINGLE: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _write_tables(p_assign, p_work, p_slot, p_offsets, p_members, p_anchor, n, num_slots, BLOCK: tl.constexpr):
+def write_tables(p_assign, p_work, p_slot, p_offsets, p_members, p_anchor, n, num_slots, BLOCK: tl.constexpr):
     """All four tables from p_assign (N): the token that represents each token, itself for anchors.
 
     p_work has room for 2 N; p_assign is not read after the anchors and slots are known and may be its first half.
@@ -178,7 +178,7 @@ def merge_plan_kernel(
             b_token = tl.load(p_destinations + i_b * s_db + i_d + o_t, mask=i_d + o_t < num_destinations, other=0)
             tl.store(p_keys + b_token, tl.full((BLOCK,), INT_MIN, tl.int32), mask=i_d + o_t < num_destinations)
         tl.debug_barrier()
-    highest, ties = _threshold(p_keys, n, r, SINGLE, BLOCK)
+    highest, ties = threshold(p_keys, n, r, SINGLE, BLOCK)
     before = n * 0
     for i in range(0, tl.cdiv(n, BLOCK)):
         o_n = i * BLOCK + o_t
@@ -192,100 +192,17 @@ def merge_plan_kernel(
         tl.store(p_assign + o_n, tl.where(m_merged, b_match, o_n), mask=m_n)
         before += tl.sum(m_tie.to(tl.int32), 0)
     tl.debug_barrier()
-    _write_tables(p_assign, p_work, p_slot, p_offsets, p_members, p_anchor, n, num_slots, BLOCK)
+    write_tables(p_assign, p_work, p_slot, p_offsets, p_members, p_anchor, n, num_slots, BLOCK)
 
 
-@triton.jit(do_not_specialize=["height", "width", "count"])
-def block_merge_plan_kernel(
-    p_score,
-    p_work,
-    p_slot,
-    p_offsets,
-    p_members,
-    p_anchor,
-    height,
-    width,
-    count,
-    s_sb,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-    REDUCE: tl.constexpr,
-    SINGLE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A program plans one row: the `count` tiles of the lowest reduced score merge whole. p_work is (P, 4 N) int32."""
-    i_b = tl.program_id(0).to(tl.int64)
-    n = height * width
-    tiles_y, tiles_x = height // SY, width // SX
-    tiles = tiles_y * tiles_x
-    num_slots = n - count * (SY * SX - 1)
-    p_score += i_b * s_sb
-    p_work += i_b * n * 4
-    p_keys, p_assign = p_work + 2 * n, p_work + 3 * n
-    p_slot += i_b * n
-    p_members += i_b * n
-    p_offsets += i_b * (num_slots + 1)
-    p_anchor += i_b * num_slots
-    o_t = tl.arange(0, BLOCK)
-    for i in range(0, tl.cdiv(tiles, BLOCK)):
-        o_tile = i * BLOCK + o_t
-        m_tile = o_tile < tiles
-        o_first = (o_tile // tl.maximum(tiles_x, 1)) * SY * width + (o_tile % tl.maximum(tiles_x, 1)) * SX
-        b_value = tl.load(p_score + o_first, mask=m_tile, other=0.0)
-        m_nan = b_value != b_value
-        b_mean = b_value
-        if REDUCE == "std":
-            b_mean = tl.zeros((BLOCK,), tl.float32)
-            for j in range(0, SY * SX):
-                b_mean += tl.load(p_score + o_first + j // SX * width + j % SX, mask=m_tile, other=0.0)
-            b_mean = tl.div_rn(b_mean, SY * SX * 1.0)
-            b_value = (b_value - b_mean) * (b_value - b_mean)
-        for j in range(1, SY * SX):
-            b_next = tl.load(p_score + o_first + j // SX * width + j % SX, mask=m_tile, other=0.0)
-            m_nan = m_nan | (b_next != b_next)
-            if REDUCE == "max":
-                b_value = tl.maximum(b_value, b_next)
-            elif REDUCE == "min":
-                b_value = tl.minimum(b_value, b_next)
-            elif REDUCE == "std":
-                b_value += (b_next - b_mean) * (b_next - b_mean)
-            else:
-                b_value += b_next
-        # The order of sums is the order of means, and the order of variances that of standard deviations.
-        b_value = tl.where(m_nan | (b_value != b_value), float("inf"), b_value)
-        tl.store(p_keys + o_tile, ordered_key(-b_value), mask=m_tile)
-    tl.debug_barrier()
-    highest, ties = _threshold(p_keys, tiles, count, SINGLE, BLOCK)
-    before = tiles * 0
-    for i in range(0, tl.cdiv(tiles, BLOCK)):
-        o_tile = i * BLOCK + o_t
-        m_tile = o_tile < tiles
-        b_key = tl.load(p_keys + o_tile, mask=m_tile, other=INT_MIN)
-        m_tie = m_tile & (b_key == highest)
-        b_rank = before + tl.cumsum(m_tie.to(tl.int32), 0)
-        m_merged = m_tile & ((b_key > highest) | (m_tie & (b_rank <= ties)))
-        tl.store(p_work + o_tile, m_merged.to(tl.int32), mask=m_tile)
-        before += tl.sum(m_tie.to(tl.int32), 0)
-    tl.debug_barrier()
-    for i in range(0, tl.cdiv(n, BLOCK)):
-        o_n = i * BLOCK + o_t
-        m_n = o_n < n
-        o_tile_y, o_tile_x = o_n // width // SY, o_n % width // SX
-        m_real = m_n & (o_tile_y < tiles_y) & (o_tile_x < tiles_x)
-        b_merged = tl.load(p_work + o_tile_y * tiles_x + o_tile_x, mask=m_real, other=0)
-        tl.store(p_assign + o_n, tl.where(b_merged != 0, o_tile_y * SY * width + o_tile_x * SX, o_n), mask=m_n)
-    tl.debug_barrier()
-    _write_tables(p_assign, p_work, p_slot, p_offsets, p_members, p_anchor, n, num_slots, BLOCK)
-
-
-def _tables(rows: int, n: int, num_slots: int, device: torch.device) -> tuple[Tables, Tensor]:
+def empty_tables(rows: int, n: int, num_slots: int, device: torch.device) -> tuple[Tables, Tensor]:
     """Empty (slot, offsets, members, anchor), and the scratch buffer."""
     widths = (n, num_slots + 1, n, num_slots)
     slot, offsets, members, anchor = (torch.empty((rows, w), dtype=torch.int32, device=device) for w in widths)
     return (slot, offsets, members, anchor), torch.empty((rows, 4 * n), dtype=torch.int32, device=device)
 
 
-def _blocks(op: str, n: int, device: torch.device, config: configs.Config | None) -> dict[str, Any]:
+def blocks(op: str, n: int, device: torch.device, config: configs.Config | None) -> dict[str, Any]:
     config = config or configs.pick(op, device, n << 10)
     block = min(config["BLOCK"], max(triton.next_power_of_2(n), 32))
     # Four tokens a thread at least: more threads than that only wait for one another.
@@ -298,7 +215,7 @@ def _launch_merge_plan(
 ) -> Tables:
     check_tokens(n)
     device = inputs["p_match"].device
-    tables, work = _tables(rows, n, n - r, device)
+    tables, work = empty_tables(rows, n, n - r, device)
     if rows * n:
         merge_plan_kernel[(rows,)](
             **inputs,
@@ -312,7 +229,7 @@ def _launch_merge_plan(
             r=r,
             **strides,
             PACKED=packed,
-            **_blocks("merge_plan", n, device, config),  # type: ignore[arg-type]
+            **blocks("merge_plan", n, device, config),  # type: ignore[arg-type]
         )
     else:
         tables[1].zero_()
@@ -344,41 +261,3 @@ def launch_merge_plan_packed(packed: Tensor, r: int, config: configs.Config | No
     return _launch_merge_plan(
         inputs, dict.fromkeys(("s_sb", "s_mb", "s_db"), 0), packed.shape[1], 0, r, True, packed.shape[0], config
     )
-
-
-def launch_block_merge_plan(
-    score: Tensor,
-    grid: tuple[int, int],
-    stride: tuple[int, int],
-    count: int,
-    reduce: str,
-    config: configs.Config | None = None,
-) -> Tables:
-    """Tables of the plan that merges the `count` smoothest whole tiles of score (P, N) float32; one launch.
-
-    "max" and "min" are exact. "sum", "mean" and "std" are accumulated in float32, in row-major order inside a tile.
-    """
-    score = unit_last_stride(score)
-    rows, n = score.shape
-    check_tokens(n)
-    tables, work = _tables(rows, n, n - count * (stride[0] * stride[1] - 1), score.device)
-    if rows * n:
-        block_merge_plan_kernel[(rows,)](
-            p_score=score,
-            p_work=work,
-            p_slot=tables[0],
-            p_offsets=tables[1],
-            p_members=tables[2],
-            p_anchor=tables[3],
-            height=grid[0],
-            width=grid[1],
-            count=count,
-            s_sb=score.stride(0),
-            SY=stride[0],
-            SX=stride[1],
-            REDUCE=reduce,
-            **_blocks("merge_plan", n, score.device, config),
-        )
-    else:
-        tables[1].zero_()
-    return tables

@@ -5,7 +5,7 @@ of a window are read, blended in float32 and rounded to the input dtype between 
 `kv_downsample` rounds what it stores; the pooled hidden states themselves reach no memory.
 
 Each of the ceil(inner / BLOCK_N) programs of a block of tokens reads and blends the windows anew, against one launch
-instead of three and no pooled copy; `registration` says when that pays.
+instead of three and no pooled copy; `run_pooled_kv_projection` says when that pays.
 
 The same bits under every config: channels are summed in steps of BLOCK_K, in order, into float32. float32 products take
 three TF32 products ("tf32x3"), on AMD GPUs "ieee"; see bipartite_match.py.
@@ -14,12 +14,14 @@ three TF32 products ("tf32x3"), on AMD GPUs "ieee"; see bipartite_match.py.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import configs
 from ._common import EXACT, unit_last_stride
+from .kv_downsample import launch_kv_downsample
 from .pooling import alpha_arguments, load_pooled, window_of
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
@@ -170,3 +172,28 @@ def launch_pooled_kv_projection(
 def config_op(dtype: torch.dtype) -> str:
     """The entry of tuned/*.json for a dtype: float32 tiles take twice the bytes."""
     return "pooled_kv_projection_fp32" if dtype == torch.float32 else "pooled_kv_projection"
+
+
+def run_pooled_kv_projection(
+    x: Tensor,
+    grid: tuple[int, int],
+    factor: tuple[int, int],
+    alpha: float | Tensor,
+    w_k: Tensor,
+    w_v: Tensor,
+    b_k: Tensor | None,
+    b_v: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Pool and project in one launch or in three, whichever the table says.
+
+    The arithmetic is that of `run_kv_downsample_attention`: the windows are read and blended once per 64 output
+    channels, and two launches are saved.
+    """
+    (height, width), (sy, sx) = grid, factor
+    nearest = not isinstance(alpha, Tensor) and alpha == 1.0
+    read = x.shape[0] * (height // sy) * (width // sx) * (1 if nearest else sy * sx)
+    elements = read * x.shape[2] * triton.cdiv(max(w_k.shape[0], w_v.shape[0]), 64)
+    if configs.route("pooled_kv_projection", x.device, elements // 2) == "fused":
+        return launch_pooled_kv_projection(x, grid, factor, alpha, w_k, w_v, b_k, b_v)
+    (pooled,) = launch_kv_downsample([x], grid, factor, alpha)
+    return F.linear(pooled, w_k, b_k), F.linear(pooled, w_v, b_v)

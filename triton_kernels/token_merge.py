@@ -1,4 +1,4 @@
-"""Merging tokens by a plan, and copying the result back to every token.
+"""Merging tokens by a plan.
 
 The order of every sum is fixed, and no program waits for another or accumulates in memory: see `segment_mean`. Slots of
 HUGE members or more are done by programs of their own, in the same launch, before all others.
@@ -232,99 +232,37 @@ def huge_mean_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n", "plan_rows"])
-def token_unmerge_kernel(
-    p_y,
-    p_slot,
-    p_residual,
-    p_gate,
-    p_out,
-    n,
-    channels,
-    plan_rows,
-    s_yb,
-    s_yn,
-    s_rb,
-    s_rn,
-    s_gb,
-    s_on,
-    GATE: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Program (block of channels, block of tokens, batch row): gate * y[slot] + residual, rounded once."""
-    i_c, i_t, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_c = i_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_t, m_c = o_t < n, o_c < channels
-    m_x = m_t[:, None] & m_c[None, :]
-    b_slot = tl.load(p_slot + (i_b % plan_rows) * n + o_t, mask=m_t, other=0).to(tl.int64)
-    b_y = tl.load(p_y + i_b * s_yb + b_slot[:, None] * s_yn + o_c[None, :], mask=m_x, other=0.0)
-    if GATE:
-        b_y = b_y.to(tl.float32) * tl.load(p_gate + i_b * s_gb + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-    if RESIDUAL:
-        p_own = p_residual + i_b * s_rb + o_t.to(tl.int64)[:, None] * s_rn + o_c[None, :]
-        b_y = b_y.to(tl.float32) + tl.load(p_own, mask=m_x, other=0.0).to(tl.float32)
-    p_own = p_out + i_b * n * s_on + o_t.to(tl.int64)[:, None] * s_on + o_c[None, :]
-    tl.store(p_own, b_y.to(p_out.dtype.element_ty), mask=m_x)
-
-
-def launch_token_merge(
+def launch(
     x: Tensor,
     slot: Tensor,
     offsets: Tensor,
     members: Tensor,
     anchor: Tensor,
-    mode: str = "mean",
-    weights: Tensor | None = None,
-    norm: bool = False,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    eps: float = 1e-5,
-    shift: Tensor | None = None,
-    scale: Tensor | None = None,
+    mode: str,
+    weights: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None = None,
+    affine: tuple[Tensor, Tensor] | None = None,
+    modulation: tuple[Tensor, Tensor] | None = None,
     config: configs.Config | None = None,
 ) -> Tensor:
-    """(B, N, C) tokens to (B, M, C) slots by tables of P rows.
-
-    One launch with "mean" and "prune", two with `norm`, two or (where a slot may be huge) three with "mlerp".
+    """Both ops that merge: (B, N, C) tokens, unit last stride, to (B, M, C) slots.
 
     Args:
-        x: (B, N, C), unit last stride.
-        slot, offsets, members, anchor: (P, N), (P, M + 1), (P, N), (P, M) int32, contiguous; P divides B.
-        mode: "mean", "mlerp" or "prune".
-        weights: (B, N) weights of the tokens, or None.
-        norm: merge LayerNorm(x) instead of x, not rounded in between; mode "mean" only.
-        norm_weight, norm_bias: (C,) of the LayerNorm, both or neither.
-        eps: of the LayerNorm.
-        shift, scale: (B, C), both or neither: (1 + scale) * normalized + shift, as adaLN has it.
-        config: a candidate of `token_merge`.
+        x, slot, offsets, members, anchor, mode, weights, config: of `launch_token_merge`.
+        statistics: what `launch_row_stats` says of x, for "mlerp" and for a norm.
+        affine: norm_weight and norm_bias (C,) of a norm.
+        modulation: scale and shift (B, C) of a norm.
     """
-    if norm and mode != "mean":
-        raise ValueError(f"norm: got True with mode={mode!r}, expected mode='mean'")
-    for one, other in (("norm_weight", "norm_bias"), ("shift", "scale")):
-        given = {"norm_weight": norm_weight, "norm_bias": norm_bias, "shift": shift, "scale": scale}
-        if (given[one] is None) != (given[other] is None):
-            raise ValueError(f"{one}: expected together with {other}")
-    x = unit_last_stride(x)
     batch, n, channels = x.shape
     num_slots = anchor.shape[1]
     y = torch.empty((batch, num_slots, channels), dtype=x.dtype, device=x.device)
-    if y.numel() == 0:
-        return y
-    mean = inverse = x
-    if norm:
-        mean, inverse = launch_row_stats(x, "layernorm", eps)
-    elif mode == "mlerp":
-        mean, inverse = launch_row_stats(x, "norm")
+    slot, offsets, members, anchor = (table.contiguous() for table in (slot, offsets, members, anchor))
+    mean, inverse = statistics or (x, x)
+    norm_weight, norm_bias = (x, x) if affine is None else (each.contiguous() for each in affine)
+    scale, shift = (x, x) if modulation is None else (unit_last_stride(each) for each in modulation)
+    if scale.stride(0) != shift.stride(0):
+        scale, shift = scale.contiguous(), shift.contiguous()
     weights = x if weights is None else unit_last_stride(weights)
-    if shift is not None and scale is not None:
-        shift, scale = unit_last_stride(shift), unit_last_stride(scale)
-        if shift.stride(0) != scale.stride(0):
-            shift, scale = shift.contiguous(), scale.contiguous()
-    if norm_weight is not None and norm_bias is not None:
-        norm_weight, norm_bias = norm_weight.contiguous(), norm_bias.contiguous()
     config = config or configs.pick("token_merge", x.device, x.numel() * x.element_size())
     # The largest slot has at most N - M + 1 members.
     groups = triton.cdiv(n, HUGE.value * POSITIONS.value) if n - num_slots + 1 >= HUGE.value else 0
@@ -362,10 +300,10 @@ def launch_token_merge(
         p_mean=mean,
         p_inverse=inverse,
         p_huge=huge,
-        p_norm_weight=x if norm_weight is None else norm_weight,
-        p_norm_bias=x if norm_bias is None else norm_bias,
-        p_scale=x if scale is None else scale,
-        p_shift=x if shift is None else shift,
+        p_norm_weight=norm_weight,
+        p_norm_bias=norm_bias,
+        p_scale=scale,
+        p_shift=shift,
         p_y=y,
         n=n,
         num_slots=num_slots,
@@ -376,61 +314,41 @@ def launch_token_merge(
         s_xn=x.stride(1),
         s_wb=weights.stride(0),
         s_yn=channels,
-        s_ab=0 if shift is None else shift.stride(0),
+        s_ab=0 if modulation is None else shift.stride(0),
         MODE=mode,
         WEIGHTS=weights is not x,
-        NORM=norm,
-        AFFINE=norm_weight is not None,
-        MODULATE=shift is not None,
+        NORM=statistics is not None and mode == "mean",
+        AFFINE=affine is not None,
+        MODULATE=modulation is not None,
         **config,
         **EXACT,
     )
     return y
 
 
-def launch_token_unmerge(
-    y: Tensor,
+def launch_token_merge(
+    x: Tensor,
     slot: Tensor,
-    residual: Tensor | None = None,
-    gate: Tensor | None = None,
+    offsets: Tensor,
+    members: Tensor,
+    anchor: Tensor,
+    mode: str = "mean",
+    weights: Tensor | None = None,
     config: configs.Config | None = None,
 ) -> Tensor:
-    """(B, M, C) slots to (B, N, C) tokens by slot (P, N) int32, contiguous, P dividing B; one launch.
+    """(B, N, C) tokens to (B, M, C) slots by tables of P rows.
+
+    One launch with "mean" and "prune", two or (where a slot may be huge) three with "mlerp".
 
     Args:
-        y: (B, M, C).
-        slot: (P, N) int32.
-        residual: (B, N, C) added, or None.
-        gate: (B, C) multiplied, or None.
-        config: a candidate of `token_unmerge`.
+        x: (B, N, C).
+        slot, offsets, members, anchor: (P, N), (P, M + 1), (P, N), (P, M) int32; P divides B.
+        mode: "mean", "mlerp" or "prune".
+        weights: (B, N) weights of the tokens, or None.
+        config: a candidate of `token_merge`.
     """
-    y = unit_last_stride(y)
-    batch, _, channels = y.shape
-    n = slot.shape[1]
-    out = torch.empty((batch, n, channels), dtype=y.dtype, device=y.device)
-    if out.numel() == 0:
-        return out
-    config = config or configs.pick("token_unmerge", y.device, out.numel() * out.element_size())
-    own_residual = y if residual is None else unit_last_stride(residual)
-    own_gate = y if gate is None else unit_last_stride(gate)
-    token_unmerge_kernel[triton.cdiv(channels, config["BLOCK_C"]), triton.cdiv(n, config["BLOCK_T"]), batch](
-        p_y=y,
-        p_slot=slot,
-        p_residual=own_residual,
-        p_gate=own_gate,
-        p_out=out,
-        n=n,
-        channels=channels,
-        plan_rows=slot.shape[0],
-        s_yb=y.stride(0),
-        s_yn=y.stride(1),
-        s_rb=own_residual.stride(0),
-        s_rn=own_residual.stride(1),
-        s_gb=own_gate.stride(0),
-        s_on=channels,
-        GATE=gate is not None,
-        RESIDUAL=residual is not None,
-        **config,
-        **EXACT,
-    )
-    return out
+    x = unit_last_stride(x)
+    if x.shape[0] * anchor.shape[1] * x.shape[2] == 0:
+        return torch.empty((x.shape[0], anchor.shape[1], x.shape[2]), dtype=x.dtype, device=x.device)
+    statistics = launch_row_stats(x, "norm") if mode == "mlerp" else None
+    return launch(x, slot, offsets, members, anchor, mode, weights, statistics, config=config)

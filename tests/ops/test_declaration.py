@@ -32,8 +32,8 @@ def test_the_ops_of_torch_are_the_declared_ones():
 
 @pytest.mark.parametrize("op", OPS)
 def test_one_name_finds_an_op(op):
-    for folder in ("ops", "reference"):
-        assert (PACKAGE / folder / f"{op}.py").exists()
+    for folder in ("bigain_kernels/ops", "bigain_kernels/reference", "triton_kernels"):
+        assert (PACKAGE.parent / folder / f"{op}.py").exists()
     assert import_module(f"bigain_kernels.ops.{op}").OP is OPS[op]
     assert callable(getattr(import_module(f"bigain_kernels.reference.{op}"), op))
 
@@ -58,6 +58,17 @@ def test_public_arguments_become_flat_ones_and_back(op):
             if isinstance(before, MergePlan):
                 before, after = (OPS["token_merge"].arguments[1].flatten(each) for each in (before, after))
             assert same(before, after)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_launchers_take_the_arguments_of_the_op(op):
+    """The same names in the same order, and after them only what belongs to the kernel: its config."""
+    pytest.importorskip("triton")
+    module = import_module(f"bigain_kernels.triton_kernels.{op}")
+    declared = OPS[op].launcher_names
+    assert list(inspect.signature(getattr(module, f"launch_{op}")).parameters) in (declared, [*declared, "config"])
+    if hasattr(module, f"run_{op}"):
+        assert list(inspect.signature(getattr(module, f"run_{op}")).parameters) == declared
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from bigain_kernels import reference
 from bigain_kernels.reference.kv_downsample_attention import pool_image
 from bigain_kernels.testing import assert_close
-from bigain_kernels.triton_kernels.attention import config_op, head_blocks, launch_kv_downsample_attention
 from bigain_kernels.triton_kernels.kv_downsample import launch_kv_downsample
+from bigain_kernels.triton_kernels.kv_downsample_attention import config_op, head_blocks, launch_kv_downsample_attention
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 from tests.shapes import tokens
 

@@ -9,9 +9,9 @@ from bigain_kernels.testing import assert_close
 from bigain_kernels.triton_kernels.laplacian_score import (
     launch_laplacian_score,
     launch_score_and_select,
-    launch_select_destinations,
 )
 from bigain_kernels.triton_kernels.row_stats import launch_row_stats
+from bigain_kernels.triton_kernels.select_destinations import launch_select_destinations
 
 from .inputs import CASES, DTYPES, IDS, candidates, odd_tokens, on_device
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigain_kernels.triton_kernels.attention import launch_kv_downsample_attention
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
 from bigain_kernels.triton_kernels.kv_downsample import launch_kv_downsample
+from bigain_kernels.triton_kernels.kv_downsample_attention import launch_kv_downsample_attention
 from bigain_kernels.triton_kernels.laplacian_score import launch_laplacian_score, launch_score_and_select
 from bigain_kernels.triton_kernels.lgtm_plan import launch_lgtm_plan
 from bigain_kernels.triton_kernels.pooled_kv_projection import launch_pooled_kv_projection
 from bigain_kernels.triton_kernels.row_stats import launch_row_stats
-from bigain_kernels.triton_kernels.token_merge import launch_token_merge, launch_token_unmerge
+from bigain_kernels.triton_kernels.token_merge import launch_token_merge
+from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
 
 from .check_token_merge import plan_of_sizes
 from .inputs import INTERPRETED, odd_tokens
@@ -59,7 +60,7 @@ def test_every_kernel_that_reads_tokens(batch, n, row, token):
             *launch_lgtm_plan(x, grid, (1, 2), n // 3, share=share),
             *launch_row_stats(x, "layernorm", 1e-5),
             *(launch_token_merge(x, *tables, mode) for mode in ("mean", "mlerp", "prune")),
-            launch_token_unmerge(x[:, :3], plan.slot, x, x[:, 0]),
+            launch_token_unmerge(x[:, :3], *tables, x, x[:, 0]),
             *(launch_kv_downsample([x], grid, (1, 2), alpha)[0] for alpha in (0.9, 1.0)),
         ]
 

@@ -6,8 +6,8 @@ import torch
 from bigain_kernels import reference
 from bigain_kernels.plan import MergePlan
 from bigain_kernels.testing import assert_is_partition
-from bigain_kernels.tokens import merged_tiles
-from bigain_kernels.triton_kernels.merge_plan import launch_block_merge_plan, launch_merge_plan
+from bigain_kernels.triton_kernels.block_merge_plan import launch_block_merge_plan
+from bigain_kernels.triton_kernels.merge_plan import launch_merge_plan
 
 from .inputs import candidates, on_device
 
@@ -100,6 +100,5 @@ def test_block_merge_plan(grid, stride, reduce, config):
     score[1, 3::13] = torch.inf
     for r in {0, n // 4, n // 2, n}:
         plan = reference.block_merge_plan(score, grid, stride, r, reduce)
-        count = merged_tiles(grid, stride, r)
-        tables = launch_block_merge_plan(score, grid, stride, count, reduce, config)
+        tables = launch_block_merge_plan(score, grid, stride, r, reduce, config)
         assert_same_tables(tables, plan)

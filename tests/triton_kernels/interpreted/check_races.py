@@ -6,18 +6,21 @@ import triton
 import triton.language as tl
 
 from bigain_kernels import reference
-from bigain_kernels.triton_kernels.attention import launch_kv_downsample_attention
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
+from bigain_kernels.triton_kernels.block_merge_plan import launch_block_merge_plan
 from bigain_kernels.triton_kernels.kv_downsample import launch_kv_downsample
+from bigain_kernels.triton_kernels.kv_downsample_attention import launch_kv_downsample_attention
 from bigain_kernels.triton_kernels.laplacian_score import (
     launch_laplacian_score,
     launch_score_and_select,
-    launch_select_destinations,
 )
 from bigain_kernels.triton_kernels.lgtm_plan import launch_lgtm_plan
-from bigain_kernels.triton_kernels.merge_plan import launch_block_merge_plan, launch_merge_plan
+from bigain_kernels.triton_kernels.merge_plan import launch_merge_plan
 from bigain_kernels.triton_kernels.pooled_kv_projection import launch_pooled_kv_projection
-from bigain_kernels.triton_kernels.token_merge import launch_token_merge, launch_token_unmerge
+from bigain_kernels.triton_kernels.select_destinations import launch_select_destinations
+from bigain_kernels.triton_kernels.token_merge import launch_token_merge
+from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
+from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
 
 from .check_merge_plan import random_match
 from .check_token_merge import plan_of_sizes, random_plan
@@ -55,7 +58,7 @@ def test_tables(monkeypatch, n, config):
         for r in {0, n // 2, n - max(n // 4, 1)}:
             launch_merge_plan(*inputs, min(r, n - inputs[2].shape[1]), config)
         if n == 300:
-            launch_block_merge_plan(inputs[0], (15, 20), (2, 3), 20, "std", config)
+            launch_block_merge_plan(inputs[0], (15, 20), (2, 3), 100, "std", config)
 
 
 @pytest.mark.parametrize("mode", ["mean", "mlerp", "prune"])
@@ -66,11 +69,9 @@ def test_moving(monkeypatch, mode):
         rows = x[:, 0]
         with watch(monkeypatch):
             y = launch_token_merge(x, *tables, mode)
-            launch_token_unmerge(y, plan.slot, x, rows)
+            launch_token_unmerge(y, *tables, x, rows)
             if mode == "mean":
-                launch_token_merge(
-                    x, *tables, norm=True, norm_weight=rows[0], norm_bias=rows[0], shift=rows, scale=rows
-                )
+                launch_token_merge_norm(x, *tables, norm_weight=rows[0], norm_bias=rows[0], scale=rows, shift=rows)
 
 
 @pytest.mark.parametrize(("grid", "factor"), [((7, 9), (2, 2)), ((11, 11), (5, 5)), ((1, 1), (1, 1))])

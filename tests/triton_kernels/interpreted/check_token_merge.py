@@ -5,17 +5,21 @@ import torch
 import torch.nn.functional as F
 
 from bigain_kernels import reference
+from bigain_kernels.declaration import tables_of
 from bigain_kernels.plan import MergePlan
 from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
-from bigain_kernels.triton_kernels.token_merge import launch_token_merge, launch_token_unmerge
+from bigain_kernels.triton_kernels.token_merge import launch_token_merge
+from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
+from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
 from tests.shapes import tokens
 
 from .check_merge_plan import random_match
 from .inputs import DTYPES, candidates, odd_tokens, on_device
 
 launch_token_merge = on_device(launch_token_merge)
+launch_token_merge_norm = on_device(launch_token_merge_norm)
 launch_token_unmerge = on_device(launch_token_unmerge)
 
 SHAPES = [
@@ -34,7 +38,11 @@ def random_plan(rows, n, seed=0):
 
 
 def merge(x, plan, *args, **kwargs):
-    return launch_token_merge(x, plan.slot, plan.offsets, plan.members, plan.anchor, *args, **kwargs)
+    return launch_token_merge(x, *tables_of(plan), *args, **kwargs)
+
+
+def merge_norm(x, plan, **kwargs):
+    return launch_token_merge_norm(x, *tables_of(plan), **kwargs)
 
 
 def one_slot(n, extra=3):
@@ -134,8 +142,8 @@ def test_fused_layer_norm_of_huge_slots(modulate):
     normed = F.layer_norm(x.double(), (channels,), weight[0].double(), bias[0].double(), eps=1e-6)
     if modulate:
         normed = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
-    y = merge(
-        x, plan, norm=True, eps=1e-6, norm_weight=weight[0], norm_bias=bias[0],
+    y = merge_norm(
+        x, plan, norm_eps=1e-6, norm_weight=weight[0], norm_bias=bias[0],
         **({"shift": shift, "scale": scale} if modulate else {}),
     )  # fmt: skip
     assert_close(y, reference.token_merge(normed, plan))
@@ -160,11 +168,10 @@ def test_fused_layer_norm(dtype, affine, modulate):
     normed = F.layer_norm(x.double(), (channels,), *((weight.double(), bias.double()) if affine else ()), eps=1e-6)
     if modulate:
         normed = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
-    y = merge(
+    y = merge_norm(
         x,
         plan,
-        norm=True,
-        eps=1e-6,
+        norm_eps=1e-6,
         **({"norm_weight": weight, "norm_bias": bias} if affine else {}),
         **({"shift": shift, "scale": scale} if modulate else {}),
     )
@@ -181,8 +188,7 @@ def test_the_op_with_a_norm(given, weighted, dtype):
     operands = {"norm_weight": weight, "norm_bias": bias, "scale": scale, "shift": shift}
     operands = {name: t if given == "all" or name in given else None for name, t in operands.items()}
     weights = tokens(4, 63, 1, seed=4)[..., 0].abs() + 0.1 if weighted else None
-    tables = (plan.slot, plan.offsets, plan.members, plan.anchor)
-    y = on_device(IMPLEMENTATIONS["token_merge_norm"])(x, *tables, weights, 1e-3, *operands.values())
+    y = on_device(IMPLEMENTATIONS["token_merge_norm"])(x, *tables_of(plan), weights, 1e-3, *operands.values())
     wide = {name: None if t is None else t.double() for name, t in operands.items()}
     wide_weights = None if weights is None else weights.double()
     assert_close(y, reference.token_merge(x.double(), plan, "mean", wide_weights, norm_eps=1e-3, **wide))
@@ -197,7 +203,7 @@ def test_unmerge(batch, rows, n, channels, strided, dtype, gated, added):
     y = odd_tokens(batch, plan.num_slots, channels, dtype, strided)
     residual = odd_tokens(batch, n, channels, dtype, not strided, seed=1) if added else None
     gate = odd_tokens(1, batch, channels, dtype, strided, seed=2)[0] if gated else None
-    actual = launch_token_unmerge(y, plan.slot, residual, gate)
+    actual = launch_token_unmerge(y, *tables_of(plan), residual, gate)
     # The same operations in float32, rounded once.
     expected = reference.token_unmerge(y, plan, residual, gate)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
@@ -212,7 +218,7 @@ def test_every_config_gives_the_same_bits(dtype):
             for result in results[1:]:
                 torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
         y = odd_tokens(1, plan.num_slots, 72, dtype)
-        results = [launch_token_unmerge(y, plan.slot, x, config=c) for c in candidates("token_unmerge")]
+        results = [launch_token_unmerge(y, *tables_of(plan), x, config=c) for c in candidates("token_unmerge")]
         for result in results[1:]:
             torch.testing.assert_close(result, results[0], rtol=0, atol=0, equal_nan=True)
 
@@ -220,11 +226,5 @@ def test_every_config_gives_the_same_bits(dtype):
 @pytest.mark.parametrize("given", ["norm_weight", "norm_bias", "shift", "scale"])
 def test_half_a_pair_is_refused(given):
     x, plan = odd_tokens(1, 9, 64, torch.float32), random_plan(1, 9)
-    with pytest.raises(ValueError, match="expected together with"):
-        merge(x, plan, norm=True, **{given: x[:, 0]})
-
-
-def test_layer_norm_needs_the_mean():
-    x = odd_tokens(1, 9, 64, torch.float32)
-    with pytest.raises(ValueError, match="norm: got True with mode='prune'"):
-        merge(x, MergePlan.identity(1, (3, 3)), "prune", norm=True)
+    with pytest.raises(ValueError, match=f"got None, expected a tensor, as {given} is one"):
+        merge_norm(x, plan, **{given: x[:, 0]})

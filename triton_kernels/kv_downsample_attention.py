@@ -8,7 +8,7 @@ factor 1 nothing is blended, which leaves plain attention with a bias per key (p
 
 Every program pools the keys and values of its head again: against attention over pooled tensors that is sy * sx times
 the bytes and the blending once per block of queries, in exchange for one launch less and for no pooled copy.
-registration.py says when that pays.
+`run_kv_downsample_attention` says when that pays.
 
 Head dims that are no power of two are split into two blocks, the largest power of two and the rest (72 is 64 + 16, 96
 is 64 + 32), so that tensor cores work on little padding.
@@ -28,8 +28,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bigain_kernels.backends.compositions import attend, pool_image
+from bigain_kernels.declaration import OPS
+
 from . import configs
 from ._common import EXACT, unit_last_stride
+from .kv_downsample import launch_kv_downsample
 from .pooling import UNROLLED, alpha_arguments, load_pooled, window_of
 
 LARGEST_HEAD = 160
@@ -304,3 +308,45 @@ def config_op(dtype: torch.dtype, d: int, blends: bool) -> str:
     """The entry of tuned/*.json for a case: windows take registers, wide heads and float32 take them and more."""
     name = "attention_fp32" if dtype == torch.float32 else "attention_pooled" if blends else "attention"
     return f"{name}_wide" if d > WIDE else name
+
+
+def run_kv_downsample_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    factor: tuple[int, int],
+    alpha: float | Tensor,
+    scale: float | None,
+    key_bias: Tensor | None,
+    image_tokens: tuple[int, int],
+) -> Tensor:
+    """Pool K and V in a launch and attend, or pool them inside attention, whichever the table says.
+
+    Inside attention, every block of queries reads and blends all windows again. That is some 3 operations for each
+    element read, while a launch saved is worth about 3 us: 3e13 operations a second on an H100 do 3e7 elements in that
+    time at best, and half of them if all goes as usual. So the measure of a call is the number of elements read by all
+    blocks of queries per launch saved, and the size class changes at LARGE, 1.7e7. A launch is saved with nothing but
+    image tokens, three (pooling, and joining K and V with the text) otherwise.
+
+    After pooling, attention is PyTorch's, unless there is a bias per key: a mask throws PyTorch off its flash kernels.
+    """
+    (height, width), (sy, sx), (start, stop) = grid, factor, image_tokens
+    batch, heads, queries, d = q.shape
+    fits = d <= LARGEST_HEAD
+    if fits and factor != (1, 1):
+        text = k.shape[2] - (stop - start)
+        nearest = not isinstance(alpha, Tensor) and alpha == 1.0
+        read = (height // sy) * (width // sx) * (1 if nearest else sy * sx) + text
+        elements = batch * heads * triton.cdiv(queries, 128) * read * 2 * d
+        if configs.route("kv_downsample_attention", q.device, elements // (3 if text else 1)) == "fused":
+            return launch_kv_downsample_attention(q, k, v, grid, factor, alpha, scale, key_bias, image_tokens)
+    number, row_alpha = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
+    pooling = (height, width, sy, sx, number, row_alpha, start, stop)
+    k, v = pool_image([k, v], *pooling, _pool)
+    if fits and key_bias is not None:
+        return launch_kv_downsample_attention(q, k, v, (1, k.shape[2]), (1, 1), 1.0, scale, key_bias)
+    return attend(q, k, v, scale, key_bias)
+
+
+_pool = OPS["kv_downsample"].of_launcher(launch_kv_downsample)
