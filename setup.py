@@ -1,6 +1,10 @@
 """What pyproject.toml cannot say: where the Triton kernels lie, and how the native library of csrc/ is built."""
 
+import atexit
+import os
+import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -11,11 +15,15 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
 import build_native  # noqa: E402
+from build_tools import CannotBuild  # noqa: E402
 
 # The libraries that can be built, and why one is not. Without a compiler the pure-Python package installs. A file says
-# why, and `python -m bigain_kernels.env` repeats it.
+# why; the import of the package and `python -m bigain_kernels.env` repeat it.
 BUILDS = {"_native": build_native, "_native_cuda": build_cuda}
-REASONS = {name: build.why_not() for name, build in BUILDS.items()}
+try:
+    REASONS = {name: build.why_not() for name, build in BUILDS.items()}
+except (CannotBuild, ValueError) as error:
+    sys.exit(f"error: {error}")
 EXTENSIONS = [f"bigain_kernels.{name}" for name, reason in REASONS.items() if not reason]
 
 
@@ -24,7 +32,10 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext):
         name = ext.name.rpartition(".")[2]
-        BUILDS[name].build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / name)
+        try:
+            BUILDS[name].build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / name)
+        except CannotBuild as error:
+            sys.exit(f"error: {error}; {BUILDS[name].SWITCH}=0 leaves it out")
 
 
 class BuildPython(build_py):
@@ -37,7 +48,26 @@ class BuildPython(build_py):
             stale.unlink()
         for name, reason in REASONS.items():
             if reason:
-                (folder / f"{name}_missing.txt").write_text(reason)
+                self.warn(f"bigain_kernels is built without {name}: {reason}")
+                (folder / f"{name}_missing.txt").write_text(reason, encoding="utf-8")
+
+
+def options():
+    """The folders that setuptools writes to: those of the source, or of a scratch folder where that is read-only."""
+    wheel = {"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {}
+    if not os.access(ROOT, os.W_OK):
+        scratch = tempfile.mkdtemp(prefix="bigain_kernels-")
+        atexit.register(shutil.rmtree, scratch, ignore_errors=True)
+        return {**wheel, "egg_info": {"egg_base": scratch}, "build": {"build_base": scratch}}
+    if os.name == "posix":
+        # Builds of one checkout share its folders, so they wait for each other. The lock belongs to this process and
+        # ends with it; setuptools runs this file several times in one.
+        import fcntl
+
+        (ROOT / "build").mkdir(exist_ok=True)
+        lock = os.open(ROOT / "build" / "lock", os.O_RDWR | os.O_CREAT)
+        fcntl.lockf(lock, fcntl.LOCK_EX)
+    return wheel
 
 
 setup(
@@ -47,5 +77,5 @@ setup(
     # The libraries use no Python at all, so the wheel fits every Python from the oldest supported on.
     ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in EXTENSIONS],
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
+    options=options(),
 )

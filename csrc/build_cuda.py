@@ -18,8 +18,22 @@ import re
 import shutil
 from pathlib import Path
 
-import build_native
-from build_native import ROOT, CannotBuild, escape, find_compiler, find_torch, run_ninja
+from build_native import SANITIZE
+from build_tools import (
+    ROOT,
+    CannotBuild,
+    escape,
+    find_compiler,
+    find_ninja,
+    find_torch,
+    max_jobs,
+    quote,
+    run,
+    run_ninja,
+    torch_flags,
+    torch_library,
+    words,
+)
 
 SWITCH = "BIGAIN_BUILD_CUDA"
 ARCHS = "BIGAIN_CUDA_ARCHS"
@@ -36,14 +50,25 @@ SANITIZED = "-fsanitize=address,undefined"
 STAND_IN = 'extern "C" int aoti_torch_get_current_cuda_stream(int, void**) { return 1; }\n'
 
 
-def find_nvcc() -> str:
-    """The CUDA compiler: $CUDACXX, that of $CUDA_HOME, the one on PATH, or the one in /usr/local/cuda."""
-    home = os.environ.get("CUDA_HOME")
-    candidates = (os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc")
-    for name in candidates:
-        if name and shutil.which(name):
-            return name
-    raise CannotBuild("no nvcc found: looked for $CUDACXX, $CUDA_HOME, nvcc and /usr/local/cuda")
+def find_nvcc() -> list[str]:
+    """The CUDA compiler: $CUDACXX, or that of $CUDA_HOME, the one on PATH, or the one in /usr/local/cuda."""
+    named, home = os.environ.get("CUDACXX", "").strip(), os.environ.get("CUDA_HOME")
+    candidates = [named] if named else [home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    found = [name for name in candidates if name and (named or shutil.which(name))]
+    if not found:
+        raise CannotBuild("no nvcc found: looked for $CUDACXX, $CUDA_HOME, nvcc and /usr/local/cuda")
+    nvcc = words(found[0], "CUDACXX")
+    works, said = run([*nvcc, "--version"])
+    if not works:
+        raise CannotBuild(f"the CUDA compiler {nvcc[0]} does not work: {said}")
+    return nvcc
+
+
+def host_compiler() -> list[str]:
+    """The options that make nvcc use the C++ compiler: its program, past a launcher such as ccache, and its flags."""
+    compiler = find_compiler()
+    flags = next((i for i, word in enumerate(compiler) if word.startswith("-")), len(compiler))
+    return ["-ccbin", compiler[flags - 1], *(f"-Xcompiler={flag}" for flag in compiler[flags:])]
 
 
 def why_not() -> str:
@@ -57,11 +82,11 @@ def why_not() -> str:
         raise ValueError(f"{SWITCH}: got {switch!r}, expected 0, 1 or auto")
     if switch in ("", "0"):
         return f"built only with {SWITCH}=1 or {SWITCH}=auto"
-    architectures()
+    architectures(), max_jobs()
     try:
         if platform.system() != "Linux":
             raise CannotBuild(f"{platform.system()} is not supported, Linux is")
-        find_nvcc(), find_compiler(), build_native.find_ninja(), find_torch()
+        find_nvcc(), find_torch(), find_compiler(), find_ninja()
     except CannotBuild as error:
         if switch == "1":
             raise
@@ -78,21 +103,16 @@ def architectures(text: str | None = None) -> list[str]:
     return found
 
 
-def _torch_flags(torch: Path) -> str:
-    return f"-isystem {escape(torch / 'include')} -DTORCH_TARGET_VERSION={build_native.TARGET_VERSION}"
-
-
 def ninja_file(output: Path, archs: list[str]) -> str:
     """The text of build.ninja for the CUDA library."""
-    nvcc, compiler, torch = find_nvcc(), find_compiler(), find_torch()
     targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
     newest = f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     define = f'-DBIGAIN_CUDA_ARCHS=\\"{",".join(archs)}\\"'
     lines = [
         "ninja_required_version = 1.5",
-        f"nvcc = {nvcc} -ccbin {compiler}",
-        f"cxx = {compiler}",
-        f"flags = {NVCC} -I{escape(ROOT / 'include')} {_torch_flags(torch)} -DUSE_CUDA {define}",
+        f"nvcc = {quote(*find_nvcc(), *host_compiler())}",
+        f"cxx = {quote(*find_compiler())}",
+        f"flags = {NVCC} {quote('-I' + str(ROOT / 'include'))} {torch_flags()} -DUSE_CUDA {define}",
         f"targets = {targets} {newest}",
         # What ptxas says of registers, stack and spills stays beside the object, for the tests.
         "rule compile",
@@ -107,10 +127,10 @@ def ninja_file(output: Path, archs: list[str]) -> str:
         "  description = $out",
         "build stand_in/libtorch_cuda.so: stand_in stand_in.cpp",
     ]
-    lines += [f"build {op}.o: compile {escape(ROOT / 'cuda' / op)}.cu" for op in OPS]
+    lines += [f"build {op}.o: compile {escape(ROOT / 'cuda' / f'{op}.cu')}" for op in OPS]
     lines += [
         f"build {escape(output)}: link {' '.join(f'{op}.o' for op in OPS)} | stand_in/libtorch_cuda.so",
-        f"  libraries = -Lstand_in -ltorch_cuda -L{escape(torch / 'lib')} -ltorch_cpu",
+        f"  libraries = -Lstand_in -ltorch_cuda {torch_library()}",
         f"default {escape(output)}",
     ]
     return "\n".join(lines) + "\n"
@@ -118,12 +138,11 @@ def ninja_file(output: Path, archs: list[str]) -> str:
 
 def emulated_ninja_file(output: Path, sanitize: bool) -> str:
     """The text of build.ninja for the library that runs the CUDA kernels on the CPU."""
-    compiler, torch = find_compiler(), find_torch()
-    includes = " ".join(f"-I{escape(ROOT / folder)}" for folder in ("include", "emulate"))
+    includes = quote(*(f"-I{ROOT / folder}" for folder in ("include", "emulate")))
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {compiler}",
-        f"flags = {EMULATE} {build_native.SANITIZE if sanitize else '-O2'} {includes} {_torch_flags(torch)}",
+        f"cxx = {quote(*find_compiler())}",
+        f"flags = {EMULATE} {SANITIZE if sanitize else '-O2'} {includes} {torch_flags()}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
@@ -138,7 +157,7 @@ def emulated_ninja_file(output: Path, sanitize: bool) -> str:
     lines += [f"build {name}: compile {escape(source)}" for name, source in zip(objects, sources, strict=True)]
     lines += [
         f"build {escape(output)}: link {' '.join(objects)}",
-        f"  libraries = -L{escape(torch / 'lib')} -ltorch_cpu",
+        f"  libraries = {torch_library()}",
         f"default {escape(output)}",
     ]
     return "\n".join(lines) + "\n"

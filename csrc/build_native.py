@@ -10,18 +10,26 @@ per instruction set, and isa.cpp chooses on the machine that runs.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import importlib.util
 import os
 import platform
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
-TORCH_TARGET = (2, 11)
-TARGET_VERSION = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
+from build_tools import (
+    DEFINED,
+    ROOT,
+    CannotBuild,
+    escape,
+    find_compiler,
+    find_ninja,
+    find_torch,
+    max_jobs,
+    quote,
+    run_ninja,
+    torch_flags,
+    torch_library,
+)
+
 SWITCH = "BIGAIN_BUILD_CPU"
 
 OPS = ("isa", "laplacian_score", "bipartite_match", "merge_plan", "token_merge", "kv_downsample")
@@ -42,37 +50,6 @@ FAST = "-O3 -fopenmp-simd -ffp-contract=fast -fno-math-errno -fno-trapping-math"
 SANITIZE = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=undefined -DBIGAIN_POISON"
 
 
-class CannotBuild(RuntimeError):
-    """Something that the build needs is missing; the message says what."""
-
-
-def find_compiler() -> str:
-    """The C++ compiler: $CXX, or the first of c++, g++ and clang++."""
-    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
-        if name and shutil.which(name.split()[0]):
-            return name
-    raise CannotBuild("no C++ compiler found: looked for $CXX, c++, g++ and clang++")
-
-
-def find_ninja() -> str:
-    """The ninja of this Python environment, or the one on PATH."""
-    found = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
-        raise CannotBuild("no ninja found: pip install ninja")
-    return found
-
-
-def find_torch() -> Path:
-    """The folder of a torch that is new enough, found without importing it."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or not spec.submodule_search_locations:
-        raise CannotBuild("torch is not installed where the build runs: install with --no-build-isolation")
-    version = importlib.metadata.version("torch")
-    if tuple(int(part) for part in version.split(".")[:2]) < TORCH_TARGET:
-        raise CannotBuild(f"torch {version} is too old: the library needs {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later")
-    return Path(spec.submodule_search_locations[0])
-
-
 def why_not() -> str:
     """Why the library cannot or shall not be built here; empty when it can.
 
@@ -83,10 +60,11 @@ def why_not() -> str:
         raise ValueError(f"{SWITCH}: got {switch!r}, expected 0 or 1")
     if switch == "0":
         return f"left out with {SWITCH}=0"
+    max_jobs()
     try:
         if platform.system() not in ("Linux", "Darwin"):
             raise CannotBuild(f"{platform.system()} is not supported, Linux and macOS are")
-        find_compiler(), find_ninja(), find_torch()
+        find_torch(), find_compiler(), find_ninja()
     except CannotBuild as error:
         if switch == "1":
             raise
@@ -94,35 +72,26 @@ def why_not() -> str:
     return ""
 
 
-def takes(compiler: str, flags: str) -> bool:
+def takes(compiler: list[str], flags: str) -> bool:
     """Whether the compiler knows the flags."""
-    command = [*compiler.split(), *flags.split(), "-x", "c++", "-E", os.devnull]
+    command = [*compiler, *flags.split(), "-x", "c++", "-E", os.devnull]
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
-
-
-def escape(path: Path | str) -> str:
-    """A path as ninja writes it."""
-    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
 def ninja_file(output: Path, sanitize: bool) -> str:
     """The text of build.ninja."""
-    compiler, torch = find_compiler(), find_torch()
-    version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
+    compiler = find_compiler()
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     is_clang, is_x86 = "clang" in version, platform.machine().lower() in ("x86_64", "amd64")
     optimize = SANITIZE + " -fopenmp-simd" if sanitize else FAST
     # Clang does not peel loops for alignment. GCC must not: the order of a sum would depend on the address.
     kernel_flags = "" if is_clang else "--param=vect-max-peeling-for-alignment=0"
-    op_flags = f"-isystem {escape(torch / 'include')} -DTORCH_TARGET_VERSION={TARGET_VERSION}"
     has_amx = is_x86 and platform.system() == "Linux" and takes(compiler, AMX)
-    if is_x86:
-        op_flags += " -DBIGAIN_X86_ISAS"
-    if has_amx:
-        op_flags += " -DBIGAIN_AMX"
-    link = "-shared -undefined dynamic_lookup" if platform.system() == "Darwin" else "-shared -Wl,-z,defs"
+    op_flags = torch_flags() + (" -DBIGAIN_X86_ISAS" if is_x86 else "") + (" -DBIGAIN_AMX" if has_amx else "")
+    link = quote("-shared", *DEFINED)
     lines = [
         "ninja_required_version = 1.5",
-        f"cxx = {compiler}",
+        f"cxx = {quote(*compiler)}",
         f"flags = {COMMON} {optimize}",
         "rule compile",
         "  command = $cxx -MMD -MF $out.d $flags $extra -c $in -o $out",
@@ -137,7 +106,7 @@ def ninja_file(output: Path, sanitize: bool) -> str:
 
     def compile_one(stem: str, name: str, extra: str) -> None:
         objects.append(f"{name}.o")
-        lines.extend([f"build {name}.o: compile {escape(ROOT / 'cpu' / stem)}.cpp", f"  extra = {extra}"])
+        lines.extend([f"build {name}.o: compile {escape(ROOT / 'cpu' / f'{stem}.cpp')}", f"  extra = {extra}"])
 
     for stem in OPS:
         compile_one(stem, stem, op_flags)
@@ -149,22 +118,12 @@ def ninja_file(output: Path, sanitize: bool) -> str:
         # GCC's own header reads an undefined register on purpose, and warns of it.
         quiet = "" if is_clang else " -Wno-maybe-uninitialized"
         compile_one("match_amx", "match_amx", f"{ISAS['avx512']} {AMX}{quiet}")
-    # libtorch_cpu is loaded before by `import torch`; naming it here lets the loader find its symbols, no path is kept.
     lines += [
         f"build {escape(output)}: link {' '.join(objects)}",
-        f"  libraries = -L{escape(torch / 'lib')} -ltorch_cpu",
+        f"  libraries = {torch_library()}",
         f"default {escape(output)}",
     ]
     return "\n".join(lines) + "\n"
-
-
-def run_ninja(text: str, output: Path, folder: Path, jobs: int | None) -> None:
-    """Run ninja in `folder` on the text of a build.ninja that makes `output`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    (folder / "build.ninja").write_text(text)
-    limit = jobs or int(os.environ.get("MAX_JOBS", 0))
-    subprocess.run([find_ninja(), "-C", str(folder), *(["-j", str(limit)] if limit else [])], check=True)
 
 
 def build(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:

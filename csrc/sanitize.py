@@ -13,13 +13,14 @@ from pathlib import Path
 
 import build_cuda
 import build_native
+from build_tools import find_compiler
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
 def runtime(name: str) -> str:
     """Path of a runtime library of the compiler."""
-    command = [*build_native.find_compiler().split(), f"-print-file-name={name}"]
+    command = [*find_compiler(), f"-print-file-name={name}"]
     path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     if not os.path.isabs(path):
         raise SystemExit(f"{name} is not installed beside {command[0]}")
@@ -45,7 +46,13 @@ def main() -> int:
     # The sanitizer writes to the file of standard error, which pytest must not hide.
     options = ["-p", "no:cacheprovider", "-q", "--capture=sys"]
     # These build libraries of their own.
-    builds = ["test_build.py", "cuda/test_build.py", "cuda/test_machine_code.py", "cuda/test_emulator.py"]
+    builds = [
+        "test_build.py",
+        "test_install.py",
+        "cuda/test_build.py",
+        "cuda/test_machine_code.py",
+        "cuda/test_emulator.py",
+    ]
     tests = ["tests/csrc", *(f"--ignore=tests/csrc/{name}" for name in builds), *options, *sys.argv[1:]]
     return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment).returncode
 

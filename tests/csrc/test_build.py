@@ -1,124 +1,137 @@
-"""Wheel and sdist, with and without a compiler, installed into empty environments; what the library is linked to."""
+"""What the build of the native library asks of its tools, and what the library is linked to."""
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
-import tarfile
-import zipfile
 from pathlib import Path
 
 import pytest
-import torch
 
 from bigain_kernels import native
+from tests.csrc.builds import ROOT, run, script
 
-ROOT = Path(__file__).resolve().parents[2]
-IGNORED = shutil.ignore_patterns(".*", "build", "dist", "demo", "*.egg-info", "__pycache__", "_native*", "assets")
-USES_THE_PACKAGE = """
-import importlib.util, json, torch, bigain_kernels as bk
-from bigain_kernels import env, native
-x = torch.randn(2, 64, 20)
-plan = bk.lgtm_plan(x, (8, 8), 0.5)
-print(json.dumps({
-    "file": bk.__file__,
-    "shape": list(bk.token_unmerge(bk.token_merge(x, plan), plan).shape),
-    "triton_kernels": importlib.util.find_spec("triton_kernels") is not None,
-    "reason": native.REASON,
-    "env": env.report(),
-}))
-"""
+sys.path.insert(0, str(ROOT / "csrc"))
+import build_native
+import build_tools
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    merged = {**os.environ, "MAX_JOBS": "2", **environment}
-    merged.pop("PYTHONPATH", None)
-    done = subprocess.run([*map(str, command)], cwd=cwd, env=merged, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory):
-    """The unpacked source distribution of this checkout: what follows is built from it, so it must be complete."""
-    folder = tmp_path_factory.mktemp("sdist")
-    copy = shutil.copytree(ROOT, folder / "checkout", ignore=IGNORED)
-    run(sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('..')", cwd=copy)
-    (archive,) = folder.glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder / "unpacked", filter="data")
-    (unpacked,) = (folder / "unpacked").iterdir()
-    return unpacked
-
-
-def build_wheel(sdist: Path, folder: Path, **environment: str) -> Path:
-    source = shutil.copytree(sdist, folder / "source")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder, "."]
-    run(*command, cwd=source, **environment)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        top_level = {name.split("/")[0] for name in archive.namelist()}
-    assert top_level == {"bigain_kernels", f"{wheel.name.split('-')[0]}-{wheel.name.split('-')[1]}.dist-info"}
-    return wheel
-
-
-def use_wheel(wheel: Path, folder: Path) -> dict[str, object]:
-    """What the package says of itself in an environment that holds the wheel, and torch by reference to ours."""
-    run(sys.executable, "-m", "venv", "--without-pip", folder / "venv", cwd=folder)
-    python = folder / "venv" / "bin" / "python"
-    run(sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=folder)
-    (site,) = (folder / "venv" / "lib").glob("python*/site-packages")
-    (site / "torch_of_the_tests.pth").write_text(f"{Path(torch.__file__).parents[1]}\n")
-    answer = json.loads(run(python, "-I", "-c", USES_THE_PACKAGE, cwd=folder))
-    assert Path(answer["file"]).is_relative_to(site)
-    assert answer["shape"] == [2, 64, 20]
-    assert not answer["triton_kernels"]
-    return answer
-
-
-@pytest.mark.usefixtures("cpp")
-def test_a_wheel_built_from_the_sdist_brings_the_library(sdist, tmp_path):
-    wheel = build_wheel(sdist, tmp_path)
-    assert "-cp310-abi3-" in wheel.name
-    answer = use_wheel(wheel, tmp_path)
-    assert answer["reason"] == ""
-    assert re.search(r"native library +(baseline|avx2|avx512|amx).*, built by ", answer["env"])
-    assert re.search(r"bipartite_match +cpu +cpp", answer["env"])
-
-
-def test_without_a_compiler_the_pure_package_installs_and_says_so(sdist, tmp_path):
-    wheel = build_wheel(sdist, tmp_path, PATH=str(tmp_path), CXX="", BIGAIN_BUILD_CPU="")
-    assert wheel.name.endswith("-py3-none-any.whl")
-    answer = use_wheel(wheel, tmp_path)
-    assert answer["reason"] == "no C++ compiler found: looked for $CXX, c++, g++ and clang++"
-    assert f"none: {answer['reason']}" in answer["env"]
-    assert re.search(r"bipartite_match +cpu +reference", answer["env"])
+@pytest.fixture(autouse=True)
+def asked_anew():
+    """The build asks its tools once in a process."""
+    build_tools.find_compiler.cache_clear()
+    build_tools.find_torch.cache_clear()
+    yield
+    build_tools.find_compiler.cache_clear()
+    build_tools.find_torch.cache_clear()
 
 
 @pytest.mark.parametrize(
     ("switch", "expected"),
     [
         ("0", "left out with BIGAIN_BUILD_CPU=0"),
-        ("1", "CannotBuild: no C\\+\\+ compiler"),
-        ("2", "got '2', expected 0 or"),
+        ("", "no C++ compiler found: looked for $CXX, c++, g++ and clang++"),
     ],
 )
-def test_switch(switch, expected, tmp_path):
-    code = f"import sys; sys.path.insert(0, {str(ROOT / 'csrc')!r}); import build_native; print(build_native.why_not())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PATH": str(tmp_path), "CXX": "", "BIGAIN_BUILD_CPU": switch},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert re.search(expected, done.stdout + done.stderr)
-    assert done.returncode == (0 if switch == "0" else 1)
+def test_without_a_compiler_the_reason_is_kept(switch, expected, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("BIGAIN_BUILD_CPU", switch)
+    assert build_native.why_not() == expected
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("BIGAIN_BUILD_CPU", "2", "BIGAIN_BUILD_CPU: got '2', expected 0 or 1"),
+        ("MAX_JOBS", "many", "MAX_JOBS: got 'many', expected a positive number"),
+        ("MAX_JOBS", "0", "MAX_JOBS: got '0', expected a positive number"),
+        ("MAX_JOBS", "-1", "MAX_JOBS: got '-1', expected a positive number"),
+        ("MAX_JOBS", "2.5", "MAX_JOBS: got '2.5', expected a positive number"),
+    ],
+)
+def test_values_that_mean_nothing_are_refused(variable, value, expected, monkeypatch):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        build_native.why_not()
+
+
+@pytest.mark.parametrize(
+    ("command", "expected"),
+    [
+        ("no-such-compiler", "$CXX: got 'no-such-compiler', expected a program that exists"),
+        ("no-such-compiler -O2", "$CXX: got 'no-such-compiler -O2', expected a program that exists"),
+        ("{folder}", "$CXX: got '{folder}', expected a program that exists"),
+        ("{folder}/text", "$CXX: got '{folder}/text', expected a program that exists"),
+        ("c++ '", '$CXX: got "c++ \'", expected a program and arguments (No closing quotation)'),
+        ("{folder}/fails", "the C++ compiler {folder}/fails does not work: exit status 3"),
+        ("{folder}/says", "the C++ compiler {folder}/says does not work: fatal error: no license"),
+        ("{folder}/nothing", "the C++ compiler {folder}/nothing does not work: it makes no file"),
+        ("{folder}/other", "the C++ compiler {folder}/other does not work: does not start: Exec format error"),
+        ("c++ --no-such-flag", "c++ --no-such-flag does not work: ...--no-such-flag"),
+        ("cc", "the C++ compiler ...cc does not work: ...undefined"),
+        ("c++ -m32", "c++ -m32 does not work: "),
+    ],
+)
+def test_a_compiler_that_is_named_works_or_is_refused_in_one_line(command, expected, monkeypatch, tmp_path):
+    """Nothing else is tried in its place."""
+    script(tmp_path / "fails", "exit 3")
+    script(tmp_path / "says", "echo probe.cpp; echo 'fatal error: no license'; echo stopped; exit 1")
+    script(tmp_path / "nothing", "exit 0")
+    (tmp_path / "text").write_text("of no program")
+    (tmp_path / "other").write_bytes(b"\x7fELF of another machine")
+    (tmp_path / "other").chmod(0o755)
+    monkeypatch.setenv("CXX", command.format(folder=tmp_path))
+    reason = build_native.why_not()
+    assert "\n" not in reason
+    assert all(part in reason for part in expected.format(folder=tmp_path).split("..."))
+    monkeypatch.setenv("BIGAIN_BUILD_CPU", "1")
+    with pytest.raises(build_tools.CannotBuild, match=re.escape(reason)):
+        build_native.why_not()
+
+
+@pytest.mark.parametrize("name", ["c++", "my compiler", "launcher {} -pipe", "  "])
+def test_compilers_with_arguments_and_in_folders_with_spaces(name, monkeypatch, tmp_path):
+    launcher = script(tmp_path / "launcher", 'exec "$@"')
+    script(tmp_path / "my compiler", 'exec c++ "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CXX", name.format(shutil.which("c++")))
+    found = build_tools.find_compiler()
+    assert os.path.isabs(found[0])
+    assert found[1:] == ([shutil.which("c++"), "-pipe"] if "launcher" in name else [])
+    assert launcher.exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "expected"),
+    [
+        ("2.10.1+cu130", "torch 2.10.1+cu130 is too old: the library needs 2.11 or later"),
+        ("2.11.0a0+git1", "the torch in {} has no C++ headers"),
+        (None, "no torch found in "),
+    ],
+)
+def test_a_torch_that_cannot_be_built_against(version, expected, monkeypatch, tmp_path):
+    torch = tmp_path / "torch"
+    torch.mkdir()
+    if version:
+        (torch / "__init__.py").write_text("raise RuntimeError('imported')")
+        (torch / "version.py").write_text(f"__version__ = '{version}'\ndebug = False\n")
+        monkeypatch.setattr(build_tools.importlib.util, "find_spec", lambda name: Spec(torch))
+    else:
+        monkeypatch.setattr(build_tools.importlib.util, "find_spec", lambda name: None)
+        monkeypatch.setattr(build_tools.sys, "executable", str(script(tmp_path / "python", "echo")))
+    monkeypatch.setenv("CXX", "c++")
+    assert build_native.why_not().startswith(expected.format(torch))
+
+
+class Spec:
+    """What importlib says of a package."""
+
+    def __init__(self, folder: Path):
+        self.submodule_search_locations = [str(folder)]
 
 
 def library() -> Path:

@@ -12,8 +12,8 @@ import zipfile
 import pytest
 import torch
 
+from tests.csrc.builds import IGNORED, run
 from tests.csrc.cuda.conftest import ROOT, build_cuda
-from tests.csrc.test_build import IGNORED, run
 
 CODE = f"import sys; sys.path.insert(0, {str(ROOT / 'csrc')!r}); import build_cuda; print(build_cuda.why_not())"
 
@@ -102,7 +102,7 @@ def test_a_wheel_holds_both_libraries(cuda_library, tmp_path):
     """An nvcc that takes the objects built before: they are tested already, and compiling takes a minute."""
     nvcc = tmp_path / "nvcc"
     take = f'for last; do :; done; cp {cuda_library.parent}/"$last" "$last" && echo "$last: nothing" > "$last.d"'
-    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) {take} ;; *) exec {build_cuda.find_nvcc()} "$@" ;; esac\n')
+    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) {take} ;; *) exec {build_cuda.find_nvcc()[0]} "$@" ;; esac\n')
     nvcc.chmod(0o755)
     source = shutil.copytree(ROOT, tmp_path / "source", ignore=IGNORED)
     command = [
