@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -12,8 +14,13 @@ from .plan import MergePlan
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+def _integer(value: object) -> int | None:
+    """`value` as an int, NumPy's integers too; None when it is no integer. Booleans, arrays and tensors are none."""
+    if type(value) is int or isinstance(value, torch.SymInt):
+        return value  # type: ignore[return-value]
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        return operator.index(value)
+    return None
 
 
 def check_tensor(name: str, value: object, rank: int, dtypes: Sequence[torch.dtype] = FLOAT_DTYPES) -> None:
@@ -37,11 +44,13 @@ def check_same_device(**tensors: Tensor) -> None:
 
 def check_pair(name: str, value: object) -> tuple[int, int]:
     """`value` is a pair (row, column) of integers of at least 1."""
-    if not isinstance(value, (tuple, list)) or len(value) != 2 or not all(_is_int(v) for v in value):
-        raise TypeError(f"{name}: got {value!r}, expected two integers, (row, column)")
-    if value[0] < 1 or value[1] < 1:
-        raise ValueError(f"{name}: got {tuple(value)}, expected both to be at least 1")
-    return value[0], value[1]
+    if isinstance(value, (tuple, list)) and len(value) == 2:
+        row, column = _integer(value[0]), _integer(value[1])
+        if row is not None and column is not None:
+            if row < 1 or column < 1:
+                raise ValueError(f"{name}: got {(row, column)}, expected both to be at least 1")
+            return row, column
+    raise TypeError(f"{name}: got {value!r}, expected two integers, (row, column)")
 
 
 def check_grid(grid: object, num_tokens: int, tokens_of: str) -> tuple[int, int]:
@@ -57,9 +66,8 @@ def check_grid(grid: object, num_tokens: int, tokens_of: str) -> tuple[int, int]
 
 def check_factor(factor: object, grid: tuple[int, int]) -> tuple[int, int]:
     """`factor` is an int or (sy, sx), at least 1 and at most the grid."""
-    if _is_int(factor):
-        factor = (factor, factor)
-    sy, sx = check_pair("factor", factor)
+    one = _integer(factor)
+    sy, sx = check_pair("factor", factor if one is None else (one, one))
     if sy > grid[0] or sx > grid[1]:
         raise ValueError(f"factor: got {(sy, sx)}, expected at most the grid, {grid}")
     return sy, sx
@@ -71,27 +79,39 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise ValueError(f"{name}: got {value!r}, expected one of {list(choices)}")
 
 
-def check_count(name: str, value: object, minimum: int = 0) -> None:
-    """`value` is an integer of at least `minimum`."""
-    if not _is_int(value):
+def check_integer(name: str, value: object) -> int:
+    """`value` as an int."""
+    integer = _integer(value)
+    if integer is None:
         raise TypeError(f"{name}: got {value!r}, expected an integer")
-    if value < minimum:  # type: ignore[operator]
-        raise ValueError(f"{name}: got {value}, expected at least {minimum}")
+    return integer
 
 
-def check_number(name: str, value: object) -> None:
-    """`value` is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+def check_count(name: str, value: object, minimum: int = 0) -> int:
+    """`value` as an int of at least `minimum`."""
+    integer = check_integer(name, value)
+    if integer < minimum:
+        raise ValueError(f"{name}: got {integer}, expected at least {minimum}")
+    return integer
+
+
+def check_number(name: str, value: object) -> float:
+    """`value` as a float: a finite number, NumPy's too."""
+    if (not isinstance(value, (float, int)) and not isinstance(value, Real)) or isinstance(value, bool):
         raise TypeError(f"{name}: got {value!r}, expected a number")
-    if value != value or value in (float("inf"), float("-inf")):
+    try:
+        number = float(value)
+    except OverflowError as error:
+        raise ValueError(f"{name}: got an integer of {len(str(value))} digits, expected a finite number") from error
+    if number != number or number in (float("inf"), float("-inf")):
         raise ValueError(f"{name}: got {value}, expected a finite number")
+    return number
 
 
 def check_alpha(alpha: object, like: Tensor, like_name: str) -> tuple[float, Tensor | None]:
     """`alpha` as the op takes it: a number, and the (B,) float32 tensor that replaces it when one was given."""
     if not isinstance(alpha, Tensor):
-        check_number("alpha", alpha)
-        return float(alpha), None  # type: ignore[arg-type]
+        return check_number("alpha", alpha), None
     check_tensor("alpha", alpha, 1, (torch.float32,))
     if alpha.shape[0] != like.shape[0]:
         raise ValueError(f"alpha: got {alpha.shape[0]} values, expected {like.shape[0]}, the batch of {like_name}")
@@ -103,10 +123,10 @@ def check_plan(plan: object, name: str, tensor: Tensor, length: str) -> None:
     """`plan` is a MergePlan whose rows divide the batch of `tensor` and whose `length` is its number of tokens."""
     if not isinstance(plan, MergePlan):
         raise TypeError(f"plan: got {type(plan).__name__}, expected a MergePlan")
-    expected = plan.num_tokens if length == "num_tokens" else plan.num_slots
-    if tensor.shape[1] != expected:
-        raise ValueError(f"{name}: got {tensor.shape[1]} tokens, expected {expected}, the plan's {length}")
-    rows, batch = plan.num_rows, tensor.shape[0]
+    (batch, tokens, _), (rows, num_tokens) = tensor.shape, plan.slot.shape
+    expected = num_tokens if length == "num_tokens" else plan.num_slots
+    if tokens != expected:
+        raise ValueError(f"{name}: got {tokens} tokens, expected {expected}, the plan's {length}")
     if (rows == 0 and batch != 0) or (rows != 0 and batch % rows != 0):
         raise ValueError(f"{name}: got batch {batch}, expected a multiple of the plan's {rows} rows")
     if plan.slot.device != tensor.device:
@@ -126,7 +146,7 @@ def max_ratio(grid: tuple[int, int], stride: tuple[int, int]) -> float:
 
 def merged_count(ratio: float, grid: tuple[int, int], stride: tuple[int, int]) -> int:
     """r = int(N * ratio), refused when the grid has not that many sources."""
-    check_number("ratio", ratio)
+    ratio = check_number("ratio", ratio)
     limit = max_ratio(grid, stride)
     n, r = grid[0] * grid[1], int(grid[0] * grid[1] * ratio)
     if ratio < 0 or r > n - (grid[0] // stride[0]) * (grid[1] // stride[1]) or (r > 0 and limit == 0.0):

@@ -43,7 +43,7 @@ def published_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[i
 
 def published_lgtm_plan(x: Tensor, grid: tuple[int, int], ratio: float, stride: tuple[int, int] = (2, 2)) -> MergePlan:
     """L-GTM with `published_destinations`; arguments, result and errors as `bigain_kernels.lgtm_plan`."""
-    grid, stride, r = check_method(x, grid, ratio, stride, None)
+    grid, stride, r, _ = check_method(x, grid, ratio, stride, None)
     destinations = published_destinations(laplacian_score(x.detach(), grid), grid, stride)
     return match_and_plan(x, destinations, r, grid, stride, None)
 
@@ -66,7 +66,7 @@ def published_tome_plan(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio or stride.
     """
-    grid, (sy, sx), r = check_method(x, grid, ratio, stride, None)
+    grid, (sy, sx), r, _ = check_method(x, grid, ratio, stride, None)
     size = (grid[0] // sy, grid[1] // sx, 1)
     inside = torch.randint(sy * sx, size, generator=generator, device=generator.device).to(x.device)
     destinations = tile_tokens(inside[None, ..., 0], grid, (sy, sx)).expand(x.shape[0], -1).contiguous()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..checks import check_count, check_grid, check_pair, check_tensor, merged_count
+from ..checks import check_count, check_grid, check_integer, check_pair, check_tensor, merged_count
 from ..ops.bipartite_match import bipartite_match
 from ..ops.merge_plan import merge_plan
 from ..plan import MergePlan
@@ -15,16 +15,15 @@ _MASK = 0xFFFFFFFF
 
 def check_method(
     x: Tensor, grid: tuple[int, int], ratio: float, stride: tuple[int, int], share_plan: int | None
-) -> tuple[tuple[int, int], tuple[int, int], int]:
-    """Check the arguments that every method has; returns grid, stride and r = int(N * ratio)."""
+) -> tuple[tuple[int, int], tuple[int, int], int, int]:
+    """Check the arguments that every method has; returns grid, stride, r = int(N * ratio) and the rows per plan."""
     check_tensor("x", x, 3)
     grid = check_grid(grid, x.shape[1], "x")
     stride = check_pair("stride", stride)
-    if share_plan is not None:
-        check_count("share_plan", share_plan, 1)
-        if x.shape[0] % share_plan != 0:
-            raise ValueError(f"share_plan: got {share_plan}, expected a divisor of {x.shape[0]}, the batch of x")
-    return grid, stride, merged_count(ratio, grid, stride)
+    share = 1 if share_plan is None else check_count("share_plan", share_plan, 1)
+    if x.shape[0] % share != 0:
+        raise ValueError(f"share_plan: got {share}, expected a divisor of {x.shape[0]}, the batch of x")
+    return grid, stride, merged_count(ratio, grid, stride), share
 
 
 def match_and_plan(
@@ -65,20 +64,19 @@ def counter_random(seed: int, timestep: Tensor | None, count: int, stream: int, 
     return _scramble((key.unsqueeze(1) + position * 0x9E3779B1) & _MASK)
 
 
-def check_random(seed: object, timestep: Tensor | None, x: Tensor, share_plan: int | None) -> Tensor | None:
-    """Check what random numbers hang on; returns the timesteps of the plan rows.
+def check_random(seed: object, timestep: Tensor | None, x: Tensor, share: int) -> tuple[int, Tensor | None]:
+    """Check what random numbers hang on; returns the seed and the timesteps of the plan rows.
 
     Those are the timesteps of the first P rows: rows that share a plan stand for one timestep, which is not verified,
     because that would wait for the device.
     """
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: got {seed!r}, expected an integer")
+    seed = check_integer("seed", seed)
     if timestep is None:
-        return None
+        return seed, None
     if not isinstance(timestep, Tensor):
         raise TypeError(f"timestep: got {type(timestep).__name__}, expected a tensor of one value per batch row")
     if timestep.dtype == torch.bool or timestep.is_complex():
         raise TypeError(f"timestep: got dtype {timestep.dtype}, expected integers or floating-point numbers")
     if timestep.shape != x.shape[:1]:
         raise ValueError(f"timestep: got shape {tuple(timestep.shape)}, expected {(x.shape[0],)}, the batch of x")
-    return timestep.narrow(0, 0, x.shape[0] // (share_plan or 1))
+    return seed, timestep.narrow(0, 0, x.shape[0] // share)

@@ -44,8 +44,8 @@ def abm_plan(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, reduce or share_plan.
     """
-    grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
-    score = laplacian_score(share_mean(x.detach(), share_plan or 1), grid)
+    grid, stride, r, share = check_method(x, grid, ratio, stride, share_plan)
+    score = laplacian_score(share_mean(x.detach(), share), grid)
     return block_merge_plan(score, grid, stride, r, reduce)
 
 

@@ -43,10 +43,10 @@ def lgtm_plan(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, window or share_plan.
     """
-    grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
+    grid, stride, r, share = check_method(x, grid, ratio, stride, share_plan)
     if window is not None:
-        check_count("window", window)
-    slot, offsets, members, anchor = call(x, *grid, *stride, r, -1 if window is None else window, share_plan or 1)
+        window = check_count("window", window)
+    slot, offsets, members, anchor = call(x, *grid, *stride, r, -1 if window is None else window, share)
     return MergePlan(slot, offsets, members, anchor, grid, x.shape[1] - r)
 
 

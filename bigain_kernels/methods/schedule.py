@@ -47,8 +47,8 @@ def alpha_schedule(alpha: float | Sequence[float], timestep: Tensor, num_train_t
     check_schedule("alpha", alpha)
     if not isinstance(alpha, (tuple, list)):
         return float(alpha)  # type: ignore[arg-type]
-    check_count("num_train_timesteps", num_train_timesteps, 2)
+    num_train_timesteps = check_count("num_train_timesteps", num_train_timesteps, 2)
     if not isinstance(timestep, Tensor) or timestep.dim() != 1:
         raise ValueError(f"timestep: got {timestep!r}, expected a tensor of one value per batch row")
     progress = timestep.to(torch.float32) / (num_train_timesteps - 1)
-    return alpha[0] * progress + alpha[1] * (1 - progress)
+    return float(alpha[0]) * progress + float(alpha[1]) * (1 - progress)

@@ -65,16 +65,17 @@ def sito_plan(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, noise, timestep or share_plan.
     """
-    grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
-    check_number("noise", noise)
+    grid, stride, r, share = check_method(x, grid, ratio, stride, share_plan)
+    noise = check_number("noise", noise)
     if noise < 0:
         raise ValueError(f"noise: got {noise}, expected at least 0")
-    timestep = check_random(seed, timestep, x, share_plan)
-    x = share_mean(x, share_plan or 1)
+    seed, timestep = check_random(seed, timestep, x, share)
+    x = share_mean(x, share)
     values = x.detach().to(torch.promote_types(x.dtype, torch.float32))
     unit = values / values.square().sum(-1, keepdim=True).sqrt()
     # A token without a direction counts for nothing here, and its own NaN score is never chosen.
-    score = torch.bmm(unit, unit.nan_to_num(0.0, 0.0, 0.0).mean(1).unsqueeze(2)).squeeze(2)
+    with torch.autocast(x.device.type, enabled=False):
+        score = torch.bmm(unit, unit.nan_to_num(0.0, 0.0, 0.0).mean(1).unsqueeze(2)).squeeze(2)
     if noise > 0:
         finite = score.nan_to_num(0.0, 0.0, 0.0)
         spread = (finite - finite.mean(1, keepdim=True)).square().mean(1, keepdim=True).sqrt()

@@ -75,10 +75,10 @@ def tome_plan(
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, destinations, timestep, window or
             share_plan.
     """
-    grid, stride, r = check_method(x, grid, ratio, stride, share_plan)
+    grid, stride, r, share = check_method(x, grid, ratio, stride, share_plan)
     check_choice("destinations", destinations, DESTINATIONS)
-    timestep = check_random(seed, timestep, x, share_plan)
-    x = share_mean(x, share_plan or 1)
+    seed, timestep = check_random(seed, timestep, x, share)
+    x = share_mean(x, share)
     chosen = tome_destinations(x.shape[0], grid, stride, destinations, seed, timestep, x.device)
     return match_and_plan(x, chosen, r, grid, stride, window)
 

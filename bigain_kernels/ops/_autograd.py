@@ -15,9 +15,10 @@ from torch import _C, Tensor
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_iter
 
-# Keys below autograd and the bookkeeping of views, where a call with nothing special about it arrives in the end.
-_DEVICES = (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)
-_BELOW = _C._after_ADInplaceOrView_keyset
+# Sets of dispatch keys as bits, which compare fast. Of a call with nothing special about it, no other key than that of
+# its device is below autograd and the bookkeeping of views.
+_BELOW = _C._after_ADInplaceOrView_keyset.raw_repr()
+_DEVICES = {_C.DispatchKeySet(key).raw_repr() for key in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)}
 
 
 def no_derivative(op: str) -> RuntimeError:
@@ -87,7 +88,7 @@ def refuse_derivatives(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
         recorded = _C.is_grad_enabled() and _C._any_requires_grad(*args)
         tangent = forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(args)))
         if not recorded and not tangent:
-            if (keyset & _BELOW).highestPriorityTypeId() in _DEVICES:
+            if keyset.raw_repr() & _BELOW in _DEVICES:
                 return run(*args)
             return below(keyset, args)
         if tangent or _C._are_functorch_transforms_active():

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import _C
 
-from .. import backends
+from ..backends import implementation
 from ..declaration import OPS, Op
 from ._autograd import define_refusal, refuse_derivatives
 from ._vmap import one_by_one
@@ -32,6 +33,7 @@ def _library() -> torch.library.Library:
 # Keeping the Library object alive keeps the registrations alive. C++ and Triton only add implementations to it.
 LIBRARY = _library()
 define_refusal(LIBRARY)
+_AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(_C.DispatchKey.AutocastCUDA)
 
 
 def define(op: Op) -> Callable[..., Any]:
@@ -40,12 +42,21 @@ def define(op: Op) -> Callable[..., Any]:
     device_of = op.device_of
 
     def dispatch(*args: Any) -> Any:
-        return backends.implementation(op.name, device_of(args), args)(*args)
+        return implementation(op.name, device_of(args), args)(*args)
 
     LIBRARY.define(op.schema)
+    overload = getattr(torch.ops.bigain, op.name).default
+
+    def without_autocast(*args: Any) -> Any:
+        # The ops say what they compute in; PyTorch's own inside them shall not go to another dtype.
+        with _C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            return overload(*args)
+
     # One Python kernel for all devices: the backend is chosen at the call, so use_backend works in compiled code too.
     LIBRARY.impl(op.name, dispatch, "CompositeExplicitAutograd")
     LIBRARY.impl(op.name, refuse_derivatives(op.name, dispatch), "Autograd", with_keyset=True)
     torch.library.register_fake(f"bigain::{op.name}", op.of_public(op.fake), lib=LIBRARY)
     torch.library.register_vmap(f"bigain::{op.name}", one_by_one(op.name), lib=LIBRARY)
-    return getattr(torch.ops.bigain, op.name).default
+    for key in ("AutocastCPU", "AutocastCUDA"):
+        LIBRARY.impl(op.name, without_autocast, key)
+    return overload

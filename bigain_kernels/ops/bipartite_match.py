@@ -70,7 +70,7 @@ def bipartite_match(
     check_same_device(x=x, destinations=destinations)
     if window is None:
         return _call(x, destinations, *_NO_WINDOW)
-    check_count("window", window)
+    window = check_count("window", window)
     height, width = check_grid(grid, x.shape[1], "x")
     sy, sx = check_pair("stride", stride)
     return _call(x, destinations, window, height, width, sy, sx)

@@ -57,7 +57,7 @@ def block_merge_plan(
     check_tensor("score", score, 2, (torch.float32,))
     height, width = check_grid(grid, score.shape[1], "score")
     sy, sx = check_pair("stride", stride)
-    check_count("r", r)
+    r = check_count("r", r)
     check_choice("reduce", reduce, REDUCTIONS)
     slot, offsets, members, anchor = _call(score, height, width, sy, sx, r, reduce)
     removed = merged_tiles((height, width), (sy, sx), r) * (sy * sx - 1)

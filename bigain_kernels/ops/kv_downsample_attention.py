@@ -108,7 +108,7 @@ def kv_downsample_attention(
     sy, sx = check_factor(factor, (height, width))
     number, row_alpha = check_alpha(alpha, q, "q")
     if scale is not None:
-        check_number("scale", scale)
+        scale = check_number("scale", scale)
     if key_bias is not None:
         check_tensor("key_bias", key_bias, 2)
         keys = start + (height // sy) * (width // sx) + tokens - stop
@@ -127,9 +127,7 @@ def _check_image_tokens(image_tokens: object, tokens: int) -> tuple[int, int]:
         return 0, tokens
     if not isinstance(image_tokens, (tuple, list)) or len(image_tokens) != 2:
         raise TypeError(f"image_tokens: got {image_tokens!r}, expected two integers, (start, stop)")
-    start, stop = image_tokens
-    check_count("image_tokens", start)
-    check_count("image_tokens", stop)
+    start, stop = (check_count("image_tokens", each) for each in image_tokens)
     if not start < stop <= tokens:
         raise ValueError(f"image_tokens: got {(start, stop)}, expected start < stop <= {tokens}, the tokens of k")
     return start, stop

@@ -57,7 +57,7 @@ def merge_plan(similarity: Tensor, match: Tensor, destinations: Tensor, r: int, 
             f"destinations: got shape {tuple(destinations.shape)}, expected ({similarity.shape[0]}, D) with D <= {n}"
         )
     check_same_device(similarity=similarity, match=match, destinations=destinations)
-    check_count("r", r)
+    r = check_count("r", r)
     r = min(r, n - d) if d else 0
     slot, offsets, members, anchor = _call(similarity, match, destinations, r)
     return MergePlan(slot, offsets, members, anchor, (height, width), n - r)

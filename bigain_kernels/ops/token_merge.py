@@ -28,14 +28,14 @@ OP = Op(
 _call = define(OP)
 
 
-def _check_norm(x: Tensor, mode: str, norm_eps: float | None, operands: dict[str, Tensor | None]) -> None:
-    """The norm of a merge: `operands` are norm_weight, norm_bias, scale and shift."""
-    given = [name for name, tensor in operands.items() if tensor is not None]
+def _check_norm(x: Tensor, mode: str, norm_eps: float | None, operands: dict[str, Tensor | None]) -> float | None:
+    """The norm of a merge: `operands` are norm_weight, norm_bias, scale and shift. Returns norm_eps."""
+    given = [name for name in operands if operands[name] is not None]
     if norm_eps is None:
         if given:
             raise ValueError(f"{given[0]}: got a tensor, expected None without norm_eps, which asks for a LayerNorm")
-        return
-    check_number("norm_eps", norm_eps)
+        return None
+    norm_eps = check_number("norm_eps", norm_eps)
     if norm_eps < 0:
         raise ValueError(f"norm_eps: got {norm_eps}, expected at least 0")
     if mode != "mean":
@@ -52,6 +52,7 @@ def _check_norm(x: Tensor, mode: str, norm_eps: float | None, operands: dict[str
         if tensor.shape != expected:
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
         check_same_device(**{"x": x, name: tensor})
+    return norm_eps
 
 
 def token_merge(
@@ -103,8 +104,8 @@ def token_merge(
             raise ValueError(f"weights: got shape {tuple(weights.shape)}, expected {tuple(x.shape[:2])}")
         check_same_device(x=x, weights=weights)
     operands = {"norm_weight": norm_weight, "norm_bias": norm_bias, "scale": scale, "shift": shift}
-    _check_norm(x, mode, norm_eps, operands)
+    norm_eps = _check_norm(x, mode, norm_eps, operands)
     tables = tables_of(plan)
     if norm_eps is None:
         return _call(x, *tables, mode, weights)
-    return merge_norm(x, *tables, weights, float(norm_eps), *operands.values())
+    return merge_norm(x, *tables, weights, norm_eps, *operands.values())
