@@ -37,6 +37,7 @@ from ._common import (
     unpack_index,
     unpack_key,
 )
+from .launching import programs
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
 BLOCK_K = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
@@ -265,7 +266,7 @@ def launch_match(
     """The matching launch alone; x (P, N, C), inverse_norm (P, N), sources (P, S), destinations (P, D)."""
     rows, n, channels = x.shape
     (height, width), (sy, sx) = grid or (1, n), stride or (1, 1)
-    bipartite_match_kernel[triton.cdiv(sources.shape[1], config["BLOCK_M"]), split, rows](
+    programs(bipartite_match_kernel, triton.cdiv(sources.shape[1], config["BLOCK_M"]), split, rows)(
         p_x=x,
         p_inverse_norm=inverse_norm,
         p_sources=sources,
@@ -331,7 +332,7 @@ def launch_bipartite_match(
     packed = torch.empty((rows, n), dtype=torch.int64, device=x.device) if split > 1 else match
     outputs = {"p_packed": packed, "p_similarity": similarity, "p_match": match}
     prepare = configs.pick("match_prepare", x.device, x.numel() * x.element_size())
-    match_prepare_kernel[triton.cdiv(n, prepare["BLOCK_T"]), rows](
+    programs(match_prepare_kernel, triton.cdiv(n, prepare["BLOCK_T"]), rows)(
         p_x=x,
         p_destinations=destinations,
         p_inverse_norm=inverse_norm,
@@ -350,7 +351,7 @@ def launch_bipartite_match(
     if 0 < d < n:
         launch_match(x, inverse_norm, sources, destinations, 1, grid, stride, window, split, outputs, split > 1, config)
     if split > 1:
-        match_unpack_kernel[(triton.cdiv(rows * n, 1024),)](
+        programs(match_unpack_kernel, triton.cdiv(rows * n, 1024))(
             p_packed=packed, p_similarity=similarity, p_match=match, count=rows * n, BLOCK=1024, num_warps=4, **EXACT
         )
     return similarity, match

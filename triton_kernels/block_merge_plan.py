@@ -13,6 +13,7 @@ from bigain_kernels.tokens import merged_tiles
 
 from . import configs
 from ._common import INT_MIN, check_tokens, ordered_key, unit_last_stride
+from .launching import programs
 from .merge_plan import Tables, blocks, empty_tables, threshold, write_tables
 
 
@@ -117,7 +118,7 @@ def launch_block_merge_plan(
     count = merged_tiles(grid, stride, r)
     tables, work = empty_tables(rows, n, n - count * (stride[0] * stride[1] - 1), score.device)
     if rows * n:
-        block_merge_plan_kernel[(rows,)](
+        programs(block_merge_plan_kernel, rows)(
             p_score=score,
             p_work=work,
             p_slot=tables[0],

@@ -16,6 +16,9 @@ from __future__ import annotations
 import functools
 import json
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -76,11 +79,38 @@ def _pick(op: str, architecture_name: str, size: str) -> Config:
     return entry["candidates"][entry["choice"][size]]
 
 
+class Chooser:
+    """Chooses what the tables say. `tune` puts others in its place for a while, with `use_chooser`."""
+
+    def route(self, op: str, device: torch.device, size: str) -> str:
+        return table(architecture(device))["routes"][op][size]
+
+    def pick(self, op: str, device: torch.device, size: str) -> Config:
+        return _pick(op, architecture(device), size)
+
+
+_chooser: ContextVar[Chooser] = ContextVar("bigain_chooser", default=Chooser())  # noqa: B039 - it has no state
+
+
+@contextmanager
+def use_chooser(chooser: Chooser) -> Iterator[None]:
+    """Let `chooser` decide in the block, in this thread or task."""
+    token = _chooser.set(chooser)
+    try:
+        yield
+    finally:
+        _chooser.reset(token)
+
+
+def _size(work: int) -> str:
+    return "large" if work >= LARGE else "small"
+
+
 def route(op: str, device: torch.device, work: int) -> str:
     """Which of two implementations of an op, "fused" or "pooled"; `work` is the measure that LARGE is compared with."""
-    return table(architecture(device))["routes"][op]["large" if work >= LARGE else "small"]
+    return _chooser.get().route(op, device, _size(work))
 
 
 def pick(op: str, device: torch.device, work: int) -> Config:
     """The config for one call; `work` is the measure that LARGE is compared with."""
-    return _pick(op, architecture(device), "large" if work >= LARGE else "small")
+    return _chooser.get().pick(op, device, _size(work))

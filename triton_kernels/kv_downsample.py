@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import EXACT, unit_last_stride
+from .launching import programs
 
 # Tensors a launch takes; longer lists take several launches.
 SLOTS = 4
@@ -191,7 +192,7 @@ def launch_kv_downsample(
         )
         places = [(i if i < tensors else 0) for i in range(SLOTS)]
         blocks = (triton.cdiv(largest, picked["BLOCK_C"]), triton.cdiv(tokens, picked["BLOCK_T"]), tensors * batch)
-        kv_downsample_kernel[blocks](
+        programs(kv_downsample_kernel, *blocks)(
             **{f"p_x{i}": inputs[j] for i, j in enumerate(places)},
             p_alpha=alpha if row_alpha else inputs[0],
             **{f"p_y{i}": outputs[j] for i, j in enumerate(places)},

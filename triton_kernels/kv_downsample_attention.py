@@ -34,6 +34,7 @@ from bigain_kernels.declaration import OPS
 from . import configs
 from ._common import EXACT, unit_last_stride
 from .kv_downsample import launch_kv_downsample
+from .launching import programs
 from .pooling import UNROLLED, alpha_arguments, load_pooled, window_of
 
 LARGEST_HEAD = 160
@@ -265,7 +266,7 @@ def launch_kv_downsample_attention(
     scale = d**-0.5 if scale is None else scale
     d1, d2 = head_blocks(d)
     config = config or configs.pick(config_op(q.dtype, d, blends), q.device, batch * heads * queries * keys)
-    kv_downsample_attention_kernel[triton.cdiv(queries, config["BLOCK_M"]), heads, batch](
+    programs(kv_downsample_attention_kernel, triton.cdiv(queries, config["BLOCK_M"]), heads, batch)(
         p_q=q,
         p_k=k,
         p_v=v,

@@ -20,6 +20,7 @@ from ._common import (
     unit_last_stride,
     unpack_index,
 )
+from .launching import programs
 
 
 @triton.jit
@@ -151,7 +152,7 @@ def _launch(
     while tiles_y * tiles_x * tile > config["TOKENS"] and tiles_y * tiles_x > 1:
         tiles_y, tiles_x = (tiles_y // 2, tiles_x) if tiles_y > tiles_x else (tiles_y, tiles_x // 2)
     blocks = (triton.cdiv(triton.cdiv(width, sx), tiles_x), triton.cdiv(triton.cdiv(height, sy), tiles_y), rows)
-    laplacian_score_kernel[blocks](
+    programs(laplacian_score_kernel, *blocks)(
         p_x=x,
         **outputs,
         height=height,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import EXACT, INT_MIN, check_tokens, ordered_key, unit_last_stride, unpack_index, unpack_key
+from .launching import programs
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -217,7 +218,7 @@ def _launch_merge_plan(
     device = inputs["p_match"].device
     tables, work = empty_tables(rows, n, n - r, device)
     if rows * n:
-        merge_plan_kernel[(rows,)](
+        programs(merge_plan_kernel, rows)(
             **inputs,
             p_work=work,
             p_slot=tables[0],

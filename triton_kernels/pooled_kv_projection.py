@@ -22,6 +22,7 @@ from torch import Tensor
 from . import configs
 from ._common import EXACT, unit_last_stride
 from .kv_downsample import launch_kv_downsample
+from .launching import programs
 from .pooling import alpha_arguments, load_pooled, window_of
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
@@ -135,7 +136,7 @@ def launch_pooled_kv_projection(
     x, w_k, w_v = (unit_last_stride(tensor) for tensor in (x, w_k, w_v))
     config = config or configs.pick(config_op(x.dtype), x.device, rows * inner * channels)
     blocks = triton.cdiv(inner, config["BLOCK_N"]), triton.cdiv(rows, config["BLOCK_M"])
-    pooled_kv_projection_kernel[blocks](
+    programs(pooled_kv_projection_kernel, *blocks)(
         p_x=x,
         p_wk=w_k,
         p_wv=w_v,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum
+from .launching import programs
 
 STATS = ("norm", "layernorm")
 
@@ -78,7 +79,7 @@ def launch_row_stats(
     if first.numel() == 0:
         return first, second
     config = config or configs.pick("row_stats", x.device, x.numel() * x.element_size())
-    row_stats_kernel[triton.cdiv(n, config["BLOCK_T"]), batch](
+    programs(row_stats_kernel, triton.cdiv(n, config["BLOCK_T"]), batch)(
         p_x=x,
         p_first=first,
         p_second=second,

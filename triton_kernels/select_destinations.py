@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import EXACT, INT_MIN, ordered_key, pack, unit_last_stride, unpack_index
+from .launching import programs
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -53,7 +54,7 @@ def launch_select_destinations(score: Tensor, grid: tuple[int, int], stride: tup
     tiles_y, tiles_x = height // sy, width // sx
     destinations = torch.empty((score.shape[0], tiles_y * tiles_x), dtype=torch.int32, device=score.device)
     if destinations.numel():
-        select_destinations_kernel[tiles_y, score.shape[0]](
+        programs(select_destinations_kernel, tiles_y, score.shape[0])(
             p_score=score,
             p_destinations=destinations,
             height=height,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum, unit_last_stride
+from .launching import programs
 from .row_stats import launch_row_stats
 from .segment_mean import HUGE, HUGE_CHANNELS, POSITIONS, huge_mean, huge_slots, largest_norm, segment_mean
 
@@ -270,7 +271,7 @@ def launch(
     huge = mean
     if mode == "mlerp" and groups:
         huge = torch.empty((batch, triton.cdiv(n, HUGE.value), channels), dtype=torch.float32, device=x.device)
-        huge_mean_kernel[triton.cdiv(channels, HUGE_CHANNELS.value), groups, batch](
+        programs(huge_mean_kernel, triton.cdiv(channels, HUGE_CHANNELS.value), groups, batch)(
             p_x=x,
             p_slot=slot,
             p_offsets=offsets,
@@ -290,7 +291,7 @@ def launch(
             **EXACT,
         )
     blocks = 1 if mode == "mlerp" else triton.cdiv(channels, CHANNELS.value)
-    token_merge_kernel[blocks, spread + triton.cdiv(num_slots, config["BLOCK_M"]), batch](
+    programs(token_merge_kernel, blocks, spread + triton.cdiv(num_slots, config["BLOCK_M"]), batch)(
         p_x=x,
         p_slot=slot,
         p_offsets=offsets,

@@ -15,8 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 import bigain_kernels.triton_kernels as kernels
-from bigain_kernels import aot
-from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels import aot, configs, machine_code
 
 # make puts the oldest Triton that is supported here: pip install --no-deps --target build/triton-3.6 triton==3.6.0
 OLDEST = Path(__file__).parents[2] / "build" / "triton-3.6"
@@ -63,13 +62,13 @@ def test_every_kernel_is_covered():
 )
 def test_rules_are_seen_to_be_broken(instructions, spills, shared, expected):
     case = next(case for case in CASES if case.launch.name == "bipartite_match")
-    found = aot.broken_rules(case, "sm_90", spills, shared, Counter(instructions))
+    found = machine_code.broken_rules(case, "sm_90", spills, shared, Counter(instructions))
     assert any(expected in rule for rule in found)
 
 
 def test_narrow_accesses_are_seen():
     case = next(case for case in CASES if case.launch.name == "token_merge")
-    found = aot.broken_rules(case, "sm_90", 0, 0, Counter({"LDG.E": 4, "STG.E.64": 1}))
+    found = machine_code.broken_rules(case, "sm_90", 0, 0, Counter({"LDG.E": 4, "STG.E.64": 1}))
     assert found == ["no 16-byte loads", "no 16-byte stores"]
 
 

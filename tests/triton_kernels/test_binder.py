@@ -11,7 +11,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from bigain_kernels import aot
+from bigain_kernels.triton_kernels import aot
+from bigain_kernels.triton_kernels.launching import Launch
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 
 from .test_launches import calls
@@ -39,7 +40,7 @@ def compiled(monkeypatch):
 
     def warm_up(self, *args, grid, warmup, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        launch = aot.Launch(self, tuple(grid), dict(zip(self.arg_names, args, strict=False)) | kwargs)
+        launch = Launch(self, tuple(grid), dict(zip(self.arg_names, args, strict=False)) | kwargs)
         found.append((launch, kernel))
         return kernel
 

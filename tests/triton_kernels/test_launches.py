@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from bigain_kernels.aot import record_launches
 from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels.launching import record_launches
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 
 BATCH, GRID, CHANNELS = 2, (64, 64), 320

@@ -21,8 +21,8 @@ from bigain_kernels import (
 
 pytest.importorskip("triton")
 
-from bigain_kernels.aot import record_launches
 from bigain_kernels.declaration import OPS
+from bigain_kernels.triton_kernels.launching import record_launches
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 from tests.shapes import tokens
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from bigain_kernels import reference
-from bigain_kernels.aot import ARCHITECTURES
 from bigain_kernels.testing import assert_match_is_best
 from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels.aot import ARCHITECTURES
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
 
 from .inputs import CASES, DTYPES, IDS, INTERPRETED, candidates, odd_tokens, on_device

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from bigain_kernels import tune
-from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels import configs, tune
 
 SHAPES = [(1, (4, 6), 64, 2), (2, (6, 4), 64, 1)]
 

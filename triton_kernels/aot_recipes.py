@@ -1,4 +1,4 @@
-"""The calls whose launches `bigain_kernels.aot` compiles: every kernel, in its variants, on meta tensors."""
+"""The calls whose launches `aot` compiles: every kernel, in its variants, on meta tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from . import bipartite_match, kv_downsample, laplacian_score, merge_plan, row_stats
+from . import kv_downsample_attention as attention
+from . import pooled_kv_projection as projection
+from . import token_merge as merging
+from .block_merge_plan import launch_block_merge_plan
+from .token_merge_norm import launch_token_merge_norm
+from .token_unmerge import launch_token_unmerge
 
 SHAPE = (2, 4096, 320)
 GRID = (64, 64)
@@ -20,11 +28,6 @@ def _plan_tables(batch: int, n: int, m: int) -> dict[str, torch.Tensor]:
 
 def recipes(dtype: torch.dtype) -> list[Recipe]:
     """(kernel, variant, op of the config, call) for every kernel; the call gets a config."""
-    from bigain_kernels.triton_kernels import bipartite_match, kv_downsample, laplacian_score, merge_plan, row_stats
-    from bigain_kernels.triton_kernels import token_merge as merging
-    from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
-    from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
-
     batch, n, channels = SHAPE
     x = torch.empty(SHAPE, dtype=dtype, device="meta")
     m = n - int(0.7 * n)
@@ -115,7 +118,7 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
         *_attention_recipes(dtype),
         *_projection_recipes(dtype),
         # Planning sees no tokens, so one dtype stands for all.
-        *(_plan_recipes(merge_plan) if dtype == torch.bfloat16 else []),
+        *(_plan_recipes() if dtype == torch.bfloat16 else []),
     ]
 
 
@@ -139,8 +142,6 @@ _ATTENTION = {
 
 
 def _attention_recipes(dtype: torch.dtype) -> list[Recipe]:
-    from bigain_kernels.triton_kernels import kv_downsample_attention as attention
-
     def recipe(d: int, factor: tuple[int, int], everything: bool) -> Any:
         grid, text, heads = ((67, 65), 77, 8) if everything else (GRID, 0, 8)
         n, (sy, sx) = grid[0] * grid[1], factor
@@ -163,8 +164,6 @@ def _attention_recipes(dtype: torch.dtype) -> list[Recipe]:
 
 
 def _projection_recipes(dtype: torch.dtype) -> list[Recipe]:
-    from bigain_kernels.triton_kernels import pooled_kv_projection as projection
-
     def recipe(grid: tuple[int, int], factor: tuple[int, int], alpha: float | torch.Tensor, biased: bool) -> Any:
         x = torch.empty((2, grid[0] * grid[1], 320), dtype=dtype, device="meta")
         weight = torch.empty((320, 320), dtype=dtype, device="meta")
@@ -186,9 +185,7 @@ def _projection_recipes(dtype: torch.dtype) -> list[Recipe]:
     ]
 
 
-def _plan_recipes(merge_plan: Any) -> list[Recipe]:
-    from bigain_kernels.triton_kernels.block_merge_plan import launch_block_merge_plan
-
+def _plan_recipes() -> list[Recipe]:
     # 16,384 tokens fill every block and take several of the smaller ones.
     batch, n, d, grid = 2, 16_384, 4096, (128, 128)
     score = torch.empty((batch, n), dtype=torch.float32, device="meta")

@@ -1,0 +1,52 @@
+"""What can be said of tuning without a GPU and without the interpreter; check_tune.py runs the kernels."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bigain_kernels.triton_kernels import configs, tune
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
+def test_files_are_written_as_they_are_shipped(architecture):
+    text = configs.path_of(architecture).read_text()
+    assert tune.dump(json.loads(text)) == text
+
+
+def test_the_geometric_mean_decides():
+    assert tune.best([[1.0, 4.0, 2.0], [100.0, 20.0, 45.0]]) == 1
+    assert tune.best([[1.0, 1.0]]) == 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune on")
+def test_without_a_gpu(capsys, tmp_path):
+    assert tune.main(["--out", str(tmp_path / "new.json")]) == 2
+    assert "found no GPU" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["aot", "tune"])
+def test_the_commands_say_what_is_missing(name, monkeypatch, capsys):
+    command = importlib.import_module(f"bigain_kernels.{name}")
+    monkeypatch.setattr(command, "TRITON", dataclasses.replace(command.TRITON, missing="Triton is not installed"))
+    assert command.main([]) == 2
+    assert capsys.readouterr().err == f"{name}: Triton is not installed\n"
+
+
+def test_a_chooser_decides_inside_its_block_alone():
+    class First(configs.Chooser):
+        def pick(self, op, device, size):
+            return {"BLOCK": 1}
+
+    device, before = torch.device("cpu"), configs.pick("token_merge", torch.device("cpu"), 0)
+    with configs.use_chooser(First()):
+        assert configs.pick("token_merge", device, 0) == {"BLOCK": 1}
+        assert configs.route("kv_downsample_attention", device, 0) in tune.ROUTES
+    assert configs.pick("token_merge", device, 0) == before

@@ -1,0 +1,97 @@
+"""`python -m bigain_kernels.aot`: what can be known about the Triton kernels without a GPU.
+
+Compiles every kernel, in every config that tuned/ ships, for NVIDIA and AMD architectures, and reads the machine code:
+registers, spills, shared memory and the kinds of instructions. Exits with 1 when a rule is broken:
+
+* no spills and no local memory;
+* shared memory within what the architecture gives a program;
+* matching, attention and projections use the tensor cores: wgmma (HGMMA) on sm_90, tcgen05 (UTC...MMA) on sm_100, MMA
+  instructions elsewhere and in float32 attention with wide heads, whose tiles are too small for the former two;
+* all configs of a kernel sum the rows of a tile in one order (attention: no other kernel leaves that to the compiler);
+* the memory-bound kernels load and store 16 bytes at a time;
+* no double-precision arithmetic.
+
+The launches are the real ones: the launchers run on meta tensors and a recorder takes down what they would launch, with
+the same argument specializations (pointer alignment, divisible strides) that Triton derives from a call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+from collections.abc import Iterator
+
+import torch
+import triton
+
+from . import configs
+from .aot_recipes import GRID, SHAPE, recipes
+from .launching import record_launches
+from .machine_code import MULTIPLIES, TYPES, Case, Result, examine, specialize, summary
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
+
+
+def cases(
+    architecture: str,
+    dtypes: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32),
+    default_only: bool = False,
+) -> Iterator[Case]:
+    """Every kernel in every config shipped for the architecture, or in the one chosen for large calls."""
+    for dtype in dtypes:
+        for kernel, variant, op, call in recipes(dtype):
+            if dtype == torch.float16 and kernel not in MULTIPLIES:
+                continue  # moves the same bytes as bfloat16
+            entry = configs.table(architecture)["ops"][op]
+            chosen = [entry["candidates"][entry["choice"]["large"]]] if default_only else entry["candidates"]
+            for config in chosen:
+                # The launcher of another kernel launches these first, and looks up their configs itself.
+                looked_up = kernel in ("match_prepare", "huge_mean")
+                with record_launches() as launches:
+                    call(None if looked_up else config)
+                (launch,) = (each for each in launches if each.name == kernel)
+                if looked_up:
+                    launch.arguments.update(config)
+                if kernel in MULTIPLIES and architecture.startswith("gfx"):
+                    # The launcher asks the PyTorch at hand, which is not the one of that GPU.
+                    launch.arguments["PRECISION"] = "ieee"
+                name = f"{kernel} ({variant})" if variant else kernel
+                text = " ".join(f"{key.replace('BLOCK_', '').replace('num_', '')}={v}" for key, v in config.items())
+                yield Case(name, TYPES[dtype], text, launch)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table; 1 when a rule is broken."""
+    parser = argparse.ArgumentParser(prog="python -m bigain_kernels.aot", description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="default: all")
+    parser.add_argument("--default-only", action="store_true", help="only the config chosen for large calls")
+    options = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET"):
+        raise SystemExit("TRITON_INTERPRET: is set, expected unset: the interpreter compiles nothing")
+    print(f"triton {triton.__version__}, torch {torch.__version__}; x is {SHAPE} on a {GRID} grid")
+    failures = 0
+    seen: dict[str, Result] = {}
+    orders: dict[tuple[str, str, str], str] = {}
+    for architecture in options.architecture or ARCHITECTURES:
+        print(f"\n## {architecture}\n")
+        print("| kernel | dtype | config | registers | spills | shared | instructions | |")
+        print("|---|---|---|---|---|---|---|---|")
+        for case in cases(architecture, default_only=options.default_only):
+            signature = repr((case.launch.name, specialize(case.launch), case.config, architecture))
+            key = hashlib.sha256(signature.encode()).hexdigest()
+            if key not in seen:
+                seen[key] = examine(case, architecture)
+            result = seen[key]
+            order = orders.setdefault((architecture, case.op, case.dtype), result.row_order)
+            if result.row_order != order:
+                result.broken.append(f"sums rows as {result.row_order}, another config as {order}")
+            failures += bool(result.broken)
+            verdict = "; ".join(result.broken) or "ok"
+            print(
+                f"| {case.op} | {case.dtype} | {case.config} | {result.registers} | {result.spills} |"
+                f" {result.shared} | {summary(result.instructions)} | {verdict} |",
+                flush=True,
+            )
+    print(f"\n{failures} broken" if failures else "\nevery rule holds")
+    return 1 if failures else 0
