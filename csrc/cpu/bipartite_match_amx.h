@@ -19,9 +19,8 @@ bool fits_amx(const Matching<T>& m, int64_t b) {
     return false;
   } else {
     if (amx_kernel<T>() == nullptr || m.channels == 0) return false;
-    return std::all_of(m.norm + b * m.tokens, m.norm + (b + 1) * m.tokens, [](float norm) {
-      return norm == 0 || (norm >= kAmxLeastNorm && norm <= kAmxLargestNorm);
-    });
+    return std::all_of(m.norm + b * m.tokens, m.norm + (b + 1) * m.tokens,
+                       [](float norm) { return norm == 0 || (norm >= kAmxLeastNorm && norm <= kAmxLargestNorm); });
   }
 }
 

@@ -102,7 +102,8 @@ std::string build_info() {
   const Isa best = best_isa();
   std::string used = kNames[static_cast<int>(isa())];
   if (isa() == Isa::kAmx) used += " (matching on the matrix unit but in float64, all else avx512)";
-  if (isa() != best) used += std::string(" (asked for by BIGAIN_CPU_ISA, the machine has ") + kNames[static_cast<int>(best)] + ")";
+  if (isa() != best)
+    used += std::string(" (asked for by BIGAIN_CPU_ISA, the machine has ") + kNames[static_cast<int>(best)] + ")";
   return used + ", built by " + compiler + " for torch 2.11 and later";
 }
 

@@ -155,16 +155,16 @@ inline void compare(const Totals& totals, const float* scale, int64_t first, int
 }
 
 // Tiles 0 to 3 are totals, 4 and 5 destinations, 6 and 7 sources.
-#define BIGAIN_LOAD_DESTINATIONS(part)                           \
-  _tile_loadd(4, destinations + 2 * (part) * kTile, 64);         \
+#define BIGAIN_LOAD_DESTINATIONS(part)                   \
+  _tile_loadd(4, destinations + 2 * (part) * kTile, 64); \
   _tile_loadd(5, destinations + (2 * (part) + 1) * kTile, 64)
-#define BIGAIN_LOAD_SOURCES(part)                      \
-  _tile_loadd(6, sources + 2 * (part) * kTile, 64);    \
+#define BIGAIN_LOAD_SOURCES(part)                   \
+  _tile_loadd(6, sources + 2 * (part) * kTile, 64); \
   _tile_loadd(7, sources + (2 * (part) + 1) * kTile, 64)
-#define BIGAIN_MULTIPLY()   \
-  _tile_dpbf16ps(0, 4, 6);  \
-  _tile_dpbf16ps(1, 4, 7);  \
-  _tile_dpbf16ps(2, 5, 6);  \
+#define BIGAIN_MULTIPLY()  \
+  _tile_dpbf16ps(0, 4, 6); \
+  _tile_dpbf16ps(1, 4, 7); \
+  _tile_dpbf16ps(2, 5, 6); \
   _tile_dpbf16ps(3, 5, 7)
 
 // Adds the products of 32 channels. The order saves loads: neighbours share an operand.
@@ -220,8 +220,8 @@ void match(const uint16_t* sources, int64_t groups, const uint16_t* destinations
     each.position[0] = each.position[1] = _mm512_setzero_si512();
   }
   configure_tiles();
-  // While the unit works on one block, the vector units compare the totals of the one before, a few of them at each step
-  // so that both are busy all the time.
+  // While the unit works on one block, the vector units compare the totals of the one before, a few of them at each
+  // step so that both are busy all the time.
   alignas(64) Totals totals[2];
   const int64_t rounds = blocks * groups, at_once = (kAmxBlock + steps - 1) / steps;
   const auto compare_some = [&](int64_t round, int64_t begin, int64_t end) {

@@ -57,7 +57,8 @@ struct Tile {
 
   static Vector load(const A* from) { return *reinterpret_cast<const typename Lanes<A>::Unaligned*>(from); }
 
-  // Compares kRows sources with the destinations first, ..., first + kUsed * kLanes - 1 of one panel (channels, kWidth).
+  // Compares kRows sources with the destinations first, ..., first + kUsed * kLanes - 1 of one panel (channels,
+  // kWidth).
   template <int kUsed>
   static void compare(const A* const* rows, const A* panel, const A* bias, int64_t channels, int64_t first,
                       Best* best) {

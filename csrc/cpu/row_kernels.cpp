@@ -193,9 +193,18 @@ void pool(const T* const* window, int64_t count, const T* nearest, accumulate_t<
 template <typename T>
 const RowKernels<T>& row_kernels() {
   static constexpr RowKernels<T> table = {
-      laplacian<T, false>, laplacian<T, true>, norm<T>,                    dot_four<T>,
-      divide<T>,           divide_narrow<T>,   divide_affine<T>,           add<T>,
-      add_normalized<T>,   affine<T, T>,       affine<T, accumulate_t<T>>, pool<T>,
+      laplacian<T, false>,
+      laplacian<T, true>,
+      norm<T>,
+      dot_four<T>,
+      divide<T>,
+      divide_narrow<T>,
+      divide_affine<T>,
+      add<T>,
+      add_normalized<T>,
+      affine<T, T>,
+      affine<T, accumulate_t<T>>,
+      pool<T>,
   };
   return table;
 }

@@ -106,8 +106,8 @@ Merge checked_merge(const Tensor& x, const Tensor& slot, const Tensor& offsets, 
     check_same_device("weights", *weights_in, x);
     weights = as_float(*weights_in);
   }
-  return {with_unit_stride(x), offsets_table, members_table, anchor_table, weights, batch, tokens, channels, slots,
-          rows};
+  return {
+      with_unit_stride(x), offsets_table, members_table, anchor_table, weights, batch, tokens, channels, slots, rows};
 }
 
 // x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)

@@ -108,7 +108,7 @@ __device__ __forceinline__ void add_members(const TokenMerge<T>& p, const T* x, 
 // y (batch, slots, channels), contiguous, is the mean over members in type Out. A block owns kMergeSlots slots and
 // kMergeVectors vectors of channels; a thread sums one vector of one slot.
 template <typename T, typename Out, bool kAligned, bool kWeighted, typename Norm>
-__global__ void __launch_bounds__(kMergeThreads, kAligned && std::is_same_v<Norm, NoNorm> ? 3 : 2)
+__global__ void __launch_bounds__(kMergeThreads, kAligned&& std::is_same_v<Norm, NoNorm> ? 3 : 2)
     token_merge_kernel(const TokenMerge<T> p, const Norm norm, Out* const y) {
   constexpr bool kNorm = std::is_same_v<Norm, MergeNorm>;
   constexpr int kWidth = kMergeVectors * kVector<T>;
