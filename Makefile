@@ -5,17 +5,18 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The oldest Triton that is supported: the machine code of the kernels is looked at with both.
 OLD_TRITON := build/triton-3.6
+CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .PHONY: demo test lint sanitize bench gpu format clean help
 
 help:
 	@echo "make demo      set up .venv, then classify and generate under every method; results in demo/"
 	@echo "make test      set up .venv, then run the tests"
-	@echo "make lint      ruff (lint and format) and mypy"
+	@echo "make lint      ruff (lint and format), clang-format and mypy"
 	@echo "make sanitize  the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     all kernels against eager PyTorch and tomesd; rows and plots in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU, without .venv: tests, sanitizer, benchmarks; all in gpu/ (TUNE=1, MODELS=1 add parts)"
-	@echo "make format    let ruff rewrite the files"
+	@echo "make format    let ruff and clang-format rewrite the files"
 	@echo "make clean     remove .venv, demo/ and build products"
 
 $(STAMP): pyproject.toml requirements.txt setup.py $(wildcard csrc/*.py csrc/*.h csrc/cpu/*)
@@ -37,6 +38,7 @@ test: $(STAMP) $(OLD_TRITON)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
 
 sanitize: $(STAMP)
@@ -52,6 +54,7 @@ gpu:
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
 	rm -rf $(VENV) demo build dist *.egg-info bigain_kernels/_native*
