@@ -35,6 +35,7 @@ from .processors import (
 )
 from .projections import path_of
 from .report import CompressionReport, Decision
+from .schedulers import Pipeline, TimestepRange, numbered, range_of, reads_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -67,12 +68,29 @@ class _PatchedLayer:
 
 @dataclass
 class Patch:
-    """What hangs on a patched model as `_bigain`."""
+    """What hangs on a patched model as `_bigain`.
+
+    Attributes:
+        config: as applied, with the `num_train_timesteps` of the pipeline's scheduler.
+        layers: the compressed layers.
+        handles: of the hooks.
+        pipeline: what the pipeline is asked, if the model has one.
+        told: the range of timesteps that the config names itself; None asks the scheduler.
+        idle: layers that run another processor for now, by name: its class and a hook that keeps the context from it.
+        last_pass, watching: the forward pass in progress, until one was looked back at.
+        known: the scheduler asked last, and its range.
+    """
 
     config: CompressionConfig
     layers: list[_PatchedLayer]
     handles: list[RemovableHandle]
+    pipeline: Pipeline = field(default_factory=Pipeline)
+    told: TimestepRange | None = None
     grid_reader: GridReader = field(default_factory=GridReader)
+    idle: dict[str, tuple[type, RemovableHandle]] = field(default_factory=dict)
+    last_pass: hooks.Pass | None = None
+    watching: bool = True
+    known: tuple[Any, TimestepRange] | None = None
 
     def install(self, layer: _PatchedLayer) -> None:
         """Replace the processor of a layer by the one that compresses the same kind of projections."""
@@ -85,25 +103,90 @@ class Patch:
     def verify(self, model: nn.Module) -> None:
         """Before every forward pass: compression is in place, whatever was done to the model since.
 
-        `fuse_qkv_projections` and its like overwrite all processors; known ones are replaced again.
+        `fuse_qkv_projections` and its like overwrite all processors; known ones are replaced again. A processor that
+        does something else (an image adapter's, or that of perturbed attention, which is there for one call) stays: its
+        layer runs uncompressed as long as it is there, as it would had it been there before, and that is said once.
 
         Raises:
-            RuntimeError: somebody installed a processor that does something else.
             ValueError: the model was made context-parallel.
         """
         _refuse_context_parallel(model)
         for layer in self.layers:
             processor = type(layer.attn.processor)
-            if processor in PROCESSORS:
+            if processor not in PROCESSORS and processor not in REPLACEABLE[layer.family]:
+                self._leave(layer, processor)
                 continue
-            if processor not in REPLACEABLE[layer.family]:
-                raise RuntimeError(
-                    f"{layer.name}: its compressing processor was replaced by {processor.__name__}, which "
-                    "compression cannot stand in for; leave this layer out of the config or use "
-                    "remove_token_compression"
-                )
-            logger.info("%s: compressing again, in place of %s", layer.name, processor.__name__)
-            self.install(layer)
+            if processor not in PROCESSORS:
+                logger.info("%s: compressing again, in place of %s", layer.name, processor.__name__)
+                self.install(layer)
+            if layer.name in self.idle:
+                self.idle.pop(layer.name)[1].remove()
+
+    def _leave(self, layer: _PatchedLayer, processor: type) -> None:
+        """Let a layer run uncompressed under a processor that compression cannot stand in for."""
+        if layer.name in self.idle:
+            if self.idle[layer.name][0] is processor:
+                return
+            self.idle.pop(layer.name)[1].remove()
+        handle = layer.attn.register_forward_pre_hook(hooks.skip_attention, with_kwargs=True)
+        self.idle[layer.name] = processor, handle
+        logger.warning(
+            "%s: runs uncompressed while its processor is %s, which compression cannot stand in for",
+            layer.name,
+            processor.__name__,
+        )
+
+    def timestep_range(self) -> TimestepRange:
+        """The timesteps that the model is told: of the scheduler that the pipeline has now.
+
+        Compiled code keeps what was known when it was compiled.
+
+        Raises:
+            ValueError: the config depends on the timestep, and the scheduler is not known.
+        """
+        if self.told is not None:
+            return self.told
+        # Asked again when the pipeline got another one. A copy of the model, which has no pipeline, keeps what it knew.
+        scheduler = None if torch.compiler.is_compiling() else self.pipeline.scheduler
+        if self.known is None or (scheduler is not None and self.known[0] is not scheduler):
+            self.known = scheduler, self._range_of(scheduler)
+        return self.known[1]
+
+    def _range_of(self, scheduler: Any) -> TimestepRange:
+        if scheduler is None:
+            return numbered(self.config.train_timesteps)
+        found = range_of(scheduler)
+        reading = reads_timesteps(self.config)
+        if found is None and reading is not None:
+            raise ValueError(
+                f"{reading}: got a config that depends on the timestep and {type(scheduler).__name__}, expected a "
+                "scheduler whose timesteps are known; if they are steps from T - 1 to 0, give num_train_timesteps=T"
+            )
+        return found or numbered(self.config.train_timesteps)
+
+    def watch(self, context: hooks.Context) -> hooks.Context:
+        """The context, which tells as well what the config needs to know of this pass."""
+        if torch.compiler.is_compiling():
+            return context
+        if getattr(self.config, "share_plan", None) is not None:
+            context["conditions"] = self.pipeline.conditions()
+        self.last_pass = hooks.Pass() if self.watching and context["active"] else None
+        if self.last_pass is not None:
+            context["pass"] = self.last_pass
+        return context
+
+    def look_back(self, model: nn.Module) -> None:
+        """After a forward pass: warns, once, when nothing of it went through a compressed layer."""
+        if self.last_pass is None or torch.compiler.is_compiling():
+            return
+        if not self.last_pass.reached and not self.idle:
+            logger.warning(
+                "%s: a forward pass reached none of its %d compressed layers, so nothing was compressed: something "
+                "replaced the forward methods of its blocks or attentions",
+                type(model).__name__,
+                len(self.layers),
+            )
+        self.watching, self.last_pass = False, None
 
 
 def _stand_in(config: CompressionConfig, family: str, fused: bool) -> Any:
@@ -155,13 +238,17 @@ def _check_blocks(config: CompressionConfig, layers: list[Layer]) -> None:
         raise ValueError(f"blocks: got {unknown}, expected indices below {count}, the number of blocks of the model")
 
 
-def _resolve(config: CompressionConfig, model_or_pipe: Any) -> CompressionConfig:
+def _resolve(config: CompressionConfig, scheduler: Any) -> CompressionConfig:
     """The config with `num_train_timesteps` filled in from the scheduler of a pipeline."""
-    scheduler = None if isinstance(model_or_pipe, nn.Module) else getattr(model_or_pipe, "scheduler", None)
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     if config.num_train_timesteps is not None or steps is None:
         return config
     return replace(config, num_train_timesteps=steps)
+
+
+def _look_back(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a patched model."""
+    model._bigain.look_back(model)
 
 
 def _register_hooks(model: nn.Module, patched: list[Layer], merges: bool) -> list[RemovableHandle]:
@@ -172,6 +259,7 @@ def _register_hooks(model: nn.Module, patched: list[Layer], merges: bool) -> lis
         handles.append(module.register_forward_pre_hook(function, with_kwargs=True))
 
     hook(model, next(enter for cls, enter in _ENTER.items() if isinstance(model, cls)))
+    handles.append(model.register_forward_hook(_look_back))
     compressed = {id(layer.attn) for layer in patched}
     transformers = {id(layer.transformer) for layer in patched}
     blocks = {id(layer.block) for layer in patched}
@@ -196,7 +284,12 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     FluxTransformer2DModel, SD3Transformer2DModel and QwenImageTransformer2DModel, bare or in a pipeline. A second call
     replaces the first. Weights, `state_dict` and the saved config stay as they are. Call the model as
     before, at any resolution; fusing projections, loading IP-Adapters, `compile_repeated_blocks`, offloading and
-    `copy.deepcopy` work before and after. Inference only.
+    `copy.deepcopy` work before and after. A layer whose processor is replaced later by one that compression cannot
+    stand in for (an IP-Adapter's, perturbed attention's during a call) runs uncompressed as long as that one is there,
+    and a warning says so once. Inference only.
+
+    In a pipeline, the scheduler that it has at each call tells what timesteps mean; of a model alone, and with
+    `num_train_timesteps` given, they are steps from T - 1 to 0 (sigma where the model is told sigma).
 
     The grid of a Flux model's tokens is read from `img_ids`, once for each such tensor, which waits for the device. To
     avoid that, in CUDA graphs or `torch.compile(model, fullgraph=True)`, give it with the call, in tokens:
@@ -215,9 +308,15 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
         ValueError: the config compresses no layer of this model (the model stays as it was), or the model is
             context-parallel. A patched model raises ValueError on an attention mask, on a ratio or factor that a grid
             is too small for, and on timesteps that differ within a batch where `start`, `end` or a scheduled ratio
-            need a single one; and RuntimeError when a processor was installed that compression cannot stand in for.
+            need a single one.
     """
     model: Any = find_model(model_or_pipe)
+    pipeline = Pipeline(None if isinstance(model_or_pipe, nn.Module) else model_or_pipe)
+    steps = getattr(config, "num_train_timesteps", None)
+    return _apply(model, config, pipeline, None if steps is None else numbered(steps))
+
+
+def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: TimestepRange | None) -> CompressionReport:
     if not isinstance(config, CompressionConfig):
         raise TypeError(f"config: got {type(config).__name__}, expected a config such as LGTMConfig or IEKVDConfig")
     _refuse_context_parallel(model)
@@ -225,7 +324,7 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     layers = find_layers(model)
     _check_blocks(config, layers)
     decisions = [decide(config, layer, _previous_processor(layer.attn, old)) for layer in layers]
-    resolved = _resolve(config, model_or_pipe)
+    resolved = _resolve(config, pipeline.scheduler)
     report = CompressionReport(
         type(model).__name__,
         resolved,
@@ -236,11 +335,14 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     )
     if not report.patched:
         raise ValueError(f"config: got {config}, expected one that compresses at least one layer\n{report}")
+    patched = [layer for layer, (yes, _) in zip(layers, decisions, strict=True) if yes]
+    entries = [_PatchedLayer(layer.name, layer.attn, layer.family) for layer in patched]
+    patch = Patch(resolved, entries, [], pipeline, told)
+    if patched[0].family == "plain":
+        patch.timestep_range()
     remove_token_compression(model)
 
-    patched = [layer for layer, (yes, _) in zip(layers, decisions, strict=True) if yes]
     merges = isinstance(config, MergeConfig)
-    patch = Patch(resolved, [_PatchedLayer(layer.name, layer.attn, layer.family) for layer in patched], [])
     needs_source = merges and isinstance(model, UNet2DConditionModel)
     for layer, entry in zip(patched, patch.layers, strict=True):
         layer.attn._bigain = LayerPatch(resolved, needs_source)
@@ -267,7 +369,7 @@ def remove_token_compression(model_or_pipe: Any) -> None:
     patch = getattr(model, "_bigain", None)
     if patch is None:
         return
-    for handle in patch.handles:
+    for handle in (*patch.handles, *(handle for _, handle in patch.idle.values())):
         handle.remove()
     # What unfuse_qkv_projections would put back.
     kept = getattr(model, "original_attn_processors", None) or {}
@@ -298,4 +400,4 @@ def token_compression(model_or_pipe: Any, config: CompressionConfig) -> Iterator
         if outer is None:
             remove_token_compression(model)
         elif getattr(model, "_bigain", None) is not outer:
-            apply_token_compression(model, outer.config)
+            _apply(model, outer.config, outer.pipeline, outer.told)

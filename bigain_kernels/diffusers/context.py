@@ -9,24 +9,16 @@ and cost no graph per resolution. All hooks are plain functions, which one compi
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from ..checks import check_pair
-from ..methods import CompressionConfig, MergeConfig, PoolConfig, alpha_schedule
+from ..methods import CompressionConfig, MergeConfig, PoolConfig
+from ..methods.schedule import between
 from ..plan import MergePlan
+from .schedulers import TimestepRange, numbered
 
 KEY = "bigain"
 # In `joint_attention_kwargs` of a Flux model: its grid, from a caller who does not want it read from the positions.
@@ -37,18 +29,65 @@ CARRIERS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwarg
 Context = dict[str, Any]
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
+# What flow-matching models are told: Flux and Qwen-Image sigma itself, from 1 to 0.
+SIGMA = TimestepRange(0.0, 1.0)
 
-def _argument_names(cls: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(cls.forward).parameters)[1:]
 
-
-_UNET_ARGUMENTS = _argument_names(UNet2DConditionModel)
-_FLUX_ARGUMENTS = _argument_names(FluxTransformer2DModel)
-_QWEN_ARGUMENTS = _argument_names(QwenImageTransformer2DModel)
-_SD3_ARGUMENTS = _argument_names(SD3Transformer2DModel)
-_DIT_ARGUMENTS = _argument_names(DiTTransformer2DModel)
-_TRANSFORMER_ARGUMENTS = _argument_names(Transformer2DModel)
-_BLOCK_ARGUMENTS = _argument_names(BasicTransformerBlock)
+# Arguments of the forward methods that are read here, in their order. They are written down, not asked of the classes:
+# other software replaces those methods by wrappers that take whatever comes.
+_UNET_ARGUMENTS = (
+    "sample",
+    "timestep",
+    "encoder_hidden_states",
+    "class_labels",
+    "timestep_cond",
+    "attention_mask",
+    "cross_attention_kwargs",
+)
+_DIT_ARGUMENTS = ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs")
+_FLUX_ARGUMENTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "pooled_projections",
+    "timestep",
+    "img_ids",
+    "txt_ids",
+    "guidance",
+    "joint_attention_kwargs",
+)
+_SD3_ARGUMENTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "pooled_projections",
+    "timestep",
+    "block_controlnet_hidden_states",
+    "joint_attention_kwargs",
+)
+_QWEN_ARGUMENTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "encoder_hidden_states_mask",
+    "timestep",
+    "img_shapes",
+    "guidance",
+    "attention_kwargs",
+)
+_TRANSFORMER_ARGUMENTS = (
+    "hidden_states",
+    "encoder_hidden_states",
+    "timestep",
+    "added_cond_kwargs",
+    "class_labels",
+    "cross_attention_kwargs",
+)
+_BLOCK_ARGUMENTS = (
+    "hidden_states",
+    "attention_mask",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "timestep",
+    "cross_attention_kwargs",
+)
 
 
 class PlanSlot:
@@ -56,6 +95,13 @@ class PlanSlot:
 
     def __init__(self) -> None:
         self.plan: MergePlan | None = None
+
+
+class Pass:
+    """One forward pass; `reached` tells whether a compressed layer took part in it."""
+
+    def __init__(self) -> None:
+        self.reached = False
 
 
 class PlanSlots:
@@ -122,12 +168,18 @@ def host_timestep(timestep: Tensor | float | int | None) -> float:
 
 
 def timestep_rows(timestep: Tensor | float | int | None, sample: Tensor) -> Tensor:
-    """The timestep of each row as a (B,) tensor on the device of `sample` (B, ...); a Python number costs no copy."""
+    """The timestep of each row as a (B,) tensor on the device of `sample` (B, ...); a Python number costs no copy.
+
+    Floating-point timesteps become float32: a model in 16 bits is told timesteps of 16 bits, in which neither the sums
+    that keep blocks apart nor 64ths of a step have room.
+    """
     if timestep is None:
         raise ValueError("timestep: got None, expected a timestep, which this method depends on")
     if not isinstance(timestep, Tensor):
         dtype = torch.float32 if isinstance(timestep, float) else torch.int64
         return torch.full((sample.shape[0],), timestep, dtype=dtype, device=sample.device)
+    if timestep.is_floating_point():
+        timestep = timestep.to(torch.float32)
     return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
 
 
@@ -137,8 +189,8 @@ def make_context(config: CompressionConfig, sample: Tensor, timestep: Tensor | f
     Args:
         config: what is applied to the model.
         sample: (B, C, H, W) input of the model.
-        timestep: a number or a tensor of one or B values. It is read on the host only where `start`, `end` or a
-            scheduled `ratio` ask for it, once.
+        timestep: steps of training, T - 1 the noisiest: a number or a tensor of one or B values. It is read on the host
+            only where `start`, `end` or a scheduled `ratio` ask for it, once.
 
     Returns:
         "active", whether this timestep is compressed, and what the config asks for: "ratio" (float), "alpha" (B,),
@@ -147,21 +199,31 @@ def make_context(config: CompressionConfig, sample: Tensor, timestep: Tensor | f
     Raises:
         ValueError: a timestep is needed and missing, or differs between the rows where it must not.
     """
+    steps = numbered(config.train_timesteps)
     context: Context = {"active": True}
     ratio = config.ratio if isinstance(config, MergeConfig) else None
     if config.has_window or isinstance(ratio, tuple):
-        noise = min(max(host_timestep(timestep) / (config.train_timesteps - 1), 0.0), 1.0)
+        noise = steps.noise(host_timestep(timestep))
         if not config.start <= 1.0 - noise <= config.end:
             return {"active": False}
         if isinstance(ratio, tuple):
-            context["ratio"] = ratio[0] * noise + ratio[1] * (1.0 - noise)
+            context["ratio"] = between(ratio, noise)
     if isinstance(config, PoolConfig) and isinstance(config.alpha, tuple):
-        context["alpha"] = alpha_schedule(config.alpha, timestep_rows(timestep, sample), config.train_timesteps)
+        context["alpha"] = between(config.alpha, steps.noise(timestep_rows(timestep, sample)))
     if config.is_random:
         context["timestep"] = timestep_rows(timestep, sample)
     if isinstance(config, MergeConfig) and config.cached_assignment:
         context["slots"] = PlanSlots()
     return context
+
+
+def _start(patch: Any, sample: Tensor, timestep: Any, told: TimestepRange | None = None) -> Context:
+    """The context of a forward pass of a patched model, whose own timesteps are `told` or those of its scheduler."""
+    steps = numbered(patch.config.train_timesteps)
+    told = told or patch.timestep_range()
+    if told != steps and timestep is not None:
+        timestep = told.noise(timestep) * steps.noisiest
+    return patch.watch(make_context(patch.config, sample, timestep))
 
 
 def _at_grid(context: Context, height: int, width: int) -> Context:
@@ -178,7 +240,7 @@ def enter_unet(unet: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
     patch = unet._bigain
     patch.verify(unet)
     sample, timestep = (_get(_UNET_ARGUMENTS, args, kwargs, name) for name in ("sample", "timestep"))
-    return _with_context(_UNET_ARGUMENTS, args, kwargs, make_context(patch.config, sample, timestep))
+    return _with_context(_UNET_ARGUMENTS, args, kwargs, _start(patch, sample, timestep))
 
 
 def enter_dit(dit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -186,16 +248,9 @@ def enter_dit(dit: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     patch = dit._bigain
     patch.verify(dit)
     sample, timestep = (_get(_DIT_ARGUMENTS, args, kwargs, name) for name in ("hidden_states", "timestep"))
-    context = make_context(patch.config, sample, timestep)
+    context = _start(patch, sample, timestep)
     context = _at_grid(context, sample.shape[-2] // dit.patch_size, sample.shape[-1] // dit.patch_size)
     return _with_context(_DIT_ARGUMENTS, args, kwargs, context)
-
-
-def _scaled(timestep: Tensor | float | None, factor: float) -> Tensor | float | None:
-    """The noise level of a flow-matching model as a timestep from 0 to T - 1."""
-    if timestep is None:
-        return None
-    return timestep.float() * factor if isinstance(timestep, Tensor) else float(timestep) * factor
 
 
 def enter_flux(flux: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -206,8 +261,7 @@ def enter_flux(flux: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
         _get(_FLUX_ARGUMENTS, args, kwargs, name)
         for name in ("hidden_states", "encoder_hidden_states", "timestep", "img_ids")
     )
-    # Flux is told sigma itself, from 1 to 0.
-    context = make_context(patch.config, sample, _scaled(timestep, patch.config.train_timesteps - 1))
+    context = _start(patch, sample, timestep, SIGMA)
     given = (_get(_FLUX_ARGUMENTS, args, kwargs, "joint_attention_kwargs") or {}).get(GRID_KEY)
     grid = patch.grid_reader(ids) if given is None else check_pair(GRID_KEY, given)
     start, count = text.shape[1], grid[0] * grid[1]
@@ -231,7 +285,7 @@ def enter_qwen(qwen: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call
         _get(_QWEN_ARGUMENTS, args, kwargs, name)
         for name in ("hidden_states", "encoder_hidden_states", "timestep", "img_shapes")
     )
-    context = make_context(patch.config, sample, _scaled(timestep, patch.config.train_timesteps - 1))
+    context = _start(patch, sample, timestep, SIGMA)
     # As the model takes it: a shape, or those of the rows, which are equal, each a shape or those of its pictures.
     first = shapes[0] if isinstance(shapes, list) else shapes
     first = first[0] if isinstance(first, list) else first
@@ -249,8 +303,7 @@ def enter_sd3(sd3: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     patch.verify(sd3)
     sample, timestep = (_get(_SD3_ARGUMENTS, args, kwargs, name) for name in ("hidden_states", "timestep"))
     # It is told T * sigma, from T to 0.
-    steps = patch.config.train_timesteps
-    context = make_context(patch.config, sample, _scaled(timestep, (steps - 1) / steps))
+    context = _start(patch, sample, timestep, TimestepRange(0.0, float(patch.config.train_timesteps)))
     size = sd3.config.patch_size
     return _with_context(
         _SD3_ARGUMENTS, args, kwargs, _at_grid(context, sample.shape[-2] // size, sample.shape[-1] // size)

@@ -27,7 +27,7 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import Tensor
 
 from .context import Context
-from .processors import attend_by_op, enter
+from .processors import attend_by_op, enter, refuse_mask
 from .projections import Window, pool_tokens, pools_early, project_pooled
 
 Rotation = tuple[Tensor, Tensor]
@@ -114,10 +114,11 @@ class FluxPoolAttnProcessor(_Dispatching, FluxAttnProcessor):
         image_rotary_emb: Rotation | None = None,
         bigain: Context | None = None,
     ) -> Any:
-        layer, context = enter(attn, bigain, attention_mask)
+        layer, context = enter(attn, bigain)
         config = layer.config
         if not context["active"] or config.factor == (1, 1):
-            return super().__call__(attn, hidden_states, encoder_hidden_states, None, image_rotary_emb)
+            return super().__call__(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb)
+        refuse_mask(attention_mask)
         grid, factor, window = context["grid"], config.factor, context["image_tokens"]
         alpha = context.get("alpha", config.alpha)
         text = 0 if encoder_hidden_states is None else encoder_hidden_states.shape[1]
@@ -180,10 +181,11 @@ class QwenPoolAttnProcessor(_Dispatching, QwenDoubleStreamAttnProcessor2_0):
         image_rotary_emb: Rotation | None = None,
         bigain: Context | None = None,
     ) -> tuple[Tensor, Tensor]:
-        layer, context = enter(attn, bigain, attention_mask)
+        layer, context = enter(attn, bigain)
         config, mask, words = layer.config, encoder_hidden_states_mask, encoder_hidden_states
         if not context["active"] or config.factor == (1, 1):
-            return super().__call__(attn, hidden_states, words, mask, None, image_rotary_emb)
+            return super().__call__(attn, hidden_states, words, mask, attention_mask, image_rotary_emb)
+        refuse_mask(attention_mask)
         grid, factor, window = context["grid"], config.factor, context["image_tokens"]
         alpha = context.get("alpha", config.alpha)
         text = words.shape[1]
@@ -242,8 +244,10 @@ class SD3PoolAttnProcessor(JointAttnProcessor2_0):
         attention_mask: Tensor | None = None,
         bigain: Context | None = None,
     ) -> Any:
-        layer, context = enter(attn, bigain, attention_mask)
+        layer, context = enter(attn, bigain)
         config = layer.config
+        # The processor that this stands in for does not look at its mask.
+        refuse_mask(attention_mask)
         if not context["active"] or config.factor == (1, 1):
             return super().__call__(attn, hidden_states, encoder_hidden_states)
         grid, factor = context["grid"], config.factor

@@ -2,11 +2,36 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
 from torch import Tensor
 
 from ..methods import MergeConfig
 from ..plan import MergePlan
 from .context import Context
+
+
+def _shares(config: MergeConfig, batch: int, conditions: int | None) -> bool:
+    """Whether the rows of this call share plans: whether it is sure that they are what `share_plan` counts."""
+    share = config.share_plan
+    return share is not None and batch % share == 0 and conditions in (None, share)
+
+
+def _plan_neighbours(
+    config: MergeConfig, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None
+) -> MergePlan:
+    """The plan of a batch in which the k rows that share are neighbours: (P * k, N, C), a plan with a row for each."""
+    k = config.share_plan or 1
+    # The order that plans know: row p of each of k batches, one batch after another.
+    apart = torch.cat([x[i::k] for i in range(k)])
+    if timestep is not None:
+        timestep = torch.cat([timestep[i::k] for i in range(k)])
+    plan = config.plan(apart, grid, ratio, timestep)
+    slot, offsets, members, anchor = (
+        table.repeat_interleave(k, 0) for table in (plan.slot, plan.offsets, plan.members, plan.anchor)
+    )
+    return MergePlan(slot, offsets, members, anchor, plan.grid, plan.num_slots)
 
 
 def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor | None) -> MergePlan | None:
@@ -31,7 +56,12 @@ def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor
     if block is not None:
         timestep = context["timestep"].to(x.device)
         timestep = timestep + block.to(x.device) * config.train_timesteps
-    plan = config.plan(x, grid, ratio, timestep)
+    if config.share_plan is not None and not _shares(config, x.shape[0], context.get("conditions")):
+        config = replace(config, share_plan=None)
+    if config.share_plan is not None and config.share_order == "interleave":
+        plan = _plan_neighbours(config, x, grid, ratio, timestep)
+    else:
+        plan = config.plan(x, grid, ratio, timestep)
     if slot is not None:
         slot.plan = plan
     return plan

@@ -36,7 +36,7 @@ class LayerPatch:
     needs_source: bool
 
 
-def enter(attn: Any, context: Context | None, attention_mask: Tensor | None) -> tuple[LayerPatch, Context]:
+def enter(attn: Any, context: Context | None) -> tuple[LayerPatch, Context]:
     """The patch of a layer and the context of the call, once the call is one that can be compressed."""
     layer = getattr(attn, "_bigain", None)
     if layer is None:
@@ -49,12 +49,18 @@ def enter(attn: Any, context: Context | None, attention_mask: Tensor | None) -> 
             "token compression: the layer was called without the hooks of its model; call the model itself, not "
             "its forward method or its blocks, or use remove_token_compression"
         )
+    if "pass" in context:
+        context["pass"].reached = True
+    return layer, context
+
+
+def refuse_mask(attention_mask: Tensor | None) -> None:
+    """ValueError on a mask over tokens that are merged or pooled."""
     if attention_mask is not None:
         raise ValueError(
             "attention_mask: got a mask, expected None: merged and pooled tokens have no place in the mask of the "
             "original ones; remove the mask or leave the layer out of the config"
         )
-    return layer, context
 
 
 def _project(
@@ -98,15 +104,20 @@ def _attend(
     hidden_states: Tensor,
     encoder_hidden_states: Tensor | None,
     fused: bool,
+    mask: Tensor | None = None,
     plan: MergePlan | None = None,
 ) -> Tensor:
     """Attention over the tokens as they are: (B, tokens, C) to (B, tokens, C).
 
+    The mask is diffusers' own, (B, 1 or tokens, keys), or one for each head.
     With a plan, each key of self-attention counts as often as the tokens it stands for: log(size) joins its scores.
     """
     query, key, value = _split(attn, *_project(attn, hidden_states, encoder_hidden_states, fused))
+    if mask is not None:
+        mask = attn.prepare_attention_mask(mask, key.shape[2], key.shape[0])
+        mask = mask.unflatten(0, (key.shape[0], attn.heads))
     if plan is None or encoder_hidden_states is not None:
-        return _output(attn, F.scaled_dot_product_attention(query, key, value))
+        return _output(attn, F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
     bias = plan.sizes().to(torch.promote_types(query.dtype, torch.float32)).log()
     return _output(attn, attend_by_op(query, key, value, (1, plan.num_slots), 1, 1.0, key_bias=bias))
 
@@ -115,7 +126,8 @@ class MergeAttnProcessor:
     """Merges tokens, attends, and copies the results back to all tokens.
 
     attn1 and attn2 take norm's output (B, N, C) and return (B, N, C); with r merged tokens all projections and the
-    attention itself see N - r. In attn2 only the queries are merged. Source of the scheme: Bolya and Hoffman 2023.
+    attention itself see N - r. In attn2, and where keys other than its own tokens are given to attn1, only the queries
+    are merged, and a mask over the keys stays what it is. Source of the scheme: Bolya and Hoffman 2023.
     """
 
     fused: ClassVar[bool] = False
@@ -129,7 +141,7 @@ class MergeAttnProcessor:
         temb: Tensor | None = None,
         bigain: Context | None = None,
     ) -> Tensor:
-        layer, context = enter(attn, bigain, attention_mask)
+        layer, context = enter(attn, bigain)
         plan = None
         if context["active"]:
             source = context["source"] if layer.needs_source else hidden_states
@@ -137,10 +149,14 @@ class MergeAttnProcessor:
             if layer.needs_source:
                 context["plan"] = plan
         if plan is None:
-            return _attend(attn, hidden_states, encoder_hidden_states, self.fused)
+            return _attend(attn, hidden_states, encoder_hidden_states, self.fused, attention_mask)
+        of_queries = attention_mask is not None and attention_mask.dim() == 3 and attention_mask.shape[1] != 1
+        if encoder_hidden_states is None or of_queries:
+            refuse_mask(attention_mask)
         merged = token_merge(hidden_states, plan, layer.config.mode)
         weighted = plan if layer.config.proportional else None
-        return token_unmerge(_attend(attn, merged, encoder_hidden_states, self.fused, weighted), plan)
+        merged = _attend(attn, merged, encoder_hidden_states, self.fused, attention_mask, weighted)
+        return token_unmerge(merged, plan)
 
 
 class PoolAttnProcessor:
@@ -150,6 +166,9 @@ class PoolAttnProcessor:
     states first and project s * s times less, in one op where they are plain linear layers. Fused projections make
     queries, keys and values in one call on all tokens, and a norm on keys does not commute: there, keys and values are
     pooled after projection and norm, unless the config pools hidden states. Source: BiGain, arXiv 2603.12240.
+
+    Keys other than its own tokens (a reference picture's behind them, say) have no grid that we know: a call that gives
+    such keys attends to them as they are.
     """
 
     fused: ClassVar[bool] = False
@@ -163,10 +182,11 @@ class PoolAttnProcessor:
         temb: Tensor | None = None,
         bigain: Context | None = None,
     ) -> Tensor:
-        layer, context = enter(attn, bigain, attention_mask)
+        layer, context = enter(attn, bigain)
         config = layer.config
-        if not context["active"] or config.factor == (1, 1):
-            return _attend(attn, hidden_states, None, self.fused)
+        if not context["active"] or config.factor == (1, 1) or encoder_hidden_states is not None:
+            return _attend(attn, hidden_states, encoder_hidden_states, self.fused, attention_mask)
+        refuse_mask(attention_mask)
         grid, alpha = context["grid"], context.get("alpha", config.alpha)
         if pools_early(attn, config, self.fused):
             query, key, value = project_pooled(attn, hidden_states, grid, config.factor, alpha, self.fused)

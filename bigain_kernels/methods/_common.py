@@ -59,7 +59,9 @@ def counter_random(seed: int, timestep: Tensor | None, count: int, stream: int, 
     position = torch.arange(count, dtype=torch.int64, device=device)
     key = _scramble(torch.full((1,), (seed * 0x9E3779B1 + stream) & _MASK, dtype=torch.int64, device=device))
     if timestep is not None:
-        step = timestep.to(torch.int64) * 64 if not timestep.is_floating_point() else (timestep * 64).to(torch.int64)
+        # 64 times a timestep of 16 bits may be none of 16 bits.
+        whole = not timestep.is_floating_point()
+        step = timestep.to(torch.int64) * 64 if whole else (timestep.to(torch.float32) * 64).to(torch.int64)
         key = _scramble((key + step * 0x85EBCA6B) & _MASK)
     return _scramble((key.unsqueeze(1) + position * 0x9E3779B1) & _MASK)
 

@@ -91,9 +91,13 @@ class MergeConfig(CompressionConfig):
             each merged one is a copy. Cross-attention has no merged keys and no weights.
         cached_assignment: the first compressed block of a resolution plans, and the later ones of the same forward pass
             use its plan. Nothing is kept between forward passes.
-        share_plan: k plans once for every k rows of the batch, from their mean hidden state: row b uses plan row
-            b mod (B / k), the order of `torch.cat([uncond, cond])` (k = 2) and of class-major classifier batches
-            (k = classes). None plans for every row.
+        share_plan: k plans once for every k rows of the batch that belong together, from their mean hidden state. None
+            plans for every row. Sharing lapses, every row gets its own plan, where the batch is no multiple of k, and
+            in a pipeline that says it runs another number of conditions than k at that step (guidance that is off or
+            ends in mid-run, a guider that calls once for each condition). A bare model cannot know.
+        share_order: how rows that belong together stand in the batch: "cat", as `torch.cat([uncond, cond])` puts them,
+            row b with b + B / k (also class-major classifier batches); or "interleave", as `repeat_interleave` does,
+            k neighbours.
     """
 
     ratio: float | tuple[float, float] = option(0.5, Scheduled())
@@ -102,6 +106,7 @@ class MergeConfig(CompressionConfig):
     proportional: bool = option(False, Flag())
     cached_assignment: bool = option(False, Flag())
     share_plan: int | None = option(None, Count(1))
+    share_order: str = option("cat", Choice(("cat", "interleave")))
 
     def __post_init__(self) -> None:
         super().__post_init__()

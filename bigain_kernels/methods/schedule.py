@@ -23,6 +23,15 @@ def check_schedule(name: str, value: object) -> None:
 
 
 @overload
+def between(ends: Sequence[float], noise: float) -> float: ...
+@overload
+def between(ends: Sequence[float], noise: Tensor) -> Tensor: ...
+def between(ends: Sequence[float], noise: float | Tensor) -> float | Tensor:
+    """The line from (first, last) at a noise level from 1, the first step of denoising, to 0, the last."""
+    return float(ends[0]) * noise + float(ends[1]) * (1 - noise)
+
+
+@overload
 def alpha_schedule(alpha: float, timestep: Tensor, num_train_timesteps: int = 1000) -> float: ...
 @overload
 def alpha_schedule(alpha: Sequence[float], timestep: Tensor, num_train_timesteps: int = 1000) -> Tensor: ...
@@ -50,5 +59,4 @@ def alpha_schedule(alpha: float | Sequence[float], timestep: Tensor, num_train_t
     num_train_timesteps = check_count("num_train_timesteps", num_train_timesteps, 2)
     if not isinstance(timestep, Tensor) or timestep.dim() != 1:
         raise ValueError(f"timestep: got {timestep!r}, expected a tensor of one value per batch row")
-    progress = timestep.to(torch.float32) / (num_train_timesteps - 1)
-    return float(alpha[0]) * progress + float(alpha[1]) * (1 - progress)
+    return between(alpha, timestep.to(torch.float32) / (num_train_timesteps - 1))

@@ -1,0 +1,164 @@
+"""Software that wraps or replaces what compression relies on: noticed, or survived."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+
+from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig, apply_token_compression, context
+
+from .models import dit_inputs, run, tiny_dit, tiny_unet, unet_inputs
+
+
+@pytest.mark.parametrize("where", ["blocks", "attentions"])
+def test_replaced_forwards_are_noticed_once(where, caplog):
+    """Other accelerators replace forward methods; then no layer of ours takes part, and no report says so."""
+    model = tiny_unet()
+    apply_token_compression(model, LGTMConfig())
+    for module in model.modules():
+        if type(module).__name__ == {"blocks": "BasicTransformerBlock", "attentions": "Attention"}[where]:
+            module.forward = lambda hidden_states, *args, **kwargs: hidden_states
+    for _ in range(2):
+        run(model, unet_inputs())
+    assert [record.message[:70] for record in caplog.records] == [
+        "UNet2DConditionModel: a forward pass reached none of its 3 compressed "
+    ]
+
+
+def test_a_pass_that_is_not_compressed_is_no_reason_to_warn(caplog):
+    model = tiny_unet()
+    apply_token_compression(model, LGTMConfig(end=0.5))
+    for timestep in (10, 900, 10):
+        run(model, {**unet_inputs(), "timestep": timestep})
+    assert not caplog.records
+
+
+def test_argument_names_are_those_of_diffusers():
+    """They are written down in context.py, because wrapped classes do not tell them."""
+    for cls, names in (
+        (UNet2DConditionModel, context._UNET_ARGUMENTS),
+        (DiTTransformer2DModel, context._DIT_ARGUMENTS),
+        (FluxTransformer2DModel, context._FLUX_ARGUMENTS),
+        (SD3Transformer2DModel, context._SD3_ARGUMENTS),
+        (QwenImageTransformer2DModel, context._QWEN_ARGUMENTS),
+        (Transformer2DModel, context._TRANSFORMER_ARGUMENTS),
+        (BasicTransformerBlock, context._BLOCK_ARGUMENTS),
+    ):
+        assert tuple(inspect.signature(cls.forward).parameters)[1 : 1 + len(names)] == names
+
+
+def test_classes_that_were_wrapped_before_the_import():
+    """Profilers and patches wrap forward methods as (*args, **kwargs), without the signature of what they wrap."""
+    code = """
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+def wrap(cls):
+    inner = cls.forward
+    cls.forward = lambda self, *args, **kwargs: inner(self, *args, **kwargs)
+for cls in (UNet2DConditionModel, BasicTransformerBlock, Transformer2DModel): wrap(cls)
+from bigain_kernels.diffusers import LGTMConfig, apply_token_compression
+from tests.diffusers.models import run, tiny_unet, unet_inputs
+model = tiny_unet()
+plain = run(model, unet_inputs())
+apply_token_compression(model, LGTMConfig())
+assert not torch.equal(run(model, unet_inputs()), plain)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def with_bank(model, bank):
+    """What reference-only generation does: keys of another picture behind the layer's own."""
+    attn = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1
+    inner = attn.forward
+
+    def forward(hidden_states, encoder_hidden_states=None, **kwargs):
+        return inner(hidden_states, encoder_hidden_states=torch.cat([hidden_states, bank], dim=1), **kwargs)
+
+    attn.forward = forward
+    return model
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize(
+    "config",
+    [
+        LGTMConfig(),
+        LGTMConfig(proportional=True),
+        ToMeConfig(),
+        IEKVDConfig(),
+        ToDoConfig(),
+        IEKVDConfig(pool="hidden"),
+    ],
+)
+def test_keys_given_to_self_attention_count(config, fused):
+    if fused:
+        pytest.skip("fused self-attention has no projection for other keys, in diffusers as here")
+    banks = [torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(seed)) * 3 for seed in (3, 4)]
+    outputs = []
+    for bank in banks:
+        model = tiny_unet()
+        apply_token_compression(model, config)
+        outputs.append(run(with_bank(model, bank), unet_inputs()))
+    assert (outputs[0] - outputs[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("config", [LGTMConfig(ratio=0.0), IEKVDConfig(factor=1), LGTMConfig(end=0.0)])
+def test_what_compresses_nothing_changes_nothing_of_it(config):
+    bank = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(3)) * 3
+    plain = run(with_bank(tiny_unet(), bank), unet_inputs())
+    model = tiny_unet()
+    apply_token_compression(model, config)
+    torch.testing.assert_close(run(with_bank(model, bank), unet_inputs()), plain, atol=1e-5, rtol=1e-5)
+
+
+def text_mask(batch, keys):
+    mask = torch.ones(batch, keys)
+    mask[:, 3:] = 0
+    return mask
+
+
+@pytest.mark.parametrize("modules", [("attn1", "attn2"), ("attn2",)])
+def test_text_masks_reach_cross_attention_whose_queries_merge(modules):
+    masked = {**unet_inputs(), "encoder_attention_mask": text_mask(2, 5)}
+    other = {**masked, "encoder_hidden_states": masked["encoder_hidden_states"].clone()}
+    other["encoder_hidden_states"][:, 3:] = 7.0  # masked words
+    model = tiny_unet()
+    apply_token_compression(model, LGTMConfig(modules=modules))
+    output = run(model, masked)
+    assert torch.equal(output, run(model, other))
+    assert not torch.allclose(output, run(model, unet_inputs()), atol=1e-4)
+    # At ratio 0 nothing merges, and the mask does what it does uncompressed.
+    apply_token_compression(model, LGTMConfig(ratio=0.0, modules=modules))
+    torch.testing.assert_close(run(model, masked), run(tiny_unet(), masked), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("config", [LGTMConfig(end=0.5), IEKVDConfig(end=0.5)])
+def test_a_mask_over_tokens_counts_where_nothing_is_compressed(config):
+    mask = torch.zeros(2, 1, 64)
+    mask[:, :, 30:] = -10000.0
+    call = {"hidden_states": torch.randn(2, 64, 32), "attention_mask": mask}
+    model = tiny_dit()
+    plain = model.transformer_blocks[0].attn1(**call)
+    apply_token_compression(model, config)
+    context_ = {"active": False, "grid": (8, 8)}
+    output = model.transformer_blocks[0].attn1(**call, bigain=context_)
+    torch.testing.assert_close(output, plain, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="attention_mask: got a mask"):
+        model.transformer_blocks[0].attn1(**call, bigain={"active": True, "grid": (8, 8)})
+    assert run(model, dit_inputs()).isfinite().all()

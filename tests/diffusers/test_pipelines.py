@@ -1,0 +1,130 @@
+"""Whole pipelines: perturbed attention, guidance that ends, several pictures, and who shares a plan with whom."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
+
+from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToMeConfig, apply_token_compression, token_compression
+
+from .models import TEXT_DIM, dit_inputs, only, recorded_plans, run, tiny_dit, tiny_unet
+
+TEXT = torch.randn(2, 5, TEXT_DIM, generator=torch.Generator().manual_seed(5))
+
+
+def pipeline(cls=StableDiffusionPipeline, **changes):
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        latent_channels=4,
+        down_block_types=("DownEncoderBlock2D",),
+        up_block_types=("UpDecoderBlock2D",),
+    )
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"))
+    pipe = cls(vae=vae, unet=tiny_unet(), scheduler=DDIMScheduler(), requires_safety_checker=False, **parts, **changes)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def generate(pipe, guidance=5.0, pictures=1, steps=4, **changes):
+    return pipe(
+        prompt_embeds=TEXT[:1],
+        negative_prompt_embeds=TEXT[1:],
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        num_images_per_prompt=pictures,
+        height=16 * pipe.vae_scale_factor,
+        width=16 * pipe.vae_scale_factor,
+        output_type="latent",
+        generator=torch.Generator().manual_seed(3),
+        **changes,
+    ).images
+
+
+@pytest.mark.parametrize(
+    ("layer", "config"),
+    [
+        ("mid", LGTMConfig()),
+        ("mid", LGTMConfig(max_downsample=8)),
+        ("down_blocks.0", LGTMConfig(share_plan=3)),
+        ("down_blocks.0", ToMeConfig(modules=("attn1", "attn2"))),
+        ("up_blocks.1", IEKVDConfig(max_downsample=2)),
+    ],
+)
+def test_perturbed_attention(layer, config):
+    """Its pipeline puts other processors in for one call. Their layers run as they do uncompressed, the others not."""
+    pipe = pipeline(StableDiffusionPAGPipeline, pag_applied_layers=layer)
+    plain, plain_perturbed = generate(pipe), generate(pipe, pag_scale=3.0)
+    apply_token_compression(pipe, config)
+    compressed, processors = generate(pipe, pag_scale=0.0), dict(pipe.unet.attn_processors)
+    perturbed = generate(pipe, pag_scale=3.0)
+    assert perturbed.isfinite().all()
+    assert not torch.equal(perturbed, plain_perturbed) or layer == "mid"
+    assert not torch.equal(compressed, plain)
+    assert pipe.unet.attn_processors == processors
+    assert torch.equal(generate(pipe, pag_scale=0.0), compressed)
+
+
+def end_guidance(pipe, step, timestep, tensors):
+    """The callback of diffusers' documentation that turns guidance off in mid-run."""
+    if step == 1:
+        tensors["prompt_embeds"] = tensors["prompt_embeds"].chunk(2)[-1]
+        pipe._guidance_scale = 0.0
+    return tensors
+
+
+@pytest.mark.parametrize("pictures", [1, 2])
+@pytest.mark.parametrize("order", ["cat", "interleave"])
+def test_sharing_lapses_when_guidance_ends(pictures, order, monkeypatch):
+    pipe = pipeline()
+    apply_token_compression(pipe, LGTMConfig(share_plan=2, share_order=order))
+    with recorded_plans(monkeypatch) as records:
+        generate(
+            pipe,
+            pictures=pictures,
+            callback_on_step_end=end_guidance,
+            callback_on_step_end_tensor_inputs=["prompt_embeds"],
+        )
+    rows = [(x.shape[0], plan.num_rows) for x, plan in records]
+    assert set(rows) == {(2 * pictures, pictures), (pictures, pictures)}
+
+
+def test_pictures_without_guidance_do_not_share(monkeypatch):
+    pipe = pipeline()
+    apply_token_compression(pipe, LGTMConfig(share_plan=2))
+    with recorded_plans(monkeypatch) as records:
+        shared = generate(pipe, guidance=1.0, pictures=2)
+    assert all(plan.num_rows == 2 for _, plan in records)
+    apply_token_compression(pipe, LGTMConfig())
+    assert torch.equal(generate(pipe, guidance=1.0, pictures=2), shared)
+
+
+def test_a_guider_calls_once_for_each_condition(monkeypatch):
+    model = tiny_unet()
+    from .models import unet_inputs
+
+    pipe = SimpleNamespace(unet=model, scheduler=DDIMScheduler(), guider=object())
+    apply_token_compression(pipe, LGTMConfig(share_plan=2))
+    with recorded_plans(monkeypatch) as records:
+        run(model, unet_inputs())
+    assert all(plan.num_rows == 2 for _, plan in records)
+
+
+@pytest.mark.parametrize("build", ["unet", "dit"])
+@pytest.mark.parametrize("config", [LGTMConfig(share_plan=2), ToMeConfig(share_plan=2, cached_assignment=True)])
+def test_interleaved_rows_share_as_rows_apart_do(build, config):
+    from dataclasses import replace
+
+    from .models import unet_inputs
+
+    model, inputs = (tiny_unet(), unet_inputs(6)) if build == "unet" else (tiny_dit(), dit_inputs(6))
+    with token_compression(model, config):
+        apart = run(model, inputs)
+    order = [0, 3, 1, 4, 2, 5]  # the pairs (0, 3), (1, 4) and (2, 5) as neighbours
+    with token_compression(model, replace(config, share_order="interleave")):
+        neighbours = run(model, only(inputs, order))
+    torch.testing.assert_close(neighbours, apart[order], atol=1e-5, rtol=1e-5)
