@@ -4,10 +4,12 @@ The ops merge and pool the tokens of self-attention; the methods compose them in
 puts them into diffusers models. Nothing here but torch is needed at import.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import backends
 from .backends import use_backend
 from .checks import max_ratio
-from .methods import abm_plan, alpha_schedule, lgtm_plan, sito_plan, tome_plan
 from .ops import (
     bipartite_match,
     block_merge_plan,
@@ -21,6 +23,9 @@ from .ops import (
     token_unmerge,
 )
 from .plan import MergePlan
+
+if TYPE_CHECKING:
+    from .methods import abm_plan, alpha_schedule, lgtm_plan, sito_plan, tome_plan
 
 __version__ = "0.1.0"
 
@@ -45,3 +50,18 @@ __all__ = [
     "tome_plan",
     "use_backend",
 ]
+
+# Imported when they are asked for: with their configs they would take as long to import as all the rest.
+_METHODS = ("abm_plan", "alpha_schedule", "lgtm_plan", "sito_plan", "tome_plan")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in ("methods", *_METHODS):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    methods = import_module(f"{__name__}.methods")
+    globals().update({each: getattr(methods, each) for each in _METHODS})
+    return globals()[name]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "methods", *_METHODS})

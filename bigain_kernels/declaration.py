@@ -12,8 +12,6 @@ registrations, and how the arguments of a public function become those of the op
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -110,8 +108,7 @@ def tables_of(plan: MergePlan) -> Tables:
     return plan.slot, plan.offsets, plan.members, plan.anchor
 
 
-@dataclass(frozen=True)
-class Op:
+class Op(NamedTuple):
     """One op.
 
     Attributes:
@@ -163,9 +160,8 @@ class Op:
         source = f"lambda function: lambda {', '.join(self.flat_names)}: function({values})"
         return eval(source, {"MergePlan": MergePlan})
 
-    @cached_property
     def device_of(self) -> Callable[[tuple[Any, ...]], str]:
-        """The device type of a call with these flat arguments: that of the first tensor."""
+        """What tells the device type of a call from its flat arguments: that of the first tensor."""
         if self.arguments[0].parameters[0].startswith("Tensor[]"):
             return lambda args: args[0][0].device.type
         return lambda args: args[0].device.type

@@ -178,6 +178,17 @@ def test_importing_the_core_needs_torch_alone():
     assert run.returncode == 0, run.stderr
 
 
+def test_methods_are_imported_when_they_are_asked_for():
+    code = (
+        "import sys, bigain_kernels as bk; assert 'bigain_kernels.methods' not in sys.modules\n"
+        "assert 'lgtm_plan' in dir(bk)\n"
+        "assert bk.lgtm_plan is bk.methods.lgtm_plan; from bigain_kernels import tome_plan, methods\n"
+        "try: bk.warp\nexcept AttributeError as error: assert str(error).endswith(\"no attribute 'warp'\")"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_all_is_what_is_exported():
     assert sorted(bk.__all__) == bk.__all__
     assert all(hasattr(bk, name) for name in bk.__all__)

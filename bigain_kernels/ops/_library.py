@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,14 @@ _AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(_C
 def define(op: Op) -> Callable[..., Any]:
     """Register an op: in torch.library, and in `OPS`. Returns the op, which takes the flat arguments."""
     OPS[op.name] = op
-    device_of = op.device_of
+    device_of = op.device_of()
 
     def dispatch(*args: Any) -> Any:
         return implementation(op.name, device_of(args), args)(*args)
+
+    @cache
+    def fake() -> Callable[..., Any]:
+        return op.of_public(op.fake)
 
     LIBRARY.define(op.schema)
     overload = getattr(torch.ops.bigain, op.name).default
@@ -55,7 +60,7 @@ def define(op: Op) -> Callable[..., Any]:
     # One Python kernel for all devices: the backend is chosen at the call, so use_backend works in compiled code too.
     LIBRARY.impl(op.name, dispatch, "CompositeExplicitAutograd")
     LIBRARY.impl(op.name, refuse_derivatives(op.name, dispatch), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"bigain::{op.name}", op.of_public(op.fake), lib=LIBRARY)
+    torch.library.register_fake(f"bigain::{op.name}", lambda *args: fake()(*args), lib=LIBRARY)
     torch.library.register_vmap(f"bigain::{op.name}", one_by_one(op.name), lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(op.name, without_autocast, key)
