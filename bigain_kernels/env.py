@@ -42,6 +42,10 @@ def report() -> str:
     lines += [f"{'device':16} {device}" for device in devices()]
     lines.append(f"{'native library':16} {native.report()}")
     lines.append(f"{'CUDA library':16} {native.cuda_report()}")
+    for backend in backends.all_backends():
+        where = "on " + (", ".join(backend.devices) if backend.devices else "any device")
+        state = f"not here: {backend.missing}" if backend.missing else where
+        lines.append(f"{f'backend {backend.name}':16} {state}")
     for choice in backends.report(usable_device_types()):
         lines.append(f"{choice.op:24} {choice.device:5} {choice.backend:10} {choice.reason}")
     return "\n".join(lines)

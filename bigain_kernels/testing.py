@@ -27,28 +27,43 @@ SIMILARITY_TOLERANCE = 4e-6
 
 
 class Inputs:
-    """What the samples of the ops are made of: small tokens, and what the reference makes of them, on one device.
+    """What the samples of the ops are made of: tokens, and what the reference makes of them, on one device.
+
+    Args:
+        dtype: of the tokens.
+        device: where they are; "meta" makes shapes alone.
+        batch, grid, channels, head_dim: B, (H, W), C, and the channels of a head.
 
     Attributes:
         grid, stride, n, r: (H, W), (sy, sx), the number of tokens and how many of them are merged.
-        x: (4, N, 10) tokens.
-        q: (4, 2, N, 5), the same as queries of two heads.
-        y: (4, N - r, 10) slots.
-        w: (6, 10), the weight of a projection.
-        weights: (4, N) float32, positive.
-        alphas: (4,) float32.
+        x: (B, N, C) tokens.
+        q: (B, heads, N, head_dim), the same as queries.
+        y: (B, N - r, C) slots.
+        w: (6, C), the weight of a projection.
+        weights: (B, N) float32, positive.
+        alphas: (B,) float32.
     """
 
-    grid, stride, n, r = (6, 8), (2, 2), 48, 20
+    stride = (2, 2)
 
-    def __init__(self, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
-        x = torch.randn(4, self.n, 10, generator=torch.Generator().manual_seed(0))
+    def __init__(
+        self,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        batch: int = 4,
+        grid: tuple[int, int] = (6, 8),
+        channels: int = 10,
+        head_dim: int = 5,
+    ) -> None:
+        self.grid, self.n = grid, grid[0] * grid[1]
+        self.r = self.n * 5 // 12
+        x = torch.randn(batch, self.n, channels, generator=torch.Generator().manual_seed(0))
         self.x = x.to(device, dtype)
-        self.q = self.x.unflatten(2, (2, 5)).transpose(1, 2)
+        self.q = self.x.unflatten(2, (-1, head_dim)).transpose(1, 2)
         self.y = self.x[:, : self.n - self.r].contiguous()
         self.w = self.x[0, :6]
         self.weights = x.abs().sum(2).to(device)
-        self.alphas = torch.linspace(0.8, 1.2, 4, device=device)
+        self.alphas = torch.linspace(0.8, 1.2, batch, device=device)
 
     @cached_property
     def score(self) -> Tensor:

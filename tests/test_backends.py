@@ -169,6 +169,15 @@ def test_env_runs_as_a_module():
     assert env.versions()["torch"] in run.stdout
 
 
+def test_env_says_of_every_backend_where_it_runs_or_why_not():
+    absent = Backend("absent", {}.get, missing="its library was not built")
+    with backends.registered(absent), backends.registered(Backend("toy", zeros, devices=("cpu", "cuda"))):
+        text = env.report()
+    assert "backend absent   not here: its library was not built\n" in text
+    assert "backend toy      on cpu, cuda\n" in text
+    assert "backend reference on any device\n" in text
+
+
 def test_importing_the_core_needs_torch_alone():
     code = (
         "import sys, bigain_kernels; bad = {'diffusers', 'triton', 'sklearn', 'matplotlib', 'typer', 'scipy'}"

@@ -65,16 +65,20 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
+def _entry(op: str, architecture_name: str) -> dict[str, Any]:
+    """The entry of an op; a file that has none, as for an op that is new, uses that of FALLBACK."""
+    return table(architecture_name)["ops"].get(op) or table(FALLBACK)["ops"][op]
+
+
 def candidates(op: str, architecture_name: str = FALLBACK) -> list[Config]:
     """All configs shipped for an op."""
-    return table(architecture_name)["ops"][op]["candidates"]
+    return _entry(op, architecture_name)["candidates"]
 
 
 @functools.cache
 def _pick(op: str, architecture_name: str, size: str) -> Config:
-    content = table(architecture_name)
-    entry = content["ops"][op]
-    if not content["tuned"]:
+    entry = _entry(op, architecture_name)
+    if not table(architecture_name)["tuned"]:
         _log.debug("%s: configs of %s are untuned, taking the rule of thumb for size %r", op, architecture_name, size)
     return entry["candidates"][entry["choice"][size]]
 

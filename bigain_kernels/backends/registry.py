@@ -91,10 +91,14 @@ def _put(backend: Backend) -> None:
     _found.clear()
 
 
+def all_backends() -> list[Backend]:
+    """The registered backends, those that are missing too, by priority."""
+    return sorted(_backends.values(), key=lambda each: -each.priority)
+
+
 def order(device: str) -> tuple[str, ...]:
     """Names of the backends that serve a device type and are in this installation, the preferred one first."""
-    serving = [each for each in _backends.values() if each.serves(device) and not each.missing]
-    return tuple(each.name for each in sorted(serving, key=lambda each: -each.priority))
+    return tuple(each.name for each in all_backends() if each.serves(device) and not each.missing)
 
 
 def known_backends() -> list[str]:

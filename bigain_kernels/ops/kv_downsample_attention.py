@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor
 
 from ..checks import check_alpha, check_count, check_factor, check_grid, check_number, check_same_device, check_tensor
@@ -9,6 +11,9 @@ from ..declaration import Op, alpha, grid, optional_number, optional_tensor, pai
 from ._flops import attention
 from ._library import define
 from ._shapes import tiles
+
+if TYPE_CHECKING:
+    from ..testing import Inputs
 
 
 def _fake(q: Tensor, *rest: object) -> Tensor:
@@ -30,6 +35,14 @@ def _flops(
     return attention(q, k.shape[2] - (image_tokens[1] - image_tokens[0]) + tiles("factor", grid, factor))
 
 
+def _with_text(s: Inputs) -> tuple[Any, ...]:
+    """All but the last row of the tokens are the image, two tokens behind the start."""
+    (height, width), text = (s.grid[0] - 1, s.grid[1]), s.grid[1]
+    keys = (height // 2) * (width // 3) + text
+    image = (2, 2 + height * width)
+    return s.q, s.q, s.q, (height, width), (2, 3), s.alphas, 0.3, s.weights[:2, :keys], image
+
+
 OP = Op(
     "kv_downsample_attention",
     (
@@ -46,7 +59,7 @@ OP = Op(
     flops=_flops,
     samples=lambda s: {
         "": (s.q, s.q, s.q, s.grid, (2, 2), 0.9, None, None, (0, s.n)),
-        "text": (s.q, s.q, s.q, (5, 8), (2, 3), s.alphas, 0.3, s.weights[:2, :12], (2, 42)),
+        "text": _with_text(s),
         "bias": (s.q[:, :, :9], s.q, s.q, (1, s.n), (1, 1), 1.0, None, s.score, (0, s.n)),
     },
 )

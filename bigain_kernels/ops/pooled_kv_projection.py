@@ -39,7 +39,7 @@ OP = Op(
     flops=lambda x, grid, factor, alpha, w_k, w_v, *biases: projections(x, tiles("factor", grid, factor), w_k, w_v),
     samples=lambda s: {
         "": (s.x, s.grid, (2, 2), 0.9, s.w, s.w[:3], None, None),
-        "rows": (s.x, s.grid, (2, 1), s.alphas, s.w, s.w, s.w[0, :6], s.w[0, 4:]),
+        "rows": (s.x, s.grid, (2, 1), s.alphas, s.w, s.w, s.w[0, :6], s.w[0, -6:]),
     },
 )
 _call = define(OP)

@@ -7,6 +7,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from bigain_kernels.testing import Inputs, samples
 from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.launching import record_launches
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
@@ -67,34 +68,28 @@ def x_and_tables():
     return meta(BATCH, N, CHANNELS), tables
 
 
-def calls():
-    x, tables = x_and_tables()
-    score, match = meta(BATCH, N, dtype=torch.float32), meta(BATCH, N, dtype=torch.int32)
-    destinations = meta(BATCH, N // 4, dtype=torch.int32)
-    alphas = meta(BATCH, dtype=torch.float32)
-    q, weight = x.unflatten(2, (5, 64)).transpose(1, 2), meta(CHANNELS, CHANNELS)
-    return {
-        "laplacian_score": ((x, *GRID, "l1"), 1),
-        "select_destinations": ((score, *GRID, 2, 2), 1),
-        "bipartite_match": ((x, destinations, -1, 1, 1, 1, 1), 2),
-        "merge_plan": ((score, match, destinations, R), 1),
-        "block_merge_plan": ((score, *GRID, 2, 2, R, "max"), 1),
-        "lgtm_plan": ((x, *GRID, 2, 2, R, -1, 1), 3),
-        "token_merge": ((x, *tables, "mlerp", None), 3),
-        "token_merge_norm": ((x, *tables, score, 1e-5, x[0, 0], x[0, 1], x[:, 0], x[:, 1]), 2),
-        "token_unmerge": ((x[:, :M], *tables, x, x[:, 0]), 1),
-        "kv_downsample": (([x, x, x, x], *GRID, 2, 2, 0.0, alphas), 1),
-        "kv_downsample_attention": ((q, q, q, *GRID, 2, 2, 0.0, alphas, None, None, 0, N), 1),
-        "pooled_kv_projection": ((x, *GRID, 2, 2, 0.0, alphas, weight, weight, None, weight[0]), 1),
-    }
+# The samples of the ops on tokens of that size: by their names, the op and its flat arguments.
+CALLS = samples(Inputs(torch.bfloat16, "meta", BATCH, GRID, CHANNELS, head_dim=64))
+# How many launches a call takes, where it is not one.
+LAUNCHES = {
+    "bipartite_match": 2,
+    "bipartite_match window": 2,
+    "lgtm_plan": 3,
+    "lgtm_plan window": 3,
+    "lgtm_plan share": 3,
+    "token_merge mlerp": 3,
+    "token_merge_norm": 2,
+    "token_merge_norm all": 2,
+    "kv_downsample_attention text": 2,
+}
 
 
-@pytest.mark.parametrize("op", list(IMPLEMENTATIONS))
-def test_launches_and_shapes_of_every_op(op):
-    args, expected = calls()[op]
+@pytest.mark.parametrize("call", CALLS)
+def test_launches_and_shapes_of_every_op(call):
+    op, args = CALLS[call]
     with record_launches() as launches:
         results = IMPLEMENTATIONS[op](*args)
-    assert len(launches) == expected
+    assert len(launches) == LAUNCHES.get(call, 1)
     fakes = getattr(torch.ops.bigain, op)(*args)
     if isinstance(results, torch.Tensor):
         results, fakes = [results], [fakes]
@@ -214,3 +209,10 @@ def test_programs_for_huge_slots():
     assert mean.grid == (CHANNELS // 64, blocks + 4, BATCH)
     assert prune.grid == (CHANNELS // 64, blocks, BATCH)
     assert [launch.name for launch in mlerp] == ["row_stats", "token_merge"]
+
+
+def test_an_op_that_a_table_lacks_uses_the_fallback(monkeypatch):
+    table = configs.table
+    lacking = {**table("gfx942"), "ops": {}}
+    monkeypatch.setattr(configs, "table", lambda name: lacking if name == "gfx942" else table(name))
+    assert configs.candidates("token_merge", "gfx942") == configs.candidates("token_merge")
