@@ -42,6 +42,13 @@ inline std::string shape_of(const Tensor& tensor) {
   return text.str();
 }
 
+// The CUDA kernels do not compute in float64, in emulation neither.
+#if defined(__CUDACC__) || defined(BIGAIN_EMULATE)
+constexpr bool kComputesDouble = false;
+#else
+constexpr bool kComputesDouble = true;
+#endif
+
 #ifdef __CUDACC__
 constexpr const char* kHere = "GPU";
 inline bool is_here(const Tensor& tensor) { return tensor.is_cuda(); }
@@ -62,14 +69,30 @@ inline bool is_floating(const Tensor& tensor) {
          type == ScalarType::BFloat16;
 }
 
+// A tensor of numbers that the ops of this library compute with.
 inline void check_floating(const char* name, const Tensor& tensor, int64_t rank) {
   check_rank(name, tensor, rank);
-  if (!is_floating(tensor)) fail(name, ": wrong dtype, expected float16, bfloat16, float32 or float64");
+  if (!is_floating(tensor) || (!kComputesDouble && tensor.scalar_type() == ScalarType::Double)) {
+    fail(name, ": wrong dtype, expected float16, bfloat16",
+         kComputesDouble ? ", float32 or float64" : " or float32: the CUDA kernels do not compute in float64");
+  }
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, int64_t rank, ScalarType type, const char* type_name) {
   check_rank(name, tensor, rank);
   if (tensor.scalar_type() != type) fail(name, ": wrong dtype, expected ", type_name);
+}
+
+inline void check_int32(const char* name, const Tensor& tensor, int64_t rank) {
+  check_dtype(name, tensor, rank, ScalarType::Int, "int32");
+}
+
+// All tensors of a call are on one device.
+inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& first) {
+  if (tensor.get_device_index() != first.get_device_index()) {
+    fail(name, ": is on device ", tensor.get_device_index(), ", expected ", first.get_device_index(),
+         ", where the other tensors are");
+  }
 }
 
 inline void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> expected) {

@@ -92,16 +92,8 @@ void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
 // x (B, N, C), destinations (B, D) int32 -> similarity (B, N) float32, match (B, N) int32
 std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& destinations_in, int64_t window,
                                            int64_t height, int64_t width, int64_t sy, int64_t sx) {
-  check_floating("x", input, 3);
-  check_dtype("destinations", destinations_in, 2, ScalarType::Int, "int32");
+  check_match(input, destinations_in, window, height, width, sy, sx);
   const int64_t batch = input.size(0), tokens = input.size(1), count = destinations_in.size(1);
-  check_token_count("x", tokens);
-  check_shape("destinations", destinations_in, {batch, count});
-  if (window < kNoWindow) fail("window: got ", window, ", expected at least 0, or -1 for none");
-  if (window != kNoWindow) {
-    check_grid(height, width, tokens);
-    check_stride(sy, sx);
-  }
   const Tensor x = with_unit_stride(input), destinations = torch::stable::contiguous(destinations_in);
   check_range("destinations", destinations, 0, tokens);
   const TileGrid grid = {height, width, sy, sx, window};

@@ -58,23 +58,10 @@ void pool(const Tensor& x, const Windows& windows, double alpha, const float* ro
 // xs: (B, N, C_i) -> (B, (H // sy) * (W // sx), C_i); row_alpha (B,) float32 replaces alpha
 std::vector<Tensor> kv_downsample(const std::vector<Tensor>& xs, int64_t height, int64_t width, int64_t sy, int64_t sx,
                                   double alpha, const std::optional<Tensor>& row_alpha) {
-  if (xs.empty()) fail("xs: got no tensor, expected at least one");
+  check_pool(xs, height, width, sy, sx, row_alpha);
   const Windows windows = {height, width, sy, sx};
-  for (const Tensor& x : xs) {
-    check_floating("xs", x, 3);
-    check_grid(height, width, x.size(1));
-    check_token_count("xs", x.size(1));
-    if (x.size(0) != xs[0].size(0)) fail("xs: got batches ", xs[0].size(0), " and ", x.size(0), ", expected one");
-  }
-  if (sy < 1 || sx < 1 || sy > height || sx > width) {
-    fail("factor: got (", sy, ", ", sx, "), expected at least 1 and at most the grid");
-  }
   std::optional<Tensor> weights;
-  if (row_alpha.has_value()) {
-    check_dtype("row_alpha", *row_alpha, 1, ScalarType::Float, "float32");
-    check_shape("row_alpha", *row_alpha, {xs[0].size(0)});
-    weights = torch::stable::contiguous(*row_alpha);
-  }
+  if (row_alpha.has_value()) weights = torch::stable::contiguous(*row_alpha);
   const float* const weight = weights.has_value() ? weights->const_data_ptr<float>() : nullptr;
   std::vector<Tensor> pooled;
   for (const Tensor& input : xs) {

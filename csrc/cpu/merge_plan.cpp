@@ -79,16 +79,8 @@ uint64_t merge_key(float similarity, int64_t token) {
 
 // similarity (B, N) float32, match (B, N) int32, destinations (B, D) int32 -> tables with M = N - r slots
 Tables merge_plan(const Tensor& similarity_in, const Tensor& match_in, const Tensor& destinations_in, int64_t r) {
-  check_dtype("similarity", similarity_in, 2, ScalarType::Float, "float32");
-  check_dtype("match", match_in, 2, ScalarType::Int, "int32");
-  check_dtype("destinations", destinations_in, 2, ScalarType::Int, "int32");
+  check_plan_arguments(similarity_in, match_in, destinations_in, r);
   const int64_t batch = similarity_in.size(0), tokens = similarity_in.size(1), count = destinations_in.size(1);
-  check_token_count("similarity", tokens);
-  check_shape("match", match_in, {batch, tokens});
-  check_shape("destinations", destinations_in, {batch, count});
-  if (r < 0 || r > std::max<int64_t>(tokens - count, 0)) {
-    fail("r: got ", r, ", expected 0 <= r <= ", tokens - count, ", the number of sources");
-  }
   const Tensor similarity = torch::stable::contiguous(similarity_in), match = torch::stable::contiguous(match_in);
   const Tensor destinations = torch::stable::contiguous(destinations_in);
   check_range("destinations", destinations, 0, tokens);
@@ -169,20 +161,11 @@ double reduce_tile(const float* tile, int64_t width, int64_t sy, int64_t sx, con
 // score (B, N) float32 -> tables with M = N - (sy * sx - 1) * min(r // (sy * sx - 1), tiles) slots
 Tables block_merge_plan(const Tensor& input, int64_t height, int64_t width, int64_t sy, int64_t sx, int64_t r,
                         const std::string& reduce) {
-  check_dtype("score", input, 2, ScalarType::Float, "float32");
-  check_grid(height, width, input.size(1));
-  check_token_count("score", input.size(1));
-  check_stride(sy, sx);
-  if (r < 0) fail("r: got ", r, ", expected at least 0");
-  if (reduce != "max" && reduce != "min" && reduce != "sum" && reduce != "mean" && reduce != "std") {
-    fail("reduce: got '", reduce, "', expected max, sum, mean, min or std");
-  }
+  const BlockSizes sizes = check_block_plan(input, height, width, sy, sx, r, reduce);
   const Tensor score = torch::stable::contiguous(input);
   const int64_t batch = score.size(0), tokens = height * width;
   const int64_t tiles_x = width / sx, tiles = height / sy * tiles_x;
-  // Without a tile, sy * sx may be too large to multiply.
-  const int64_t removed = tiles > 0 ? sy * sx - 1 : 0;
-  const int64_t merged = removed > 0 ? std::min(r / removed, tiles) : 0;
+  const int64_t removed = sizes.removed, merged = sizes.merged;
 
   const Plan plan(batch, tokens, tokens - merged * removed);
   const PlanRows rows(plan);

@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../op_checks.h"
+#include "../op_arguments.h"
 #include "numbers.h"
 
 namespace bigain {
@@ -32,6 +32,10 @@ inline void check_range(const char* name, const Tensor& tensor, int64_t low, int
 inline Tensor accumulated(const Tensor& tensor, const Tensor& like) {
   const ScalarType type = like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+inline std::optional<Tensor> accumulated(const std::optional<Tensor>& tensor, const Tensor& like) {
+  return tensor.has_value() ? std::optional<Tensor>(accumulated(*tensor, like)) : std::nullopt;
 }
 
 // (B, N, C) tokens as rows of C values; T is the type of the bits. Rows without values point somewhere harmless.

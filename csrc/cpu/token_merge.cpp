@@ -5,23 +5,11 @@
 namespace bigain {
 namespace {
 
-// Checks one table of a plan, (P, width) int32, and its values; returns it contiguous.
-Tensor plan_table(const char* name, const Tensor& table, int64_t rows, int64_t width, int64_t high) {
-  check_dtype(name, table, 2, ScalarType::Int, "int32");
-  check_shape(name, table, {rows, width});
+// A table of a plan, contiguous, with its values checked: 0 <= value < high.
+Tensor plan_table(const char* name, const Tensor& table, int64_t high) {
   const Tensor result = torch::stable::contiguous(table);
   check_range(name, result, 0, high);
   return result;
-}
-
-// P, the rows of the plan, which divide the batch.
-int64_t plan_rows(const char* name, const Tensor& slot, int64_t batch) {
-  check_dtype("slot", slot, 2, ScalarType::Int, "int32");
-  const int64_t rows = slot.size(0);
-  if (rows == 0 ? batch != 0 : batch % rows != 0) {
-    fail(name, ": got batch ", batch, ", expected a multiple of the plan's ", rows, " rows");
-  }
-  return rows;
 }
 
 void check_ascending(const Tensor& offsets) {
@@ -82,10 +70,20 @@ void merge_mean(const Tensor& x, const MergeArguments& arguments, T* out) {
 }
 
 // The tensors of a merge, checked, as the kernels read them.
-struct Merge {
-  Tensor x, offsets, members, anchor;
+struct Merge : PlanSizes {
+  Tensor x, anchor, members, offsets;
   std::optional<Tensor> weights;
-  int64_t batch, tokens, channels, slots, rows;
+
+  Merge(const Tensor& input, const Tensor& slot, const Tensor& offsets_in, const Tensor& members_in,
+        const Tensor& anchor_in, const std::optional<Tensor>& weights_in)
+      : PlanSizes(check_merge(input, slot, offsets_in, members_in, anchor_in, weights_in)),
+        x(with_unit_stride(input)),
+        anchor(plan_table("anchor", anchor_in, tokens)),
+        members(plan_table("members", members_in, tokens)),
+        offsets(plan_table("offsets", offsets_in, tokens + 1)),
+        weights(accumulated(weights_in, x)) {
+    check_ascending(offsets);
+  }
 
   MergeArguments arguments(bool mlerp) const {
     return {offsets.const_data_ptr<int32_t>(),
@@ -97,35 +95,11 @@ struct Merge {
   }
 };
 
-// x is a floating-point tensor (B, N, C); the tables have P rows with P dividing B.
-Merge checked_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets_in, const Tensor& members_in,
-                    const Tensor& anchor_in, const std::optional<Tensor>& weights_in) {
-  check_rank("anchor", anchor_in, 2);
-  const int64_t batch = input.size(0), tokens = input.size(1), channels = input.size(2), slots = anchor_in.size(1);
-  const int64_t rows = plan_rows("x", slot, batch);
-  check_shape("slot", slot, {rows, tokens});
-  const Tensor x = with_unit_stride(input);
-  const Tensor anchor = plan_table("anchor", anchor_in, rows, slots, tokens);
-  const Tensor members = plan_table("members", members_in, rows, tokens, tokens);
-  const Tensor offsets = plan_table("offsets", offsets_in, rows, slots + 1, tokens + 1);
-  check_ascending(offsets);
-  std::optional<Tensor> weights;
-  if (weights_in.has_value()) {
-    check_floating("weights", *weights_in, 2);
-    check_shape("weights", *weights_in, {batch, tokens});
-    weights = accumulated(*weights_in, x);
-  }
-  return {x, offsets, members, anchor, weights, batch, tokens, channels, slots, rows};
-}
-
 // x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)
 Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets, const Tensor& members,
                    const Tensor& anchor, const std::string& mode, const std::optional<Tensor>& weights) {
-  check_floating("x", input, 3);
-  if (mode != "mean" && mode != "mlerp" && mode != "prune") {
-    fail("mode: got '", mode, "', expected mean, mlerp or prune");
-  }
-  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
+  check_merge_mode(mode);
+  const Merge merge(input, slot, offsets, members, anchor, weights);
   Tensor out = new_tensor({merge.batch, merge.slots, merge.channels}, merge.x.scalar_type());
   if (out.numel() == 0) return out;
   with_type_of(merge.x, [&](auto* type) {
@@ -218,21 +192,10 @@ Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& o
                         const Tensor& anchor, const std::optional<Tensor>& weights, double norm_eps,
                         const std::optional<Tensor>& norm_weight, const std::optional<Tensor>& norm_bias,
                         const std::optional<Tensor>& scale, const std::optional<Tensor>& shift) {
-  check_floating("x", input, 3);
-  check_pair("norm_weight", norm_weight, "norm_bias", norm_bias);
-  check_pair("scale", scale, "shift", shift);
-  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
-  const auto operand = [&](const char* name, const std::optional<Tensor>& given,
-                           std::initializer_list<int64_t> shape) -> std::optional<Tensor> {
-    if (!given.has_value()) return std::nullopt;
-    check_floating(name, *given, static_cast<int64_t>(shape.size()));
-    check_shape(name, *given, shape);
-    return accumulated(*given, merge.x);
-  };
-  const std::optional<Tensor> wide_weight = operand("norm_weight", norm_weight, {merge.channels});
-  const std::optional<Tensor> wide_bias = operand("norm_bias", norm_bias, {merge.channels});
-  const std::optional<Tensor> wide_scale = operand("scale", scale, {merge.batch, merge.channels});
-  const std::optional<Tensor> wide_shift = operand("shift", shift, {merge.batch, merge.channels});
+  const Merge merge(input, slot, offsets, members, anchor, weights);
+  check_norm(input, merge, norm_weight, norm_bias, scale, shift);
+  const std::optional<Tensor> wide_weight = accumulated(norm_weight, input), wide_bias = accumulated(norm_bias, input);
+  const std::optional<Tensor> wide_scale = accumulated(scale, input), wide_shift = accumulated(shift, input);
   Tensor out = new_tensor({merge.batch, merge.slots, merge.channels}, merge.x.scalar_type());
   if (out.numel() == 0) return out;
   with_type_of(merge.x, [&](auto* type) {
@@ -277,32 +240,14 @@ void unmerge(const Tensor& y, const int32_t* slot, int64_t rows, int64_t tokens,
 Tensor token_unmerge(const Tensor& input, const Tensor& slot_in, const Tensor& offsets, const Tensor& members,
                      const Tensor& anchor, const std::optional<Tensor>& residual_in,
                      const std::optional<Tensor>& gate_in) {
-  check_floating("y", input, 3);
-  const int64_t batch = input.size(0), slots = input.size(1), channels = input.size(2);
-  const int64_t rows = plan_rows("y", slot_in, batch), tokens = slot_in.size(1);
-  check_token_count("slot", tokens);
-  check_dtype("offsets", offsets, 2, ScalarType::Int, "int32");
-  check_dtype("members", members, 2, ScalarType::Int, "int32");
-  check_dtype("anchor", anchor, 2, ScalarType::Int, "int32");
-  check_shape("offsets", offsets, {rows, slots + 1});
-  check_shape("members", members, {rows, tokens});
-  check_shape("anchor", anchor, {rows, slots});
-  const Tensor slot = plan_table("slot", slot_in, rows, tokens, slots);
-  const Tensor y = with_unit_stride(input);
-  std::optional<Tensor> residual, gate;
-  if (gate_in.has_value()) {
-    check_floating("gate", *gate_in, 2);
-    check_shape("gate", *gate_in, {batch, channels});
-    gate = accumulated(*gate_in, y);
-  }
-  bool same_type = true;
-  if (residual_in.has_value()) {
-    check_floating("residual", *residual_in, 3);
-    check_shape("residual", *residual_in, {batch, tokens, channels});
-    same_type = residual_in->scalar_type() == y.scalar_type();
-    residual = same_type ? with_unit_stride(*residual_in) : accumulated(*residual_in, y);
-  }
-  Tensor out = new_tensor({batch, tokens, channels}, y.scalar_type());
+  const PlanSizes sizes = check_unmerge(input, slot_in, offsets, members, anchor, residual_in, gate_in);
+  const int64_t tokens = sizes.tokens, rows = sizes.rows;
+  const Tensor slot = plan_table("slot", slot_in, sizes.slots), y = with_unit_stride(input);
+  const std::optional<Tensor> gate = accumulated(gate_in, y);
+  const bool same_type = !residual_in.has_value() || residual_in->scalar_type() == y.scalar_type();
+  const std::optional<Tensor> residual =
+      residual_in.has_value() && same_type ? with_unit_stride(*residual_in) : accumulated(residual_in, y);
+  Tensor out = new_tensor({sizes.batch, tokens, sizes.channels}, y.scalar_type());
   if (out.numel() == 0) return out;
   with_type_of(y, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;

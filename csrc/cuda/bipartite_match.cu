@@ -19,20 +19,10 @@ namespace {
 std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& destinations_in, int64_t window,
                                            int64_t height, int64_t width, int64_t sy, int64_t sx, int64_t split,
                                            int64_t large) {
-  check_computable("x", input, 3);
-  check_int32("destinations", destinations_in, 2);
-  check_same_device("destinations", destinations_in, input);
+  check_match(input, destinations_in, window, height, width, sy, sx);
   const int64_t batch = input.size(0), tokens = input.size(1), channels = input.size(2),
                 count = destinations_in.size(1);
-  check_token_count("x", tokens);
   check_token_count("x", channels);
-  check_shape("destinations", destinations_in, {batch, count});
-  if (count > tokens) fail("destinations: got ", count, " for ", tokens, " tokens, expected them to be distinct");
-  if (window < -1) fail("window: got ", window, ", expected at least 0, or -1 for none");
-  if (window >= 0) {
-    check_grid(height, width, tokens);
-    check_stride(sy, sx);
-  }
   if (split < 0) fail("split: got ", split, ", expected at least 1, or 0 to choose");
   const OnDeviceOf on(input);
   const Tensor x = with_unit_stride(input), destinations = with_unit_stride(destinations_in);

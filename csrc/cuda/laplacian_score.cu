@@ -7,9 +7,7 @@ namespace {
 
 // x (B, N, C) -> (B, N) float32
 Tensor laplacian_score(const Tensor& input, int64_t height, int64_t width, const std::string& norm) {
-  check_computable("x", input, 3);
-  check_grid(height, width, input.size(1));
-  if (norm != "l1" && norm != "l2") fail("norm: got '", norm, "', expected 'l1' or 'l2'");
+  check_score_arguments(input, height, width, norm);
   const OnDeviceOf on(input);
   const Tensor x = with_unit_stride(input);
   Tensor score = new_tensor(x, {x.size(0), x.size(1)}, ScalarType::Float);
@@ -34,10 +32,7 @@ Tensor laplacian_score(const Tensor& input, int64_t height, int64_t width, const
 
 // score (B, N) -> (B, D) int32, ascending
 Tensor select_destinations(const Tensor& input, int64_t height, int64_t width, int64_t sy, int64_t sx) {
-  check_dtype("score", input, 2, ScalarType::Float, "float32");
-  check_grid(height, width, input.size(1));
-  check_token_count("score", input.size(1));
-  check_stride(sy, sx);
+  check_tiles(input, height, width, sy, sx);
   const OnDeviceOf on(input);
   const Tensor score = with_unit_stride(input);
   const TileGrid grid = tile_grid(height, width, sy, sx);

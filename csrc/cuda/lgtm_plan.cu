@@ -99,7 +99,7 @@ void plan(const Tensor& x, const TileGrid& grid, int64_t r, int64_t window, int6
 // x (share * P, N, C), row b belonging to plan row b mod P; window -1 for none -> tables of P rows with N - r slots
 Tables lgtm_plan(const Tensor& input, int64_t height, int64_t width, int64_t sy, int64_t sx, int64_t r, int64_t window,
                  int64_t share) {
-  check_computable("x", input, 3);
+  check_floating("x", input, 3);
   check_grid(height, width, input.size(1));
   check_token_count("x", input.size(1));
   check_token_count("x", input.size(2));
@@ -107,11 +107,10 @@ Tables lgtm_plan(const Tensor& input, int64_t height, int64_t width, int64_t sy,
   if (share < 1 || input.size(0) % share != 0) {
     fail("share: got ", share, ", expected a divisor of the batch, ", input.size(0));
   }
-  if (window < -1) fail("window: got ", window, ", expected at least 0, or -1 for none");
+  check_window(window, height, width, sy, sx, input.size(1));
   const TileGrid grid = tile_grid(height, width, sy, sx);
   const int64_t rows = input.size(0) / share, tokens = input.size(1);
-  const int64_t most = grid.tiles() > 0 ? tokens - grid.tiles() : 0;
-  if (r < 0 || r > most) fail("r: got ", r, ", expected 0 <= r <= ", most, ", the number of sources");
+  check_removed(r, grid.tiles() > 0 ? tokens - grid.tiles() : 0);
   const OnDeviceOf on(input);
   const Tensor x = with_unit_stride(input);
   NewPlan tables(x, rows, tokens, tokens - r);

@@ -8,7 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "../op_checks.h"
+#include "../op_arguments.h"
 #include "bigain/common.cuh"
 
 // Registers implementations for the tensors that the library takes.
@@ -64,27 +64,7 @@ inline Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> shap
   return out;
 }
 
-// All tensors of a call are on one device.
-inline void check_same_device(const char* name, const Tensor& tensor, const Tensor& first) {
-  if (tensor.get_device_index() != first.get_device_index()) {
-    fail(name, ": is on device ", tensor.get_device_index(), ", expected ", first.get_device_index(),
-         ", where the other tensors are");
-  }
-}
-
-// A tensor of numbers that the kernels compute with.
-inline void check_computable(const char* name, const Tensor& tensor, int64_t rank) {
-  check_floating(name, tensor, rank);
-  if (tensor.scalar_type() == ScalarType::Double) {
-    fail(name, ": wrong dtype, expected float16, bfloat16 or float32: the CUDA kernels do not compute in float64");
-  }
-}
-
-inline void check_int32(const char* name, const Tensor& tensor, int64_t rank) {
-  check_dtype(name, tensor, rank, ScalarType::Int, "int32");
-}
-
-// Calls f with a null pointer of the type that stands for the dtype of x, a computable one.
+// Calls f with a null pointer of the type that stands for the dtype of x, not float64.
 template <typename F>
 auto with_type_of(const Tensor& x, F&& f) {
   switch (x.scalar_type()) {

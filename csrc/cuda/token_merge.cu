@@ -8,24 +8,6 @@
 namespace bigain {
 namespace {
 
-// Checks one table of a plan, (P, width) int32; returns it contiguous.
-Tensor plan_table(const char* name, const Tensor& table, const Tensor& x, int64_t rows, int64_t width) {
-  check_int32(name, table, 2);
-  check_shape(name, table, {rows, width});
-  check_same_device(name, table, x);
-  return torch::stable::contiguous(table);
-}
-
-// P, the rows of the plan, which divide the batch.
-int64_t plan_rows(const char* name, const Tensor& slot, int64_t batch) {
-  check_int32("slot", slot, 2);
-  const int64_t rows = slot.size(0);
-  if (rows == 0 ? batch != 0 : batch % rows != 0) {
-    fail(name, ": got batch ", batch, ", expected a multiple of the plan's ", rows, " rows");
-  }
-  return rows;
-}
-
 // The tensor as float32 with a unit last stride.
 Tensor as_float(const Tensor& tensor) {
   return with_unit_stride(tensor.scalar_type() == ScalarType::Float ? tensor
@@ -64,10 +46,21 @@ void merge_to_longest(const TokenMerge<T>& problem, const Tensor& x, const Tenso
 }
 
 // The tensors of a merge, checked, as the kernels read them.
-struct Merge {
+struct Merge : PlanSizes {
+  OnDeviceOf on;
   Tensor x, offsets, members, anchor;
   std::optional<Tensor> weights;
-  int64_t batch, tokens, channels, slots, rows;
+
+  Merge(const Tensor& input, const Tensor& slot, const Tensor& offsets_in, const Tensor& members_in,
+        const Tensor& anchor_in, const std::optional<Tensor>& weights_in)
+      : PlanSizes(check_merge(input, slot, offsets_in, members_in, anchor_in, weights_in)),
+        on(input),
+        x(with_unit_stride(input)),
+        offsets(torch::stable::contiguous(offsets_in)),
+        members(torch::stable::contiguous(members_in)),
+        anchor(torch::stable::contiguous(anchor_in)) {
+    if (weights_in.has_value()) weights = as_float(*weights_in);
+  }
 
   template <typename T>
   TokenMerge<T> problem() const {
@@ -87,65 +80,33 @@ struct Merge {
   }
 };
 
-// x is a computable tensor (B, N, C); the tables have P rows with P dividing B.
-Merge checked_merge(const Tensor& x, const Tensor& slot, const Tensor& offsets, const Tensor& members,
-                    const Tensor& anchor, const std::optional<Tensor>& weights_in) {
-  check_int32("anchor", anchor, 2);
-  const int64_t batch = x.size(0), tokens = x.size(1), channels = x.size(2), slots = anchor.size(1);
-  check_token_count("x", tokens);
-  if (slots > tokens) fail("anchor: got ", slots, " slots, expected at most ", tokens, ", as x has tokens");
-  const int64_t rows = plan_rows("x", slot, batch);
-  check_shape("slot", slot, {rows, tokens});
-  const Tensor anchor_table = plan_table("anchor", anchor, x, rows, slots);
-  const Tensor members_table = plan_table("members", members, x, rows, tokens);
-  const Tensor offsets_table = plan_table("offsets", offsets, x, rows, slots + 1);
-  std::optional<Tensor> weights;
-  if (weights_in.has_value()) {
-    check_computable("weights", *weights_in, 2);
-    check_shape("weights", *weights_in, {batch, tokens});
-    check_same_device("weights", *weights_in, x);
-    weights = as_float(*weights_in);
-  }
-  return {
-      with_unit_stride(x), offsets_table, members_table, anchor_table, weights, batch, tokens, channels, slots, rows};
-}
-
 // x (B, N, C), plan tables of P rows with P dividing B -> (B, M, C)
 Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offsets, const Tensor& members,
                    const Tensor& anchor, const std::string& mode, const std::optional<Tensor>& weights) {
-  check_computable("x", input, 3);
-  if (mode != "mean" && mode != "mlerp" && mode != "prune") {
-    fail("mode: got '", mode, "', expected mean, mlerp or prune");
-  }
-  const OnDeviceOf on(input);
-  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
+  check_merge_mode(mode);
+  const Merge merge(input, slot, offsets, members, anchor, weights);
   Tensor out = new_tensor(merge.x, {merge.batch, merge.slots, merge.channels}, merge.x.scalar_type());
   if (out.numel() == 0) return out;
   with_type_of(merge.x, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     if (mode == "prune") {
-      copy_rows<T>(merge.x, merge.anchor, out, {}, on.stream());
+      copy_rows<T>(merge.x, merge.anchor, out, {}, merge.on.stream());
     } else if (mode == "mean") {
-      launch_token_merge_mean(merge.problem<T>(), mutable_data_of<T>(out), on.stream());
+      launch_token_merge_mean(merge.problem<T>(), mutable_data_of<T>(out), merge.on.stream());
     } else {
-      merge_to_longest(merge.problem<T>(), merge.x, out, on.stream());
+      merge_to_longest(merge.problem<T>(), merge.x, out, merge.on.stream());
     }
   });
   return out;
 }
 
-// An operand of the affine parts of a LayerNorm, checked; operands of the dtype of x and of float32 are read as they
-// are.
-struct ChannelOperand {
+// An operand that a kernel reads as it is: it has the dtype of x, or becomes float32.
+struct WideOperand {
   std::optional<Tensor> tensor;
   Operand kind = Operand::kNone;
 
-  ChannelOperand(const char* name, const std::optional<Tensor>& given, std::initializer_list<int64_t> shape,
-                 const Tensor& x) {
+  WideOperand(const std::optional<Tensor>& given, const Tensor& x) {
     if (!given.has_value()) return;
-    check_computable(name, *given, static_cast<int64_t>(shape.size()));
-    check_shape(name, *given, shape);
-    check_same_device(name, *given, x);
     const bool same = given->scalar_type() == x.scalar_type();
     kind = same ? Operand::kSame : Operand::kWide;
     tensor = same ? with_unit_stride(*given) : as_float(*given);
@@ -162,16 +123,11 @@ Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& o
                         const Tensor& anchor, const std::optional<Tensor>& weights, double norm_eps,
                         const std::optional<Tensor>& norm_weight_in, const std::optional<Tensor>& norm_bias_in,
                         const std::optional<Tensor>& scale_in, const std::optional<Tensor>& shift_in) {
-  check_computable("x", input, 3);
-  check_pair("norm_weight", norm_weight_in, "norm_bias", norm_bias_in);
-  check_pair("scale", scale_in, "shift", shift_in);
-  const OnDeviceOf on(input);
-  const Merge merge = checked_merge(input, slot, offsets, members, anchor, weights);
+  const Merge merge(input, slot, offsets, members, anchor, weights);
+  check_norm(input, merge, norm_weight_in, norm_bias_in, scale_in, shift_in);
   const int64_t batch = merge.batch, channels = merge.channels;
-  const ChannelOperand norm_weight("norm_weight", norm_weight_in, {channels}, input);
-  const ChannelOperand norm_bias("norm_bias", norm_bias_in, {channels}, input);
-  const ChannelOperand scale("scale", scale_in, {batch, channels}, input);
-  const ChannelOperand shift("shift", shift_in, {batch, channels}, input);
+  const WideOperand norm_weight(norm_weight_in, input), norm_bias(norm_bias_in, input);
+  const WideOperand scale(scale_in, input), shift(shift_in, input);
   Tensor out = new_tensor(merge.x, {batch, merge.slots, channels}, merge.x.scalar_type());
   if (out.numel() == 0) return out;
   const Tensor statistics = new_tensor(merge.x, {batch, merge.tokens, 2}, ScalarType::Float);
@@ -182,9 +138,9 @@ Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& o
     const float eps = static_cast<float>(norm_eps);
     const RowMoments<T> tokens = {
         problem.x, problem.batch_stride, problem.token_stride, batch, merge.tokens, channels, eps, moments};
-    launch_row_moments(tokens, on.stream());
+    launch_row_moments(tokens, merge.on.stream());
     const MergeNorm norm = {moments, {norm_weight.rows(), norm_bias.rows(), scale.rows(), shift.rows()}};
-    launch_token_merge_mean(problem, mutable_data_of<T>(out), on.stream(), norm);
+    launch_token_merge_mean(problem, mutable_data_of<T>(out), merge.on.stream(), norm);
   });
   return out;
 }
@@ -193,54 +149,25 @@ Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& o
 Tensor token_unmerge(const Tensor& input, const Tensor& slot_in, const Tensor& offsets, const Tensor& members,
                      const Tensor& anchor, const std::optional<Tensor>& residual_in,
                      const std::optional<Tensor>& gate_in) {
-  check_computable("y", input, 3);
-  const int64_t batch = input.size(0), slots = input.size(1), channels = input.size(2);
-  const int64_t rows = plan_rows("y", slot_in, batch), tokens = slot_in.size(1);
-  check_token_count("slot", tokens);
-  if (slots == 0 && tokens > 0) fail("y: got no slots, expected at least one for ", tokens, " tokens");
-  check_int32("offsets", offsets, 2);
-  check_int32("members", members, 2);
-  check_int32("anchor", anchor, 2);
-  check_shape("offsets", offsets, {rows, slots + 1});
-  check_shape("members", members, {rows, tokens});
-  check_shape("anchor", anchor, {rows, slots});
+  const PlanSizes sizes = check_unmerge(input, slot_in, offsets, members, anchor, residual_in, gate_in);
   const OnDeviceOf on(input);
-  const Tensor slot = plan_table("slot", slot_in, input, rows, tokens);
-  const Tensor y = with_unit_stride(input);
-  // Operands of the dtype of y and of float32 are read as they are.
-  const auto operand = [&](const char* name, const Tensor& tensor, Operand& kind) {
-    check_same_device(name, tensor, y);
-    const bool same = tensor.scalar_type() == y.scalar_type();
-    kind = same ? Operand::kSame : Operand::kWide;
-    return same ? with_unit_stride(tensor) : as_float(tensor);
-  };
-  std::optional<Tensor> residual, gate;
-  Operand residual_is = Operand::kNone, gate_is = Operand::kNone;
-  if (gate_in.has_value()) {
-    check_computable("gate", *gate_in, 2);
-    check_shape("gate", *gate_in, {batch, channels});
-    gate = operand("gate", *gate_in, gate_is);
-  }
-  if (residual_in.has_value()) {
-    check_computable("residual", *residual_in, 3);
-    check_shape("residual", *residual_in, {batch, tokens, channels});
-    residual = operand("residual", *residual_in, residual_is);
-  }
-  Tensor out = new_tensor(y, {batch, tokens, channels}, y.scalar_type());
+  const Tensor slot = torch::stable::contiguous(slot_in), y = with_unit_stride(input);
+  const WideOperand residual(residual_in, y), gate(gate_in, y);
+  Tensor out = new_tensor(y, {sizes.batch, sizes.tokens, sizes.channels}, y.scalar_type());
   if (out.numel() == 0) return out;
   with_type_of(y, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     TokenUnmerge<T> problem = {};
-    problem.gate_is = gate_is;
-    if (gate.has_value()) {
-      problem.gate = gate->const_data_ptr();
-      problem.gate_stride = gate->stride(0);
+    problem.gate_is = gate.kind;
+    if (gate.tensor.has_value()) {
+      problem.gate = gate.tensor->const_data_ptr();
+      problem.gate_stride = gate.tensor->stride(0);
     }
-    problem.residual_is = residual_is;
-    if (residual.has_value()) {
-      problem.residual = residual->const_data_ptr();
-      problem.residual_batch_stride = residual->stride(0);
-      problem.residual_token_stride = residual->stride(1);
+    problem.residual_is = residual.kind;
+    if (residual.tensor.has_value()) {
+      problem.residual = residual.tensor->const_data_ptr();
+      problem.residual_batch_stride = residual.tensor->stride(0);
+      problem.residual_token_stride = residual.tensor->stride(1);
     }
     copy_rows<T>(y, slot, out, problem, on.stream());
   });
