@@ -32,9 +32,9 @@ def build(problem: Problem, x: Tensor) -> harness.Case:
     keys_in, values_in = x.flip(1), x.flip(0, 1)
     q, k, v = (split_heads(each, problem.heads) for each in (x, keys_in, values_in))
 
-    def pool() -> list[Tensor]:
-        rows = bk.kv_downsample((keys_in, values_in), grid, pair, ALPHA)
-        return [split_heads(each, problem.heads) for each in rows]
+    def pool() -> tuple[Tensor, Tensor]:
+        keys, values = bk.kv_downsample((keys_in, values_in), grid, pair, ALPHA)
+        return split_heads(keys, problem.heads), split_heads(values, problem.heads)
 
     pooled_k, pooled_v = pool()
     on_pooled, on_all = fastest(q, pooled_k, pooled_v), fastest(q, k, v)

@@ -43,8 +43,9 @@ def build(problem: Problem, x: Tensor) -> harness.Case:
     on_all = fastest(sample, sample, sample)
 
     def layer(k: Tensor, v: Tensor, backends: Any, queries: Tensor = x) -> Tensor:
-        heads = [split_heads(each, problem.heads) for each in (F.linear(queries, w_q.to(queries.dtype)), k, v)]
-        return F.linear(attend(*heads, backends).transpose(1, 2).flatten(2), w_out.to(queries.dtype))
+        q = F.linear(queries, w_q.to(queries.dtype))
+        q, k, v = (split_heads(each, problem.heads) for each in (q, k, v))
+        return F.linear(attend(q, k, v, backends).transpose(1, 2).flatten(2), w_out.to(queries.dtype))
 
     def from_pooled(pooled: Tensor) -> Tensor:
         return layer(F.linear(pooled, w_k), F.linear(pooled, w_v), on_pooled)
@@ -82,7 +83,11 @@ def build(problem: Problem, x: Tensor) -> harness.Case:
     if "triton" in providers:
         from bigain_kernels.triton_kernels.pooled_kv_projection import launch_pooled_kv_projection
 
-        providers["fused"] = lambda: layer(*launch_pooled_kv_projection(x, grid, pair, ALPHA, w_k, w_v), on_pooled)
+        def fused() -> Tensor:
+            k, v = launch_pooled_kv_projection(x, grid, pair, ALPHA, w_k, w_v)
+            return layer(k, v, on_pooled)
+
+        providers["fused"] = fused
     keys = tokens // FACTOR**2
     flops = problem.batch * channels * (4 * tokens * channels + 4 * keys * channels + 4 * tokens * keys)
     return harness.Case(providers, check, harness.tokens_bytes(x, 2) + 4 * w_q.numel() * w_q.element_size(), flops)

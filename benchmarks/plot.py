@@ -56,7 +56,7 @@ def plot_op(op: str, rows: dict[tuple[str, str], dict[str, str]], out: Path) -> 
         )
     for j, problem in enumerate(problems):
         floor = float(next(row["floor_us"] for (name, _), row in rows.items() if name == problem))
-        axes.hlines(floor, j - 0.45, j + 0.45, color="black", linewidth=1.2, label="floor" if j == 0 else None)
+        axes.hlines(floor, j - 0.45, j + 0.45, color="black", linewidth=1.2, label="floor" if j == 0 else "")
     any_row = next(iter(rows.values()))
     axes.set(
         yscale="log",

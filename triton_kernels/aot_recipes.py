@@ -21,7 +21,7 @@ GRID = (64, 64)
 Recipe = tuple[str, str, str, Callable[[dict[str, Any] | None], Any]]
 
 
-def _plan_tables(batch: int, n: int, m: int) -> dict[str, torch.Tensor]:
+def _plan_tables(batch: int, n: int, m: int) -> dict[str, Any]:
     widths = {"slot": n, "offsets": m + 1, "members": n, "anchor": m}
     return {name: torch.empty((batch, w), dtype=torch.int32, device="meta") for name, w in widths.items()}
 

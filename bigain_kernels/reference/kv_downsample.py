@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -34,6 +35,12 @@ def _pool(x: Tensor, grid: tuple[int, int], factor: tuple[int, int], alpha: floa
     return (average if alpha == 0 else alpha * nearest.to(average.dtype) + (1 - alpha) * average).to(x.dtype)
 
 
+@overload
+def kv_downsample(xs: Tensor, grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor) -> Tensor: ...
+@overload
+def kv_downsample(
+    xs: Sequence[Tensor], grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor
+) -> tuple[Tensor, ...]: ...
 def kv_downsample(
     xs: Tensor | Sequence[Tensor], grid: tuple[int, int], factor: tuple[int, int], alpha: float | Tensor
 ) -> Tensor | tuple[Tensor, ...]:
