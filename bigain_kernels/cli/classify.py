@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
+from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
 from .text import printable
 
 if TYPE_CHECKING:
@@ -33,13 +34,8 @@ def classify(
     skip_damaged: Annotated[
         bool, typer.Option("--skip-damaged", help="Leave out images that cannot be read, and list them.")
     ] = False,
-    method: opt.MethodOption = opt.Method.none,
-    ratio: opt.RatioOption = "0.7",
-    stride: opt.StrideOption = "2",
-    factor: opt.FactorOption = 2,
-    alpha: opt.AlphaOption = "0.9",
-    blocks: opt.BlocksOption = None,
-    proportional: opt.ProportionalOption = False,
+    method: MethodName = "none",
+    given: GivenOptions = NOTHING_GIVEN,
     share_plan: Annotated[
         bool, typer.Option("--share-plan", help="One plan for all classes of an image (merge methods).")
     ] = False,
@@ -65,14 +61,13 @@ def classify(
     Results are written image by image. Ctrl-C keeps them, and --resume goes on.
     """
     from ..evaluation.checkpoints import load_checkpoint
-    from ..evaluation.compression import make_config, with_shared_plan
+    from ..evaluation.compression import settings_of, with_shared_plan
     from ..evaluation.folders import find_images
     from ..evaluation.inputs import DigitInputs, FolderInputs
     from ..evaluation.records import ResultsFile
 
     opt.set_threads(threads)
-    options = opt.method_options(ratio, stride, factor, alpha, blocks, seed, proportional)
-    compression = make_config(method.value, options)
+    compression = read_compression(method, given, seed)
     if share_plan:
         with_shared_plan(compression, 1)
     if limit is not None and limit < 1:
@@ -98,7 +93,7 @@ def classify(
     settings = {
         "checkpoint": str(checkpoint or "tiny"),
         "images": str(images or "digits"),
-        "compression": repr(compression),
+        "compression": settings_of(compression),
         "share_plan": share_plan,
         "stages": config.stages,
         "timesteps": config.timesteps,
@@ -117,7 +112,7 @@ def classify(
         try:
             _run(loaded, data, config, compression, share_plan, results)
         finally:
-            _summarise(_results_of(data, results.result), data, settings, out)
+            _summarise(_results_of(data, results.result), data, settings, given, out)
     if data.damaged and len(data.damaged) == len(folder or ()):
         raise ValueError(f"images: got {images} with damaged images alone, expected some that can be read")
 
@@ -177,7 +172,9 @@ def _run(
             )
 
 
-def _summarise(result: ClassificationResult, data: Inputs, settings: dict[str, Any], out: Path) -> None:
+def _summarise(
+    result: ClassificationResult, data: Inputs, settings: dict[str, Any], given: GivenOptions, out: Path
+) -> None:
     summary = {
         "images": len(result.images),
         "damaged": [str(image.path) for image in data.damaged],
@@ -189,7 +186,9 @@ def _summarise(result: ClassificationResult, data: Inputs, settings: dict[str, A
     for image in data.damaged:
         typer.echo(printable(f"left out {image.path}: {image.reason}"))
     if result.images:
-        (out / "summary.json").write_text(json.dumps({**summary, "settings": settings}, indent=2) + "\n")
+        (out / "summary.json").write_text(
+            json.dumps({**summary, "settings": settings, "given": given}, indent=2) + "\n"
+        )
         damaged = f", {len(data.damaged)} damaged left out" if data.damaged else ""
         typer.echo(
             f"accuracy {result.accuracy:.4f} ± {result.standard_error:.4f} on {len(result.images)} images{damaged}; "

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
+from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
 
 if TYPE_CHECKING:
     import torch
@@ -32,13 +33,8 @@ def generate(
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for grid.png, samples/ and settings.json.")] = Path("generated"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the images in --out.")] = False,
-    method: opt.MethodOption = opt.Method.none,
-    ratio: opt.RatioOption = "0.7",
-    stride: opt.StrideOption = "2",
-    factor: opt.FactorOption = 2,
-    alpha: opt.AlphaOption = "0.9",
-    blocks: opt.BlocksOption = None,
-    proportional: opt.ProportionalOption = False,
+    method: MethodName = "none",
+    given: GivenOptions = NOTHING_GIVEN,
     share_plan: Annotated[
         bool, typer.Option("--share-plan", help="One plan for both rows of a guidance pair (merge methods).")
     ] = False,
@@ -53,20 +49,19 @@ def generate(
     Images are written batch by batch; Ctrl-C keeps them.
     """
     from ..evaluation.checkpoints import load_checkpoint
-    from ..evaluation.compression import make_config, with_shared_plan
+    from ..evaluation.compression import settings_of, with_shared_plan
     from ..evaluation.generate import GenerateConfig
 
     opt.set_threads(threads)
-    options = opt.method_options(ratio, stride, factor, alpha, blocks, seed, proportional)
-    compression = make_config(method.value, options)
+    compression = read_compression(method, given, seed)
     if share_plan:
         with_shared_plan(compression, 2)
     if images < 1:
         raise ValueError(f"images: got {images}, expected at least 1")
     if _written(out) and not overwrite:
         raise ValueError(f"out: got {out} with images in it, expected --overwrite or another folder")
-    given = {} if batch_size is None else {"batch_size": batch_size}
-    config = GenerateConfig(steps=steps, guidance=guidance, seed=seed, **given)
+    batch = {} if batch_size is None else {"batch_size": batch_size}
+    config = GenerateConfig(steps=steps, guidance=guidance, seed=seed, **batch)
     chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
     loaded = load_checkpoint(
         opt.checkpoint_source(checkpoint),
@@ -77,8 +72,8 @@ def generate(
     )
     classes = [loaded.label_of(name, "label") for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
     labels = [classes[i % len(classes)] for i in range(images)]
-    settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": repr(compression)}
-    settings |= {"share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
+    settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": settings_of(compression)}
+    settings |= {"given": given, "share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
     out.mkdir(parents=True, exist_ok=True)
     _run(loaded, labels, config, compression, settings, out)
 

@@ -20,6 +20,7 @@ try:
     from .demo import demo
     from .env import env
     from .generate import generate
+    from .method_options import with_method_options
     from .train_tiny import train_tiny
     from .tune import tune
 except ModuleNotFoundError as missing:
@@ -29,19 +30,23 @@ except ModuleNotFoundError as missing:
     print('bigain: needs typer and rich: pip install "bigain-kernels[evaluation]"', file=sys.stderr)
     sys.exit(BAD_INPUT)
 
-app = typer.Typer(
-    name="bigain",
-    help=(
-        "BiGain: fewer tokens in the attention of diffusion models, for generation and for classification. "
-        "Start with `bigain demo`."
-    ),
-    epilog="Bad input ends with one line and exit code 2; set BIGAIN_TRACEBACK=1 to see where it was found.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode="rich",
-)
-for command in (demo, classify, generate, train_tiny, env, tune):
-    app.command(command.__name__.replace("_", "-"))(command)
+
+def make_app() -> typer.Typer:
+    """The command line with the options of the methods that are registered now."""
+    app = typer.Typer(
+        name="bigain",
+        help=(
+            "BiGain: fewer tokens in the attention of diffusion models, for generation and for classification. "
+            "Start with `bigain demo`."
+        ),
+        epilog="Bad input ends with one line and exit code 2; set BIGAIN_TRACEBACK=1 to see where it was found.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode="rich",
+    )
+    for command in (demo, with_method_options(classify), with_method_options(generate), train_tiny, env, tune):
+        app.command(command.__name__.replace("_", "-"))(command)
+    return app
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 is success, 2 bad input (one line on stderr says what), 130 Ctrl-C, with finished results on disk.
     """
     try:
-        return app(args=argv, prog_name="bigain", standalone_mode=False) or 0
+        return make_app()(args=argv, prog_name="bigain", standalone_mode=False) or 0
     except TyperException as error:
         message = error.format_message()
     # Our own checks raise ValueError and TypeError; OSError is a file or hub id that cannot be read, ImportError an

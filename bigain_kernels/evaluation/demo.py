@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..methods import CompressionConfig
+from ..methods.registry import make_config, options_of
 from .checkpoints import TINY_DIT, load_checkpoint, load_classifier
 from .classify import ClassifierConfig, classify
-from .compression import MethodOptions, make_config, tokens_kept
+from .compression import tokens_kept
 from .data import load_digits
 from .generate import GenerateConfig, generate
 
@@ -132,11 +134,8 @@ class Demo:
         self.labels = torch.arange(config.samples) % self.checkpoint.denoiser.num_classes
         side: Any = self.checkpoint.denoiser.model.config
         self.grid = (side.sample_size // side.patch_size,) * 2
-        options = MethodOptions(config.ratio, factor=config.factor, alpha=config.alpha, seed=config.seed)
-        self.compressions = {
-            m.key: make_config(m.method, replace(options, proportional=m.proportional)) for m in METHODS
-        }
-        self.outcomes = {m.key: Outcome(tokens_kept(m.method, options, self.grid)) for m in METHODS}
+        self.compressions = {method.key: _compression(method, config) for method in METHODS}
+        self.outcomes = {key: Outcome(tokens_kept(used, self.grid)) for key, used in self.compressions.items()}
 
     @property
     def total(self) -> int:
@@ -211,6 +210,13 @@ class Demo:
                     outcome.samples[guidance] = torch.cat([*before, made])
                     progress(f"generating at guidance {guidance}: {method.title}")
                 chunk += 1
+
+
+def _compression(method: DemoMethod, config: DemoConfig) -> CompressionConfig | None:
+    """What a row of the table applies: the values of the demo for the options that its method has."""
+    values = {name: getattr(config, name) for name in ("ratio", "factor", "alpha", "seed")}
+    options = {name: value for name, value in values.items() if name in options_of(method.method)}
+    return make_config(method.method, options | ({"proportional": True} if method.proportional else {}))
 
 
 def _turn(chunk: int) -> tuple[DemoMethod, ...]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .compression import MERGE_METHODS
+from ..methods import MergeConfig
 from .data import PHOTOGRAPHS
 from .demo import METHODS, Demo
 from .demo_results import DemoResult, Row
@@ -167,7 +167,11 @@ def write_index(
     demo: Demo, result: DemoResult, orders: list[PoolingOrder], out: Path, grids: list[Path], pictures: list[Path]
 ) -> Path:
     """`README.md` of the folder: the table, the lines under it, and every picture with what it shows."""
-    merge = [m.title for m in METHODS if m.method in MERGE_METHODS and not (m.shared or m.proportional)]
+    merge = [
+        m.title
+        for m in METHODS
+        if isinstance(demo.compressions[m.key], MergeConfig) and not (m.shared or m.proportional)
+    ]
     lines = ["# What `bigain demo` measured", "", *_markdown_table(*table_cells(result)), "", caption(demo, result), ""]
     lines += [f"* {note}" for note in result.notes]
     lines += ["", "The same numbers: [results.csv](results.csv), [results.json](results.json).", ""]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -24,16 +24,17 @@ class CompressionConfig:
     `bigain_kernels.methods.register`. It derives from `MergeConfig` or `PoolConfig`.
 
     Args:
-        max_downsample: deepest resolution level of a U-Net to compress, counted from its latent grid: 1 is the full
-            resolution alone, 2 half resolution too, then 4 and 8. Transformers have one level and ignore it.
-        blocks: indices of the transformer blocks to compress, counted in module order (the report of
-            `apply_token_compression` lists them); None is all of them. A U-Net block must also pass `max_downsample`.
-        start: where in the noise schedule compression begins, a fraction: 0 is the noisiest timestep. For flow-matching
+        max_downsample: deepest resolution level of a U-Net to compress: 1 is that of its latents, 2 half of it too, then
+            4 and 8. Transformers have one level and ignore it.
+        blocks: indices of the transformer blocks to compress, counted in module order; by default all. The report of
+            `apply_token_compression` lists them. A U-Net block must also pass `max_downsample`.
+        start: fraction of the noise schedule at which compression begins: 0 is the noisiest timestep. For flow-matching
             models (Flux, Qwen-Image, Stable Diffusion 3) it is a fraction of sigma, which a shifted schedule does not
             pass evenly.
-        end: where it ends, a fraction of at least `start`: 1 is the cleanest timestep. Both ends are included.
-        modules: which attentions of a block: "attn1", the self-attention (joint attention counts as such), and, for
-            merge methods, "attn2", the cross-attention.
+        end: fraction of the noise schedule at which it ends, at least `start`: 1 is the cleanest timestep. Both ends are
+            included.
+        modules: which attentions of a block: "attn1", self-attention, and, for merge methods, "attn2", cross-attention.
+            Joint attention counts as self-attention.
         num_train_timesteps: length T of the noise schedule that `start`, `end` and schedules refer to. None is that of
             the pipeline's scheduler, and 1000 for a bare model.
 
@@ -75,20 +76,24 @@ class CompressionConfig:
         """Whether the method draws random numbers, which vary over blocks and timesteps."""
         return False
 
+    def settings(self) -> dict[str, Any]:
+        """The method and the value of every option, to be written down."""
+        return {"method": self.method, **asdict(self)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class MergeConfig(CompressionConfig):
     """What the merge methods share, besides the arguments of `CompressionConfig`.
 
     Args:
-        ratio: fraction of the tokens to remove, at most 1 - 1 / (sy * sx); or a pair (first, last) that moves linearly
-            over the timestep from the first denoising step (t = T - 1) to the last (t = 0). A pair needs the timestep
-            on the host (one read per forward pass) and one timestep for the whole batch, because it changes shapes.
-        stride: (sy, sx), the tile with one destination, in tokens (rows, columns).
-        mode: how tokens become one: "mean", "mlerp" or "prune"; see `bigain_kernels.token_merge`.
-        proportional: weigh every merged key of self-attention by the number of tokens it stands for (proportional
-            attention, Bolya et al. 2022, arXiv 2210.09461): the result is that of attention over all N tokens of which
-            each merged one is a copy. Cross-attention has no merged keys and no weights.
+        ratio: fraction of the tokens to remove, at most 1 - 1 / (sy * sx); or (first, last), over the timesteps. It
+            moves linearly from the first denoising step (t = T - 1) to the last (t = 0). A pair needs the timestep on
+            the host (one read per forward pass) and one timestep for the whole batch, because it changes shapes.
+        stride: tile with one destination, (sy, sx) tokens in (rows, columns).
+        mode: how tokens become one: "mean", "mlerp" or "prune". See `bigain_kernels.token_merge`.
+        proportional: weigh every merged key of self-attention by the number of tokens it stands for. This is
+            proportional attention (Bolya et al. 2022, arXiv 2210.09461): the result is that of attention over all N
+            tokens of which each merged one is a copy. Cross-attention has no merged keys and no weights.
         cached_assignment: the first compressed block of a resolution plans, and the later ones of the same forward pass
             use its plan. Nothing is kept between forward passes.
         share_plan: k plans once for every k rows of the batch that belong together, from their mean hidden state. None
@@ -132,15 +137,20 @@ class MergeConfig(CompressionConfig):
         """
         raise NotImplementedError(f"{type(self).__name__}.plan")
 
+    def tokens_kept(self, grid: tuple[int, int]) -> int:
+        """How many tokens are left of those of an (H, W) grid; where the ratio is scheduled, at its largest."""
+        tokens = grid[0] * grid[1]
+        return tokens - int(tokens * (max(self.ratio) if isinstance(self.ratio, tuple) else self.ratio))
+
 
 @dataclass(frozen=True, kw_only=True)
 class PoolConfig(CompressionConfig):
     """What the methods that pool keys and values share, besides the arguments of `CompressionConfig`.
 
     Args:
-        factor: s or (sy, sx), the pooling window in tokens (rows, columns).
-        pool: what is pooled in layers that normalise or rotate their keys (Flux, Qwen-Image, Stable Diffusion 3.5).
-            "keys": keys and values as attention gets them, after norm and rotation, exactly as the method is defined;
+        factor: pooling window, s or (sy, sx) tokens in (rows, columns).
+        pool: what is pooled in layers that normalise or rotate keys: "keys" and values after that, or "hidden" states
+            before. Such layers are those of Flux, Qwen-Image and Stable Diffusion 3.5. "keys": keys and values as attention gets them, after norm and rotation, exactly as the method is defined;
             all tokens are projected. "hidden": the hidden states before the projections, s * s times less to project,
             and each pooled key is then rotated by the position of its window's nearest token; an approximation, because
             neither norm nor rotation commutes with the average. In all other layers, and everywhere for alpha = 1, the
@@ -162,3 +172,8 @@ class PoolConfig(CompressionConfig):
     def alpha(self) -> Schedule:
         """Weight of nearest against average pooling, or a pair that moves over the timestep; of the method."""
         raise NotImplementedError(f"{type(self).__name__}.alpha")
+
+    def tokens_kept(self, grid: tuple[int, int]) -> int:
+        """How many keys are left of those of an (H, W) grid."""
+        sy, sx = Pair().check("factor", self.factor)
+        return (grid[0] // sy) * (grid[1] // sx)

@@ -14,9 +14,9 @@ class IEKVDConfig(PoolConfig):
     """Interpolate-extrapolate downsampling of keys and values (BiGain, arXiv 2603.12240).
 
     Args:
-        alpha: weight of nearest against average pooling: 1 is nearest, 0 is average pooling, outside [0, 1] it
-            extrapolates. A pair (first, last) moves linearly over the timestep from the first denoising step
-            (t = T - 1) to the last (t = 0), computed on the device for every row of the batch.
+        alpha: weight of nearest against average pooling, outside [0, 1] it extrapolates; or (first, last), over the
+            timesteps. A pair moves linearly from the first denoising step (t = T - 1) to the last (t = 0), computed on
+            the device for every row of the batch. 1 is nearest pooling, 0 average pooling.
         others: see `PoolConfig` and `CompressionConfig`.
     """
 

@@ -55,7 +55,7 @@ class LGTMConfig(MergeConfig):
     """Laplacian-gated token merging (BiGain, arXiv 2603.12240); see `bigain_kernels.lgtm_plan`.
 
     Args:
-        window: compare a source only with destinations of tiles at most this many tiles away; None compares with all.
+        window: compare a source only with destinations of tiles at most this many tiles away; by default with all.
         others: see `MergeConfig` and `CompressionConfig`.
     """
 

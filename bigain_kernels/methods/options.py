@@ -19,7 +19,15 @@ _KIND = "bigain_kernels.kind"
 
 
 class Kind:
-    """Which values an option takes."""
+    """Which values an option takes.
+
+    Attributes:
+        values: the text of a value, as a usage line shows it.
+        separator: between the parts of a value that has several.
+    """
+
+    values = ""
+    separator = ","
 
     def check(self, name: str, value: Any) -> Any:
         """The value as the config keeps it; TypeError or ValueError, which name the option, if it is not one."""
@@ -28,6 +36,12 @@ class Kind:
     def read(self, name: str, text: str) -> Any:
         """The value that a command line gives as `text`, for `check`; ValueError if it cannot be read."""
         raise NotImplementedError
+
+    def show(self, value: Any) -> str:
+        """The text that `read` reads as `value`; empty for None."""
+        if isinstance(value, (tuple, list)):
+            return self.separator.join(map(self.show, value))
+        return "" if value is None else str(value).removesuffix(".0")
 
 
 def option(default: T, kind: Kind) -> T:
@@ -73,13 +87,15 @@ class Flag(Kind):
         return value
 
     def read(self, name: str, text: str) -> bool:
-        if text not in ("true", "false"):
-            raise ValueError(f"{name}: got {text!r}, expected true or false")
-        return text == "true"
+        if text not in ("True", "False"):
+            raise ValueError(f"{name}: got {text!r}, expected True or False")
+        return text == "True"
 
 
 class Count(Kind):
     """An integer of at least `minimum`."""
+
+    values = "N"
 
     def __init__(self, minimum: int = 0) -> None:
         self.minimum = minimum
@@ -98,6 +114,8 @@ class Count(Kind):
 class Number(Kind):
     """A finite number from `low` to `high`."""
 
+    values = "X"
+
     def __init__(self, low: float = float("-inf"), high: float = float("inf")) -> None:
         self.low, self.high = low, high
 
@@ -113,6 +131,8 @@ class Number(Kind):
 class Scheduled(Kind):
     """A finite number, or a pair (first, last) that moves over the timesteps."""
 
+    values = "X or FIRST,LAST"
+
     def check(self, name: str, value: Any) -> float | tuple[float, float]:
         check_schedule(name, value)
         return (float(value[0]), float(value[1])) if isinstance(value, (tuple, list)) else float(value)
@@ -124,6 +144,9 @@ class Scheduled(Kind):
 
 class Pair(Kind):
     """(rows, columns) of at least 1; one integer stands for both."""
+
+    values = "N or ROWSxCOLUMNS"
+    separator = "x"
 
     def check(self, name: str, value: Any) -> tuple[int, int]:
         rows, columns = check_pair(name, (value, value) if isinstance(value, Integral) else value)
@@ -141,7 +164,7 @@ class Choice(Kind):
     """One of the named choices."""
 
     def __init__(self, choices: tuple[str, ...]) -> None:
-        self.choices = choices
+        self.choices, self.values = choices, "|".join(choices)
 
     def check(self, name: str, value: Any) -> str:
         check_choice(name, value, self.choices)
@@ -155,7 +178,7 @@ class Level(Kind):
     """One of a few integers."""
 
     def __init__(self, choices: tuple[int, ...]) -> None:
-        self.choices = choices
+        self.choices, self.values = choices, "|".join(map(str, choices))
 
     def check(self, name: str, value: Any) -> int:
         check_count(name, value)
@@ -175,6 +198,8 @@ def _check_each_once(name: str, values: Sequence[Any], what: str) -> None:
 class Indices(Kind):
     """Different integers of at least 0."""
 
+    values = "N,N,..."
+
     def check(self, name: str, value: Any) -> tuple[int, ...]:
         if not isinstance(value, (tuple, list, range)):
             raise TypeError(f"{name}: got {value!r}, expected a sequence of indices")
@@ -191,7 +216,7 @@ class Names(Kind):
     """At least one of the named choices."""
 
     def __init__(self, choices: tuple[str, ...]) -> None:
-        self.choices = choices
+        self.choices, self.values = choices, ",".join(choices)
 
     def check(self, name: str, value: Any) -> tuple[str, ...]:
         if not isinstance(value, (tuple, list)):

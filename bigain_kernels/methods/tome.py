@@ -88,10 +88,10 @@ class ToMeConfig(MergeConfig):
     """Token merging for Stable Diffusion (Bolya and Hoffman 2023, arXiv 2303.17604); see `bigain_kernels.tome_plan`.
 
     Args:
-        destinations: "random", one token of each tile drawn anew in every block and at every timestep, the same for all
-            rows of a timestep; or "first", the top-left token.
+        destinations: "random" tokens of the tiles, or the "first", which is top left. Random ones are drawn anew in
+            every block and at every timestep, the same for all rows of a timestep.
         seed: of the random destinations.
-        window: compare a source only with destinations of tiles at most this many tiles away; None compares with all.
+        window: compare a source only with destinations of tiles at most this many tiles away; by default with all.
         others: see `MergeConfig` and `CompressionConfig`.
     """
 
