@@ -1,18 +1,10 @@
-"""The options of the methods as options of commands: made from the configs, which alone say what there is.
-
-Without methods from elsewhere the table of the package's own is read from `method_options.json`, so that `--help` need
-not wait for torch; `python -m bigain_kernels.cli.method_options` writes it, and a test holds it to the configs.
-"""
+"""The options of the methods as options of commands: made from the configs, which alone say what there is."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import entry_points
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -21,11 +13,10 @@ import typer
 if TYPE_CHECKING:
     from ..methods import CompressionConfig
 
-# Options that a command sets itself: --seed is that of the run, --share-plan knows how many rows belong together, and
-# the checkpoint tells its timesteps.
-SET_BY_COMMANDS = ("seed", "share_plan", "num_train_timesteps")
+# Options that a command sets itself: --seed is that of the run, --share-plan knows how many rows belong together and in
+# which order they stand, and the checkpoint tells its timesteps.
+SET_BY_COMMANDS = ("seed", "share_plan", "share_order", "num_train_timesteps")
 PANEL = "Compression"
-TABLE = Path(__file__).with_name("method_options.json")
 
 # The options of the method as they stand on the command line.
 GivenOptions = Mapping[str, str | bool]
@@ -36,9 +27,6 @@ MethodName = str
 
 def option_table() -> dict[str, dict[str, Any]]:
     """`methods.table.method_table` of all methods there are, without what the commands set themselves."""
-    methods = "bigain_kernels.methods"
-    if methods not in sys.modules and not entry_points(group=methods):
-        return json.loads(TABLE.read_text(encoding="utf-8"))
     from ..methods import registry
     from ..methods.table import method_table
 
@@ -63,7 +51,8 @@ def _help(row: Mapping[str, Any], methods: Sequence[str]) -> str:
         parts.append(f"For {', '.join(row['defaults'])}.")
     # A flag is off unless it is given; the text of an option without a default says what happens then.
     if len(by_default) > 1:
-        parts.append(f"Default: {'; '.join(f'{d} ({", ".join(having)})' for d, having in by_default.items())}.")
+        shown = (f"{default} ({', '.join(having)})" for default, having in by_default.items())
+        parts.append(f"Default: {'; '.join(shown)}.")
     elif not row["flag"] and "" not in by_default:
         parts.append(f"Default: {next(iter(by_default))}.")
     return " ".join(part for part in parts if part)
@@ -105,8 +94,8 @@ def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
         elif parameter.name in table["options"]:
             methods = list(table["options"][parameter.name]["defaults"])
             raise ValueError(
-                f"{parameter.name}: is an option of `bigain {command.__name__}` and of {methods}, expected another name "
-                "in the method"
+                f"{parameter.name}: is an option of `bigain {command.__name__}` and of {methods}, expected another "
+                "name in the method"
             )
         else:
             parameters.append(parameter)
@@ -134,14 +123,3 @@ def read_compression(method: str, given: GivenOptions, seed: int) -> Compression
     if "seed" in registry.options_of(method):
         options["seed"] = seed
     return registry.make_config(method, options)
-
-
-def main() -> None:
-    """Write the table of the package's own methods."""
-    from ..methods.table import method_table
-
-    TABLE.write_text(json.dumps(method_table(without=SET_BY_COMMANDS), indent=2) + "\n", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

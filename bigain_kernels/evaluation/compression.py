@@ -19,7 +19,7 @@ def with_shared_plan(compression: CompressionConfig | None, rows: int) -> MergeC
     """
     if not isinstance(compression, MergeConfig):
         method = NONE if compression is None else compression.method
-        raise ValueError(f"share_plan: got {rows} with method {method}, expected a merge method, which builds plans")
+        raise ValueError(f"share_plan: got method {method}, expected a merge method, which builds plans")
     return replace(compression, share_plan=rows)
 
 

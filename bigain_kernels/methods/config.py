@@ -24,15 +24,15 @@ class CompressionConfig:
     `bigain_kernels.methods.register`. It derives from `MergeConfig` or `PoolConfig`.
 
     Args:
-        max_downsample: deepest resolution level of a U-Net to compress: 1 is that of its latents, 2 half of it too, then
-            4 and 8. Transformers have one level and ignore it.
+        max_downsample: deepest resolution level of a U-Net to compress: 1 is that of its latents, 2 half of it too,
+            then 4 and 8. Transformers have one level and ignore it.
         blocks: indices of the transformer blocks to compress, counted in module order; by default all. The report of
             `apply_token_compression` lists them. A U-Net block must also pass `max_downsample`.
         start: fraction of the noise schedule at which compression begins: 0 is the noisiest timestep. For flow-matching
             models (Flux, Qwen-Image, Stable Diffusion 3) it is a fraction of sigma, which a shifted schedule does not
             pass evenly.
-        end: fraction of the noise schedule at which it ends, at least `start`: 1 is the cleanest timestep. Both ends are
-            included.
+        end: fraction of the noise schedule at which it ends, at least `start`: 1 is the cleanest timestep. Both ends
+            are included.
         modules: which attentions of a block: "attn1", self-attention, and, for merge methods, "attn2", cross-attention.
             Joint attention counts as self-attention.
         num_train_timesteps: length T of the noise schedule that `start`, `end` and schedules refer to. None is that of
@@ -150,11 +150,10 @@ class PoolConfig(CompressionConfig):
     Args:
         factor: pooling window, s or (sy, sx) tokens in (rows, columns).
         pool: what is pooled in layers that normalise or rotate keys: "keys" and values after that, or "hidden" states
-            before. Such layers are those of Flux, Qwen-Image and Stable Diffusion 3.5. "keys": keys and values as attention gets them, after norm and rotation, exactly as the method is defined;
-            all tokens are projected. "hidden": the hidden states before the projections, s * s times less to project,
-            and each pooled key is then rotated by the position of its window's nearest token; an approximation, because
-            neither norm nor rotation commutes with the average. In all other layers, and everywhere for alpha = 1, the
-            two are equal and the cheaper one runs.
+            before. Such layers are those of Flux, Qwen-Image and Stable Diffusion 3.5. "keys" pools as the method is
+            defined, and projects all tokens. "hidden" projects s * s times less, and rotates each pooled key by the
+            position of its window's nearest token: an approximation, because neither norm nor rotation commutes with
+            the average. In all other layers, and everywhere for alpha = 1, the two are equal and the cheaper one runs.
     """
 
     factor: int | tuple[int, int] = option(2, Pair())

@@ -47,8 +47,8 @@ def method_table(without: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
             if name in without:
                 continue
             kind = kinds[name]
-            row = {"help": _entry(config, name), "values": kind.values, "flag": isinstance(kind, Flag), "defaults": {}}
-            row = options.setdefault(name, row)
+            new = {"help": _entry(config, name), "values": kind.values, "flag": isinstance(kind, Flag), "defaults": {}}
+            row: dict[str, Any] = options.setdefault(name, new)
             if row["flag"] != isinstance(kind, Flag):
                 raise ValueError(
                     f"{name}: a flag in method {method} or in {list(row['defaults'])}, expected both or none"

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from bigain_kernels.diffusers import LGTMConfig
 from bigain_kernels.evaluation.classify import ClassifierConfig, ImageResult, classify, default_stages
-from bigain_kernels.evaluation.compression import make_config
 
 from .toys import SHAPE, PrototypeDenoiser
 
@@ -157,7 +157,7 @@ def test_bad_calls_are_named() -> None:
         (
             "batch_size",
             (images, labels, ClassifierConfig(CONFIG.stages, batch_size=4)),
-            {"share_plan": True, "compression": make_config("lgtm")},
+            {"share_plan": True, "compression": LGTMConfig()},
         ),
         ("share_plan", (images, labels), {"share_plan": True}),
     ]

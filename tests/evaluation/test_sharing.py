@@ -10,11 +10,12 @@ import torch
 
 from bigain_kernels.diffusers import LGTMConfig, ToMeConfig
 from bigain_kernels.evaluation.classify import ClassificationResult, ClassifierConfig, classify
-from bigain_kernels.evaluation.compression import MethodOptions, make_config, with_shared_plan
+from bigain_kernels.evaluation.compression import with_shared_plan
 from bigain_kernels.evaluation.data import load_digits
 from bigain_kernels.evaluation.generate import GenerateConfig, generate
 from bigain_kernels.evaluation.metrics import paired_difference
 from bigain_kernels.methods import lgtm
+from bigain_kernels.methods.registry import make_config
 
 IMAGES = 120
 # One sample at a low timestep, where the errors of the classes hang on detail: compression costs most there, so few
@@ -28,7 +29,8 @@ def results(tiny, digits) -> dict[str, ClassificationResult]:
 
     def run(method: str, shared: bool = False) -> ClassificationResult:
         images, labels = digits.images[:IMAGES], digits.labels[:IMAGES]
-        return classify(tiny.denoiser, images, labels, CONFIG, compression=make_config(method), share_plan=shared)
+        compression = make_config(method, {} if method == "none" else {"ratio": 0.7})
+        return classify(tiny.denoiser, images, labels, CONFIG, compression=compression, share_plan=shared)
 
     found = {name: run(name) for name in ("none", "tome", "lgtm")}
     return found | {f"{name}, shared": run(name, True) for name in ("tome", "lgtm")}
@@ -48,7 +50,7 @@ def test_alpha_below_one_is_at_least_nearest(tiny) -> None:
     validation = load_digits("validation")
 
     def correct(method: str) -> torch.Tensor:
-        compression = make_config(method, MethodOptions(alpha=0.9))
+        compression = make_config(method)
         runs = [
             classify(
                 tiny.denoiser, validation.images, validation.labels, replace(CONFIG, seed=seed), compression=compression
@@ -128,5 +130,5 @@ def test_only_merge_methods_share_plans() -> None:
     assert with_shared_plan(make_config("lgtm"), 10).share_plan == 10
     with pytest.raises(ValueError, match=r"^share_plan: got method none"):
         with_shared_plan(None, 10)
-    with pytest.raises(ValueError, match=r"^share_plan: got IEKVDConfig"):
+    with pytest.raises(ValueError, match=r"^share_plan: got method iekvd"):
         with_shared_plan(make_config("iekvd"), 10)
