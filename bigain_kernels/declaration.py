@@ -118,6 +118,7 @@ class Op(NamedTuple):
         fake: shapes and dtypes of the results, from the public arguments.
         flops: operations of a call, from the public arguments; `flops.py` says what counts.
         samples: calls that tests make, by a name each: public arguments made of `testing.Inputs`.
+        selects: whether all results are indices, which have no derivative by nature.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Op(NamedTuple):
     fake: Callable[..., Any]
     flops: Callable[..., int]
     samples: Callable[[Any], dict[str, tuple[Any, ...]]]
+    selects: bool = False
 
     @property
     def schema(self) -> str:

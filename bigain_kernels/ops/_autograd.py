@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import _C, Tensor
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_iter
+
+from ..declaration import Op
 
 # Sets of dispatch keys as bits, which compare fast. Of a call with nothing special about it, no other key than that of
 # its device is below autograd and the bookkeeping of views.
@@ -70,40 +71,43 @@ class _Refuse(torch.autograd.Function):
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
-    return (x for x in tree_iter(values) if isinstance(x, Tensor))
+    """The tensors among arguments or results, also in lists."""
+    for value in (values,) if isinstance(values, Tensor) else values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
 
 
 def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
-def refuse_derivatives(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+def refuse_derivatives(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
     """The autograd kernel of an op that `run` computes.
 
-    A call with nothing to record and nothing between it and the device, which is the usual call, goes straight to
-    `run`: handing it down to the next kernel takes longer than a whole dispatch.
+    A call with nothing between it and the device, which is the usual call, goes straight to `run`: handing it down to
+    the next kernel takes longer than a whole dispatch.
     """
+    overload = getattr(torch.ops.bigain, op.name).default
+    returns_list = op.returns == "Tensor[]"
+
+    def below(keyset: Any, args: tuple[Any, ...]) -> Any:
+        with _C._AutoDispatchBelowAutograd():
+            if keyset.raw_repr() & _BELOW in _DEVICES:
+                return run(*args)
+            return overload.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     def kernel(keyset: Any, *args: Any) -> Any:
         recorded = _C.is_grad_enabled() and _C._any_requires_grad(*args)
         tangent = forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(args)))
-        if not recorded and not tangent:
-            if keyset.raw_repr() & _BELOW in _DEVICES:
-                return run(*args)
+        if not recorded and not tangent and keyset.raw_repr() & _BELOW in _DEVICES:
+            return run(*args)
+        if op.selects or not (recorded or tangent):
             return below(keyset, args)
         if tangent or _C._are_functorch_transforms_active():
-            results = below(keyset, args)
-            if any(x.is_floating_point() for x in _tensors(results)):
-                raise no_derivative(op)
-            return results
-        results = _Refuse.apply(op, lambda: below(keyset, args), *_tensors(args))
+            raise no_derivative(op.name)
+        results = _Refuse.apply(op.name, lambda: below(keyset, args), *_tensors(args))
         return list(results) if returns_list else results
-
-    overload = getattr(torch.ops.bigain, op).default
-    returns_list = str(overload._schema.returns[0].type) == "List[Tensor]"
-
-    def below(keyset: Any, args: tuple[Any, ...]) -> Any:
-        with _C._AutoDispatchBelowAutograd():
-            return overload.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     return kernel

@@ -29,6 +29,7 @@ OP = Op(
     fake=_fake,
     flops=none,
     samples=lambda s: {reduce: (s.score, s.grid, s.stride, s.r, reduce) for reduce in REDUCTIONS},
+    selects=True,
 )
 _call = define(OP)
 

@@ -20,6 +20,7 @@ OP = Op(
         "window": (s.x, s.grid, s.stride, s.r, 1, 1),
         "share": (s.x, s.grid, s.stride, s.r, None, 2),
     },
+    selects=True,
 )
 # For `bigain_kernels.lgtm_plan`, the public function, which checks the arguments.
 call = define(OP)

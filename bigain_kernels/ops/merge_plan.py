@@ -20,6 +20,7 @@ OP = Op(
     fake=lambda similarity, match, destinations, r: fake_tables(similarity, similarity.shape[1] - r),
     flops=none,
     samples=lambda s: {"": (s.similarity, s.match, s.destinations, s.r)},
+    selects=True,
 )
 _call = define(OP)
 

@@ -20,6 +20,7 @@ OP = Op(
     ),
     flops=none,
     samples=lambda s: {"": (s.score, s.grid, s.stride)},
+    selects=True,
 )
 _call = define(OP)
 
