@@ -195,13 +195,19 @@ def _check_each_once(name: str, values: Sequence[Any], what: str) -> None:
         raise ValueError(f"{name}: got {tuple(values)}, expected {what}each once")
 
 
+def _is_array(value: Any) -> bool:
+    """Whether it is an array of one dimension; a tensor is none, as reading its numbers may wait for a device."""
+    return hasattr(value, "__array_interface__") and getattr(value, "ndim", 0) == 1
+
+
 class Indices(Kind):
     """Different integers of at least 0."""
 
     values = "N,N,..."
 
     def check(self, name: str, value: Any) -> tuple[int, ...]:
-        if not isinstance(value, (tuple, list, range)):
+        # Arrays of NumPy have an order and integers as well, but are no Sequence.
+        if not isinstance(value, (tuple, list, range)) and not _is_array(value):
             raise TypeError(f"{name}: got {value!r}, expected a sequence of indices")
         for index in value:
             check_count(name, index)

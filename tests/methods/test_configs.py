@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from bigain_kernels import diffusers, methods
 from bigain_kernels.methods import (
@@ -46,6 +48,12 @@ WRONG = [
     (LGTMConfig, {"modules": ()}, ValueError, r"modules: got \(\)"),
     (LGTMConfig, {"max_downsample": 3}, ValueError, "max_downsample: got 3, expected one of"),
     (LGTMConfig, {"blocks": 3}, TypeError, "blocks: got 3"),
+    (LGTMConfig, {"blocks": np.array(3)}, TypeError, r"blocks: got array\(3\)"),
+    (LGTMConfig, {"blocks": np.array([[0, 1]])}, TypeError, r"blocks: got array\(\[\[0, 1\]\]\)"),
+    (LGTMConfig, {"blocks": np.array([0.0, 1.0])}, TypeError, "blocks: got np.float64"),
+    (LGTMConfig, {"blocks": np.array([True, False])}, TypeError, "blocks: got np.True_"),
+    (LGTMConfig, {"blocks": torch.arange(2)}, TypeError, "blocks: got tensor"),
+    (LGTMConfig, {"blocks": {0, 1}}, TypeError, "blocks: got {0, 1}"),
     (LGTMConfig, {"blocks": (0, -1)}, ValueError, "blocks: got -1"),
     (LGTMConfig, {"blocks": (1, 1)}, ValueError, r"blocks: got \(1, 1\)"),
     (LGTMConfig, {"start": 1.5}, ValueError, "start: got 1.5"),
@@ -81,6 +89,18 @@ def test_configs_are_frozen_hashable_and_replaceable(cls):
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.start = 0.5
     assert len({config, dataclasses.replace(config), dataclasses.replace(config, start=0.5)}) == 2
+
+
+def test_numbers_of_numpy_become_numbers_of_python():
+    """Equal configs, whatever their numbers came from: they are dictionary keys and are written into files."""
+    config = LGTMConfig(
+        ratio=np.float32(0.5), stride=np.int64(2), window=np.int32(1), blocks=np.arange(2), share_plan=np.uint8(2)
+    )
+    assert config == LGTMConfig(ratio=0.5, stride=2, window=1, blocks=(0, 1), share_plan=2)
+    values = [config.ratio, *config.stride, config.window, *config.blocks, config.share_plan]
+    assert {type(value) for value in values} == {int, float}
+    assert ToMeConfig(seed=np.int64(3), ratio=np.linspace(0, 0.5, 2).tolist()) == ToMeConfig(seed=3, ratio=(0.0, 0.5))
+    assert IEKVDConfig(factor=np.int64(3), alpha=np.float64(0.75)) == IEKVDConfig(factor=3, alpha=0.75)
 
 
 def test_numbers_become_pairs():
