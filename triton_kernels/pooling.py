@@ -1,4 +1,4 @@
-"""Device code that pools the windows of IE-KVD while tokens are loaded, for the kernels that never store them."""
+"""Device code that pools the windows of IE-KVD while tokens are loaded."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Windows up to this size are unrolled, so that all their loads are in flight at once; more would not fit registers.
+# Windows up to this size are unrolled, so that all their loads are in flight at once. Beside the tiles of a matrix
+# product larger ones would not fit registers.
 UNROLLED = tl.constexpr(4)
 
 
@@ -38,10 +39,11 @@ def load_pooled(
     DIVIDES: tl.constexpr,
     ALPHA: tl.constexpr,
     WHOLE: tl.constexpr,
+    UNROLL: tl.constexpr = UNROLLED,
 ):
     """alpha * nearest + beta * average of the windows behind a block of pointers, in the dtype behind them.
 
-    The same operations in the same order as `kv_downsample`, so also the same bits. With WHOLE, only the rows of
+    One order of operations for all kernels, so one result to the bit. With WHOLE, only the rows of
     m_pooled are windows; the others are single tokens, at p_corner and at p_near. window is SY * SX as a number that
     the compiler does not know, lest it unroll large windows. p_near is read when ALPHA is "one" and when the factor
     does not divide the grid; otherwise the nearest token is the middle one of the window.
@@ -56,7 +58,7 @@ def load_pooled(
     b_near = b_first
     if not DIVIDES and ALPHA != "zero":
         b_near = tl.load(p_near, mask=m_rest, other=0.0).to(tl.float32)
-    if SY * SX <= UNROLLED:
+    if SY * SX <= UNROLL:
         for i in tl.static_range(1, SY * SX):
             b_x = tl.load(p_corner + (i // SX * s_row + i % SX * s_n), mask=m_rest, other=0.0).to(tl.float32)
             b_sum += b_x

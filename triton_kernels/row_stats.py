@@ -11,8 +11,6 @@ from . import configs
 from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum
 from .launching import programs
 
-STATS = ("norm", "layernorm")
-
 
 @triton.jit(do_not_specialize=["n"])
 def row_stats_kernel(

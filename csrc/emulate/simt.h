@@ -35,30 +35,9 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
-struct alignas(8) int2 {
-  int x, y;
-};
-struct alignas(8) uint2 {
-  unsigned x, y;
-};
-struct alignas(8) float2 {
-  float x, y;
-};
-struct alignas(16) int4 {
-  int x, y, z, w;
-};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
-inline float2 make_float2(float x, float y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 using cudaStream_t = void*;
 
@@ -166,11 +145,6 @@ struct Vote {
 void resolve_ballot(Vote* const lanes[kWarp]);
 void resolve_match(Vote* const lanes[kWarp]);
 void resolve_add(Vote* const lanes[kWarp]);
-void resolve_min(Vote* const lanes[kWarp]);
-void resolve_max(Vote* const lanes[kWarp]);
-void resolve_and(Vote* const lanes[kWarp]);
-void resolve_or(Vote* const lanes[kWarp]);
-void resolve_xor(Vote* const lanes[kWarp]);
 
 inline int64_t vote(unsigned mask, int64_t value, void (*resolve)(Vote* const lanes[kWarp]), Place place) {
   Vote operands = {value, 0};
@@ -200,18 +174,12 @@ void resolve_mma_16x8x8_tf32(Mma* const lanes[kWarp]);
 
 }  // namespace bigain::simt
 
-// ---- intrinsics, under the names and with the meaning of the CUDA C++ programming guide
-// --------------------------------- NOLINTBEGIN
+// ---- the intrinsics that the kernels use, as the CUDA C++ programming guide describes them --------------------------
+// NOLINTBEGIN
 
 inline void __syncthreads(int line = __builtin_LINE()) { bigain::simt::meet_block(false, {"__syncthreads", line}); }
-inline int __syncthreads_count(int predicate, int line = __builtin_LINE()) {
-  return bigain::simt::meet_block(predicate, {"__syncthreads_count", line});
-}
 inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
   return bigain::simt::meet_block(predicate, {"__syncthreads_or", line}) != 0;
-}
-inline int __syncthreads_and(int predicate, int line = __builtin_LINE()) {
-  return bigain::simt::meet_block(!predicate, {"__syncthreads_and", line}) == 0;
 }
 inline void __syncwarp(unsigned mask = bigain::simt::kAllLanes, int line = __builtin_LINE()) {
   bigain::simt::vote(mask, 0, bigain::simt::resolve_ballot, {"__syncwarp", line});
@@ -220,12 +188,6 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
   return static_cast<unsigned>(
       bigain::simt::vote(mask, predicate != 0, bigain::simt::resolve_ballot, {"__ballot_sync", line}));
 }
-inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  return bigain::simt::vote(mask, predicate != 0, bigain::simt::resolve_ballot, {"__any_sync", line}) != 0;
-}
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  return bigain::simt::vote(mask, predicate == 0, bigain::simt::resolve_ballot, {"__all_sync", line}) == 0;
-}
 template <typename T>
 unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LINE()) {
   int64_t bits = 0;
@@ -233,20 +195,11 @@ unsigned __match_any_sync(unsigned mask, T value, int line = __builtin_LINE()) {
   return static_cast<unsigned>(bigain::simt::vote(mask, bits, bigain::simt::resolve_match, {"__match_any_sync", line}));
 }
 
-#define BIGAIN_REDUCE(operation)                                                                                     \
-  template <typename T>                                                                                              \
-  T __reduce_##operation##_sync(unsigned mask, T value, int line = __builtin_LINE()) {                               \
-    static_assert(sizeof(T) == 4 && std::is_integral_v<T>, "warp reductions take int or unsigned");                  \
-    return static_cast<T>(                                                                                           \
-        bigain::simt::vote(mask, value, bigain::simt::resolve_##operation, {"__reduce_" #operation "_sync", line})); \
-  }
-BIGAIN_REDUCE(add)
-BIGAIN_REDUCE(min)
-BIGAIN_REDUCE(max)
-BIGAIN_REDUCE(and)
-BIGAIN_REDUCE(or)
-BIGAIN_REDUCE(xor)
-#undef BIGAIN_REDUCE
+template <typename T>
+T __reduce_add_sync(unsigned mask, T value, int line = __builtin_LINE()) {
+  static_assert(sizeof(T) == 4 && std::is_integral_v<T>, "warp reductions take int or unsigned");
+  return static_cast<T>(bigain::simt::vote(mask, value, bigain::simt::resolve_add, {"__reduce_add_sync", line}));
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
@@ -291,25 +244,6 @@ template <typename T>
 T atomicMax(T* address, T value) {
   return bigain_atomic(address, [&](T old) { return old > value ? old : value; });
 }
-template <typename T>
-T atomicOr(T* address, T value) {
-  return bigain_atomic(address, [&](T old) { return old | value; });
-}
-template <typename T>
-T atomicAnd(T* address, T value) {
-  return bigain_atomic(address, [&](T old) { return old & value; });
-}
-template <typename T>
-T atomicExch(T* address, T value) {
-  return bigain_atomic(address, [&](T) { return value; });
-}
-template <typename T>
-T atomicCAS(T* address, T compare, T value) {
-  return bigain_atomic(address, [&](T old) { return old == compare ? value : old; });
-}
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-
 template <typename To, typename From>
 To bigain_bits(From value) {
   static_assert(sizeof(To) == sizeof(From), "");
@@ -317,31 +251,11 @@ To bigain_bits(From value) {
   memcpy(&out, &value, sizeof(To));
   return out;
 }
-inline int __float_as_int(float value) { return bigain_bits<int>(value); }
 inline unsigned __float_as_uint(float value) { return bigain_bits<unsigned>(value); }
-inline float __int_as_float(int value) { return bigain_bits<float>(value); }
 inline float __uint_as_float(unsigned value) { return bigain_bits<float>(value); }
 
-inline float __fmaf_rn(float a, float b, float c) { return std::fmaf(a, b, c); }
-inline float __fadd_rn(float a, float b) { return a + b; }
-inline float __fsub_rn(float a, float b) { return a - b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
-inline float __fdiv_rn(float a, float b) { return a / b; }
-inline float __fsqrt_rn(float a) { return std::sqrt(a); }
-inline float __frcp_rn(float a) { return 1.0f / a; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
-inline int __popcll(unsigned long long value) { return __builtin_popcountll(value); }
-inline int __clzll(long long value) {
-  return value == 0 ? 64 : __builtin_clzll(static_cast<unsigned long long>(value));
-}
-inline int __ffs(int value) { return __builtin_ffs(value); }
-template <typename T>
-T __ldg(const T* address) {
-  return *address;
-}
-[[noreturn]] inline void __trap(int line = __builtin_LINE()) { bigain::simt::trap(line); }
-
 #define BIGAIN_MIN_MAX(type)                                \
   inline type min(type a, type b) { return b < a ? b : a; } \
   inline type max(type a, type b) { return a < b ? b : a; }

@@ -8,20 +8,6 @@
 namespace bigain::simt {
 namespace {
 
-template <typename F>
-void combine(Vote* const lanes[kWarp], F&& f) {
-  bool first = true;
-  int64_t result = 0;
-  for (int i = 0; i < kWarp; ++i) {
-    if (lanes[i] == nullptr) continue;
-    result = first ? lanes[i]->value : f(result, lanes[i]->value);
-    first = false;
-  }
-  for (int i = 0; i < kWarp; ++i) {
-    if (lanes[i] != nullptr) lanes[i]->result = result;
-  }
-}
-
 float low_half(uint32_t word, Half) { return widen(Half{static_cast<uint16_t>(word)}); }
 float low_half(uint32_t word, BFloat16) { return widen(BFloat16{static_cast<uint16_t>(word)}); }
 
@@ -108,22 +94,13 @@ void resolve_match(Vote* const lanes[kWarp]) {
 }
 
 void resolve_add(Vote* const lanes[kWarp]) {
-  combine(lanes, [](int64_t a, int64_t b) { return a + b; });
-}
-void resolve_min(Vote* const lanes[kWarp]) {
-  combine(lanes, [](int64_t a, int64_t b) { return a < b ? a : b; });
-}
-void resolve_max(Vote* const lanes[kWarp]) {
-  combine(lanes, [](int64_t a, int64_t b) { return a > b ? a : b; });
-}
-void resolve_and(Vote* const lanes[kWarp]) {
-  combine(lanes, [](int64_t a, int64_t b) { return a & b; });
-}
-void resolve_or(Vote* const lanes[kWarp]) {
-  combine(lanes, [](int64_t a, int64_t b) { return a | b; });
-}
-void resolve_xor(Vote* const lanes[kWarp]) {
-  combine(lanes, [](int64_t a, int64_t b) { return a ^ b; });
+  int64_t sum = 0;
+  for (int i = 0; i < kWarp; ++i) {
+    if (lanes[i] != nullptr) sum += lanes[i]->value;
+  }
+  for (int i = 0; i < kWarp; ++i) {
+    if (lanes[i] != nullptr) lanes[i]->result = sum;
+  }
 }
 
 void resolve_load_matrix(LoadMatrix* const lanes[kWarp]) {

@@ -21,16 +21,15 @@ __global__ void sum_kernel(const float* x /* (blocks, count) */, float* sums /* 
   }
 }
 
-__global__ void votes_kernel(const int* values /* (32) */, unsigned* out /* (8, 32) */) {
+__global__ void votes_kernel(const int* values /* (32) */, unsigned* out /* (7, 32) */) {
   const int lane = threadIdx.x, value = values[lane];
   out[0 * 32 + lane] = __ballot_sync(~0u, value > 0);
   out[1 * 32 + lane] = __match_any_sync(~0u, value);
   out[2 * 32 + lane] = __reduce_add_sync(~0u, value);
-  out[3 * 32 + lane] = __reduce_max_sync(~0u, value);
-  out[4 * 32 + lane] = __shfl_up_sync(~0u, value, 3);
-  out[5 * 32 + lane] = __shfl_down_sync(~0u, value, 5, 16);
-  out[6 * 32 + lane] = __shfl_xor_sync(~0u, value, 9);
-  out[7 * 32 + lane] = __shfl_sync(~0u, value, 40);
+  out[3 * 32 + lane] = __shfl_up_sync(~0u, value, 3);
+  out[4 * 32 + lane] = __shfl_down_sync(~0u, value, 5, 16);
+  out[5 * 32 + lane] = __shfl_xor_sync(~0u, value, 9);
+  out[6 * 32 + lane] = __shfl_sync(~0u, value, 40);
 }
 
 // mma of one warp: a (16, K), b (8, K), c (16, 8), through shared memory and ldmatrix.
