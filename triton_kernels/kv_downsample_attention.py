@@ -15,7 +15,7 @@ is 64 + 32), so that tensor cores work on little padding.
 
 The same bits under every config: BLOCK_N belongs to the case (`block_n`), not to the config, and rows of scores lie
 within one warp, since what is spread over warps is M. So the order of every sum is that of its row, whatever BLOCK_M,
-the warps and the stages are; `bigain_kernels.aot` looks at the layouts that the compiler chose.
+the warps and the stages are; `aot` looks at the layouts that the compiler chose.
 float32 products take three TF32 products ("tf32x3"), on AMD GPUs "ieee"; see bipartite_match.py.
 """
 
@@ -236,12 +236,12 @@ def launch_kv_downsample_attention(
     Args:
         q, k, v: one of FLOAT_DTYPES, d at most LARGEST_HEAD, strides as they are (last 1).
         grid: (H, W) of the image tokens.
-        factor: (sy, sx), sy * sx at most LARGEST_WINDOW.
+        factor: (sy, sx).
         alpha: a number or a (B,) float32 tensor.
         scale: of the scores; None is 1 / sqrt(d).
         key_bias: (P, keys) of one of FLOAT_DTYPES, or None.
         image_tokens: (start, stop); None: all tokens.
-        config: a candidate of `config_of`.
+        config: a candidate of the entry that `config_op` names.
     """
     (height, width), (sy, sx) = grid, factor
     batch, heads, queries, d = q.shape
@@ -324,11 +324,9 @@ def run_kv_downsample_attention(
 ) -> Tensor:
     """Pool K and V in a launch and attend, or pool them inside attention, whichever the table says.
 
-    Inside attention, every block of queries reads and blends all windows again. That is some 3 operations for each
-    element read, while a launch saved is worth about 3 us: 3e13 operations a second on an H100 do 3e7 elements in that
-    time at best, and half of them if all goes as usual. So the measure of a call is the number of elements read by all
-    blocks of queries per launch saved, and the size class changes at LARGE, 1.7e7. A launch is saved with nothing but
-    image tokens, three (pooling, and joining K and V with the text) otherwise.
+    Inside attention, every block of queries reads and blends all windows again. So the measure of a call is the number
+    of elements that all blocks of queries read per launch saved: one with nothing but image tokens, three (pooling, and
+    joining K and V with the text) otherwise. docs/kernels.md has the estimate behind it.
 
     After pooling, attention is PyTorch's, unless there is a bias per key: a mask throws PyTorch off its flash kernels.
     """

@@ -187,8 +187,8 @@ def run_pooled_kv_projection(
 ) -> tuple[Tensor, Tensor]:
     """Pool and project in one launch or in three, whichever the table says.
 
-    The arithmetic is that of `run_kv_downsample_attention`: the windows are read and blended once per 64 output
-    channels, and two launches are saved.
+    The measure is that of `run_kv_downsample_attention`: the windows are read and blended once per 64 output channels,
+    and two launches are saved.
     """
     (height, width), (sy, sx) = grid, factor
     nearest = not isinstance(alpha, Tensor) and alpha == 1.0

@@ -9,17 +9,9 @@
 // The same bits whatever the tile and the split: the channels of a similarity are summed in one order (below), scaled
 // in one order, and every comparison is between scaled similarities, ties to the lowest token.
 //
-// Sums. A tensor core truncates when it adds to its accumulator, so that the error of a long sum grows with its length
-// and always in one direction: 4,096 channels would cost 8e-6 of a similarity near one. So it sums 256 channels (32 of
-// float32, three products each) and ordinary float32 additions, rounded to nearest, sum those.
-//
-// Size. 2 S D C operations on (S + D) C values per batch row. With tiles of 128 x 128 a step along the channels reads
-// 32 KiB for 2.1 MFLOP, 64 FLOP per byte out of L2. Where all channels of 128 sources fit in shared memory (16 bit: 440
-// channels on sm_80, 700 on sm_90) they are read once, and it is up to 128 FLOP per byte. A warp owns 64 x 32 of the
-// tile, so that ldmatrix moves 192 bytes per mma.m16n8k16. Two float32 accumulators of 64 registers each fit 256
-// threads with 255 registers, one block per multiprocessor; three stages take 96 KiB and the table of destinations 3
-// KiB, which is all that sm_86, sm_89 and sm_120 have. 64 x 64 tiles (49.5 KiB, 128 threads, three blocks per
-// multiprocessor) serve small problems, windows and rows that are not aligned.
+// Tensor cores truncate when they add to their accumulator, always in one direction. So they sum 256 channels (32 of
+// float32), and ordinary float32 additions, rounded to nearest, sum those. What that error would be, and why tiles have
+// their sizes: docs/kernels.md.
 #pragma once
 
 #include <climits>

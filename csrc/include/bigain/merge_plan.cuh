@@ -5,9 +5,8 @@
 // are the tokens sorted by slot with a stable radix sort; slot boundaries in the sorted list are the offsets. It is all
 // integer work whose result does not depend on the order in which threads run.
 //
-// A row works in two buffers of N words, in shared memory where they fit (up to 11,000 tokens on every device, 27,000
-// on sm_90), otherwise in global memory, which the cache holds. Four tokens per thread at N = 4096: the time is that of
-// some thirty barriers and a handful of round trips to the cache.
+// A row works in two buffers of N words, in shared memory where they fit, otherwise in global memory, which the cache
+// holds: docs/kernels.md.
 #pragma once
 
 #include "bigain/device.cuh"
