@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,11 +11,24 @@ from typing import Any
 
 import torch
 
-from .denoisers import Denoiser, LabelDenoiser, PromptDenoiser
+from .denoisers import Denoiser, LabelDenoiser, PromptDenoiser, prediction_type
+from .strict_loading import (
+    BadCheckpoint,
+    check_finite,
+    check_numbers,
+    check_scheduler,
+    load_model,
+    load_text_encoder,
+    naming,
+    read_config,
+)
 from .tiny_models import ASSETS, DigitClassifier
 
 TINY_DIT = ASSETS / "tiny_dit"
 MODEL_FOLDERS = {"transformer": "DiTTransformer2DModel", "unet": "UNet2DConditionModel"}
+PIPELINES = ("DiTPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
+# What the parts of a pipeline may come from; "stable_diffusion" is diffusers' own name for its safety checker's.
+LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
 
 
 @contextmanager
@@ -136,19 +148,69 @@ def _from_parts(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
             f"checkpoint: got {folder}, expected model_index.json, or a folder transformer/ or unet/ beside scheduler/"
         )
     path = folder / parts[0] / "config.json"
-    try:
-        kind = json.loads(path.read_text())["_class_name"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"checkpoint: got {path}, expected the config of a diffusers model") from error
+    kind = read_config(path).get("_class_name")
     if kind != "DiTTransformer2DModel":
         raise ValueError(
-            f"checkpoint: got {kind} without a pipeline, expected DiTTransformer2DModel (any other needs its text "
-            "encoder or VAE, hence a whole pipeline with model_index.json)"
+            f"checkpoint: got {kind} without a pipeline in {path}, expected DiTTransformer2DModel (any other needs its "
+            "text encoder or VAE, hence a whole pipeline with model_index.json)"
         )
-    model = diffusers.DiTTransformer2DModel.from_pretrained(folder / parts[0], dtype=dtype, low_cpu_mem_usage=False)
-    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / "scheduler")
-    denoiser = LabelDenoiser(model.to(device).eval(), scheduler)
+    scheduler = _scheduler(folder / "scheduler")
+    model = load_model(diffusers.DiTTransformer2DModel, folder / parts[0], dtype)
+    with naming(path, "a DiT that takes class labels"):
+        denoiser = LabelDenoiser(model.to(device).eval(), scheduler)
     return Checkpoint(denoiser, tuple(map(str, range(denoiser.num_classes))), denoiser.sample_shape)
+
+
+def _scheduler(folder: Path) -> Any:
+    """The schedule of a scheduler folder as a DDPMScheduler."""
+    import diffusers
+
+    path = folder / "scheduler_config.json"
+    config = read_config(path)
+    check_numbers(path, config)
+    cls: Any = getattr(diffusers, str(config.get("_class_name")), None)
+    if diffusers.SchedulerMixin not in getattr(cls, "__mro__", ()):
+        raise BadCheckpoint(
+            f"checkpoint: got {config.get('_class_name')!r} in {path}, expected a scheduler of diffusers"
+        )
+    with naming(path, f"the config of a {cls.__name__}"):
+        check_scheduler(cls.from_config(config), path)
+        scheduler = diffusers.DDPMScheduler.from_config(config)
+        check_scheduler(scheduler, path)
+        prediction_type(scheduler)
+    return scheduler
+
+
+def _check_index(folder: Path) -> None:
+    """A pipeline of a kind that we load, made of parts of diffusers and transformers alone: no code of its own."""
+    path = folder / "model_index.json"
+    index = read_config(path)
+    if index.get("_class_name") not in PIPELINES:
+        raise BadCheckpoint(
+            f"checkpoint: got {index.get('_class_name')!r} in {path}, expected a DiT or Stable Diffusion pipeline, one "
+            f"of {list(PIPELINES)}"
+        )
+    for name, part in index.items():
+        if not isinstance(part, list):
+            continue
+        known = len(part) == 2 and (part == [None, None] or part[0] in LIBRARIES)
+        if not known or not isinstance(part[1], (str, type(None))):
+            raise BadCheckpoint(f"checkpoint: got {name}={part!r} in {path}, expected a class of {list(LIBRARIES)}")
+
+
+def _loaded_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """The models of a local pipeline that diffusers would load without a word on what their files lack."""
+    import diffusers
+
+    classes = (diffusers.DiTTransformer2DModel, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
+    known = {cls.__name__: cls for cls in classes}
+    index = read_config(folder / "model_index.json")
+    found = {name: part[1] for name, part in index.items() if isinstance(part, list) and part[1] in known}
+    parts = {name: load_model(known[kind], folder / name, dtype) for name, kind in found.items()}
+    for name, part in index.items():
+        if isinstance(part, list) and part[0] == "transformers" and str(part[1]).startswith("CLIPTextModel"):
+            parts[name] = load_text_encoder(part[1], folder / name, dtype)
+    return parts
 
 
 def _from_pipeline(
@@ -156,13 +218,34 @@ def _from_pipeline(
 ) -> Checkpoint:
     import diffusers
 
+    parts: dict[str, Any] = {}
+    if Path(source).is_dir():
+        _check_index(Path(source))
     # Without transformers diffusers fails on an attribute that has nothing to do with it.
-    parts = diffusers.DiffusionPipeline.load_config(source).values()
-    if any(isinstance(part, list) and part[0] == "transformers" for part in parts) and not util.find_spec(
+    with naming(source, "a pipeline of diffusers"):
+        listed = diffusers.DiffusionPipeline.load_config(source).values()
+    if any(isinstance(part, list) and part[0] == "transformers" for part in listed) and not util.find_spec(
         "transformers"
     ):
         raise ImportError(f"checkpoint: got {source}, whose text encoder needs: pip install transformers")
-    pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype).to(device)
+    if Path(source).is_dir():
+        if (Path(source) / "scheduler" / "scheduler_config.json").exists():
+            _scheduler(Path(source) / "scheduler")
+        parts = _loaded_parts(Path(source), dtype)
+    with naming(source, "a whole pipeline of diffusers"):
+        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
+        pipe = pipe.to(device)
+    for name, part in pipe.components.items():
+        if isinstance(part, torch.nn.Module):
+            check_finite(part, f"{name} of {source}")
+    check_scheduler(pipe.scheduler, source)
+    with naming(source, "a pipeline whose parts belong together"):
+        return _of_pipeline(pipe, source, class_names, template)
+
+
+def _of_pipeline(pipe: Any, source: str, class_names: Sequence[str], template: str) -> Checkpoint:
+    import diffusers
+
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
     if isinstance(getattr(pipe, "transformer", None), diffusers.DiTTransformer2DModel):
         denoiser: Denoiser = LabelDenoiser(pipe.transformer.eval(), scheduler)
@@ -171,11 +254,11 @@ def _from_pipeline(
         names = tuple(first.get(label, str(label)) for label in range(denoiser.num_classes))
     elif isinstance(getattr(pipe, "unet", None), diffusers.UNet2DConditionModel):
         if not class_names:
-            raise ValueError("class_names: got none, expected the classes a text-to-image model is to tell apart")
+            raise BadCheckpoint("class_names: got none, expected the classes a text-to-image model is to tell apart")
         denoiser = _prompt_denoiser(pipe, scheduler, [template.replace("{}", name) for name in class_names])
         names, aliases = tuple(class_names), {}
     else:
-        raise ValueError(f"checkpoint: got a {type(pipe).__name__}, expected a DiT or Stable Diffusion pipeline")
+        raise BadCheckpoint(f"checkpoint: got a {type(pipe).__name__}, expected a DiT or Stable Diffusion pipeline")
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
     _, height, width = denoiser.sample_shape
     return Checkpoint(denoiser, names, (pipe.vae.config.in_channels, height * scale, width * scale), pipe.vae, aliases)
@@ -215,7 +298,10 @@ def load_classifier(folder: Path = TINY_DIT) -> DigitClassifier:
     model = DigitClassifier()
     try:
         model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise ValueError(f"classifier: got {path}, expected the file that `bigain train-tiny` writes") from error
+        check_finite(model, path)
+    except (SafetensorError, RuntimeError, OSError, ValueError) as error:
+        raise ValueError(
+            f"classifier: got {path}, expected the file that `bigain train-tiny` writes ({error})"
+        ) from error
     model.eval()
     return model
