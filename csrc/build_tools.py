@@ -88,11 +88,15 @@ def find_compiler() -> list[str]:
     return compiler
 
 
+@functools.cache
 def find_ninja() -> str:
     """The ninja of this Python environment, or the one on PATH."""
     found = shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if found is None:
         raise CannotBuild("no ninja found: pip install ninja")
+    works, said = run([found, "--version"])
+    if not works:
+        raise CannotBuild(f"the ninja {found} does not work: {said}")
     return found
 
 
@@ -115,7 +119,7 @@ def find_torch() -> Path:
             "--no-build-isolation where torch can be imported"
         )
     torch = Path(place)
-    version = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", (torch / "version.py").read_text())
+    version = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", (torch / "version.py").read_text(encoding="utf-8"))
     if version is None or (int(version[2]), int(version[3])) < TORCH_TARGET:
         got = version[1] if version else "of an unknown version"
         raise CannotBuild(f"torch {got} is too old: the library needs {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later")

@@ -22,11 +22,12 @@ import build_tools
 @pytest.fixture(autouse=True)
 def asked_anew():
     """The build asks its tools once in a process."""
-    build_tools.find_compiler.cache_clear()
-    build_tools.find_torch.cache_clear()
+    cached = (build_tools.find_compiler, build_tools.find_ninja, build_tools.find_torch)
+    for find in cached:
+        find.cache_clear()
     yield
-    build_tools.find_compiler.cache_clear()
-    build_tools.find_torch.cache_clear()
+    for find in cached:
+        find.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -103,6 +104,14 @@ def test_compilers_with_arguments_and_in_folders_with_spaces(name, monkeypatch, 
     assert os.path.isabs(found[0])
     assert found[1:] == ([shutil.which("c++"), "-pipe"] if "launcher" in name else [])
     assert launcher.exists()
+
+
+def test_a_ninja_that_does_not_start_is_a_reason(monkeypatch, tmp_path):
+    moved = tmp_path / "ninja"
+    moved.write_text(f"#!{tmp_path}/an/environment/that/was/moved/bin/python\n")
+    moved.chmod(0o755)
+    monkeypatch.setattr(build_tools.sys, "executable", str(tmp_path / "python"))
+    assert build_native.why_not() == f"the ninja {moved} does not work: does not start: No such file or directory"
 
 
 @pytest.mark.parametrize(

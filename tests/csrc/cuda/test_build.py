@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from tests.csrc.builds import IGNORED, run
+from tests.csrc.builds import IGNORED, run, script
 from tests.csrc.cuda.conftest import ROOT, build_cuda
 
 CODE = f"import sys; sys.path.insert(0, {str(ROOT / 'csrc')!r}); import build_cuda; print(build_cuda.why_not())"
@@ -58,6 +58,29 @@ def test_a_missing_nvcc_is_a_reason_or_an_error(monkeypatch, tmp_path):
     monkeypatch.setenv("BIGAIN_BUILD_CUDA", "1")
     with pytest.raises(build_cuda.CannotBuild, match="no nvcc found"):
         build_cuda.why_not()
+
+
+def test_a_named_nvcc_works_or_is_refused_in_one_line(monkeypatch, tmp_path):
+    """Nothing else is tried in its place."""
+    monkeypatch.setenv("BIGAIN_BUILD_CUDA", "auto")
+    monkeypatch.setenv("CUDACXX", "no-such-nvcc")
+    assert build_cuda.why_not() == "$CUDACXX: got 'no-such-nvcc', expected a program that exists"
+    nvcc = script(tmp_path / "nvcc", "echo 'error: no license'; exit 1")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    assert build_cuda.why_not() == f"the CUDA compiler {nvcc} does not work: error: no license"
+
+
+@pytest.mark.parametrize(
+    ("compiler", "expected"),
+    [
+        (["/bin/g++"], ["-ccbin", "/bin/g++"]),
+        (["/bin/ccache", "g++"], ["-ccbin", "g++"]),
+        (["/bin/ccache", "g++", "-m64", "-pipe"], ["-ccbin", "g++", "-Xcompiler=-m64", "-Xcompiler=-pipe"]),
+    ],
+)
+def test_nvcc_is_given_the_compiler_without_its_launcher(compiler, expected, monkeypatch):
+    monkeypatch.setattr(build_cuda, "find_compiler", lambda: compiler)
+    assert build_cuda.host_compiler() == expected
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
