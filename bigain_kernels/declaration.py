@@ -11,6 +11,7 @@ registrations, and how the arguments of a public function become those of the op
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -39,32 +40,34 @@ class Argument(NamedTuple):
     tables: str = ""
 
 
-def _as_it_is(name: str, kind: str) -> Argument:
-    return Argument((name,), (f"{kind} {name}",), name, lambda value: (value,))
+def _as_it_is(name: str, kind: str, *default: float | None) -> Argument:
+    """One flat argument. An option that an op gets later has a default, for programs that were exported before."""
+    parameter = f"{kind} {name}" + "".join(f"={value}" for value in default)
+    return Argument((name,), (parameter,), name, lambda value: (value,))
 
 
 def tensor(name: str) -> Argument:
     return _as_it_is(name, "Tensor")
 
 
-def optional_tensor(name: str) -> Argument:
-    return _as_it_is(name, "Tensor?")
+def optional_tensor(name: str, *default: None) -> Argument:
+    return _as_it_is(name, "Tensor?", *default)
 
 
 def tensors(name: str) -> Argument:
     return _as_it_is(name, "Tensor[]")
 
 
-def count(name: str) -> Argument:
-    return _as_it_is(name, "SymInt")
+def count(name: str, *default: int) -> Argument:
+    return _as_it_is(name, "SymInt", *default)
 
 
-def number(name: str) -> Argument:
-    return _as_it_is(name, "float")
+def number(name: str, *default: float) -> Argument:
+    return _as_it_is(name, "float", *default)
 
 
-def optional_number(name: str) -> Argument:
-    return _as_it_is(name, "float?")
+def optional_number(name: str, *default: float | None) -> Argument:
+    return _as_it_is(name, "float?", *default)
 
 
 def choice(name: str) -> Argument:
@@ -137,7 +140,7 @@ class Op(NamedTuple):
     @property
     def flat_names(self) -> list[str]:
         """Names of the flat arguments."""
-        return [parameter.split()[1] for each in self.arguments for parameter in each.parameters]
+        return [re.split("[ =]", parameter)[1] for each in self.arguments for parameter in each.parameters]
 
     @property
     def launcher_names(self) -> list[str]:
@@ -159,7 +162,8 @@ class Op(NamedTuple):
 
     def _adapter(self, values: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         # Written out and compiled, as dataclasses do with their methods: a loop would cost more than a dispatch.
-        source = f"lambda function: lambda {', '.join(self.flat_names)}: function({values})"
+        parameters = (parameter.split(" ")[1] for each in self.arguments for parameter in each.parameters)
+        source = f"lambda function: lambda {', '.join(parameters)}: function({values})"
         return eval(source, {"MergePlan": MergePlan})
 
     def device_of(self) -> Callable[[tuple[Any, ...]], str]:

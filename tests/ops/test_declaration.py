@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 import bigain_kernels as bk
 from bigain_kernels import MergePlan, native, reference
-from bigain_kernels.declaration import OPS
+from bigain_kernels.declaration import OPS, Op, number, optional_tensor, pair, tensor
+from bigain_kernels.ops._flops import none
 from bigain_kernels.testing import Inputs, samples
 from tests.ops.test_registration import PUBLIC_CALLS, X
 
@@ -58,6 +59,16 @@ def test_public_arguments_become_flat_ones_and_back(op):
             if isinstance(before, MergePlan):
                 before, after = (OPS["token_merge"].arguments[1].flatten(each) for each in (before, after))
             assert same(before, after)
+
+
+def test_an_option_with_a_default_may_be_left_out():
+    """As the dispatcher of torch does with what equals its default, and programs that were exported before it."""
+    arguments = (tensor("x"), pair("grid", "height", "width"), number("factor", 1.5), optional_tensor("bias", None))
+    toy = Op("toy", arguments, "Tensor", none, none, dict)
+    assert toy.schema == "toy(Tensor x, SymInt height, SymInt width, float factor=1.5, Tensor? bias=None) -> Tensor"
+    assert toy.flat_names == ["x", "height", "width", "factor", "bias"]
+    assert toy.of_public(lambda *args: args)(X, 6, 8) == (X, (6, 8), 1.5, None)
+    assert toy.of_launcher(lambda *args: args)(X, 6, 8, 2.0) == (X, (6, 8), 2.0, None)
 
 
 @pytest.mark.parametrize("op", OPS)
