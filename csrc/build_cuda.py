@@ -40,7 +40,7 @@ ARCHS = "BIGAIN_CUDA_ARCHS"
 # PTX of the last one runs on what comes later.
 DEFAULT_ARCHS = "80;86;89;90a;100a;120"
 
-OPS = ("info", "laplacian_score", "bipartite_match", "merge_plan", "lgtm_plan", "token_merge", "kv_downsample")
+OPS = tuple(sorted(path.stem for path in (ROOT / "cuda").glob("*.cu")))
 
 # Nothing is contracted but what the source writes as fmaf: see common.cuh.
 NVCC = "-std=c++17 -O3 -fmad=false -Xptxas -v -Xcompiler -fPIC,-fvisibility=hidden,-Wall,-Wextra,-Wno-unused-parameter"

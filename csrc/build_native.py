@@ -32,8 +32,10 @@ from build_tools import (
 
 SWITCH = "BIGAIN_BUILD_CPU"
 
-OPS = ("isa", "laplacian_score", "bipartite_match", "merge_plan", "token_merge", "kv_downsample")
+# Compiled for each instruction set, and with the matrix unit; all other sources are compiled once.
 KERNELS = ("row_kernels", "match_kernel")
+MATRIX_UNIT = "match_amx"
+ONCE = tuple(sorted({path.stem for path in (ROOT / "cpu").glob("*.cpp")} - {*KERNELS, MATRIX_UNIT}))
 # Name of the namespace, and what the compiler may use there. isa.cpp asks the machine for exactly these.
 ISAS = {
     "baseline": "",
@@ -108,7 +110,7 @@ def ninja_file(output: Path, sanitize: bool) -> str:
         objects.append(f"{name}.o")
         lines.extend([f"build {name}.o: compile {escape(ROOT / 'cpu' / f'{stem}.cpp')}", f"  extra = {extra}"])
 
-    for stem in OPS:
+    for stem in ONCE:
         compile_one(stem, stem, op_flags)
     for isa, machine in ISAS.items():
         if isa == "baseline" or is_x86:
@@ -117,7 +119,7 @@ def ninja_file(output: Path, sanitize: bool) -> str:
     if has_amx:
         # GCC's own header reads an undefined register on purpose, and warns of it.
         quiet = "" if is_clang else " -Wno-maybe-uninitialized"
-        compile_one("match_amx", "match_amx", f"{ISAS['avx512']} {AMX}{quiet}")
+        compile_one(MATRIX_UNIT, MATRIX_UNIT, f"{ISAS['avx512']} {AMX}{quiet}")
     lines += [
         f"build {escape(output)}: link {' '.join(objects)}",
         f"  libraries = {torch_library()}",
