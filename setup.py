@@ -39,13 +39,18 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves the reason beside the modules when a library is missing, and nothing of earlier builds."""
+    """Leaves nothing of earlier builds, and where a library is missing the reason beside the modules."""
 
     def run(self):
+        if self.editable_mode:
+            folder = ROOT / "bigain_kernels"
+            for stale in folder.glob("_native*"):
+                stale.unlink()
+        else:
+            # setuptools would pack modules that are gone from the sources as well.
+            folder = Path(self.build_lib) / "bigain_kernels"
+            shutil.rmtree(folder, ignore_errors=True)
         super().run()
-        folder = ROOT / "bigain_kernels" if self.editable_mode else Path(self.build_lib) / "bigain_kernels"
-        for stale in folder.glob("_native*"):
-            stale.unlink()
         for name, reason in REASONS.items():
             if reason:
                 self.warn(f"bigain_kernels is built without {name}: {reason}")

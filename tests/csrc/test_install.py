@@ -167,6 +167,18 @@ def test_builds_of_one_source_wait_for_each_other(sdist, tmp_path):
     assert (source / "build" / "lib" / "bigain_kernels" / "_native_missing.txt").exists()
 
 
+def test_a_build_holds_nothing_of_an_earlier_one(sdist, tmp_path):
+    package = tmp_path / "bigain_kernels"
+    package.mkdir()
+    (package / "gone.py").write_text("")
+    (package / "_native.abi3.so").write_text("")
+    command = [sys.executable, "setup.py", "--quiet", "build", "--build-lib", tmp_path]
+    run(*command, cwd=sdist, BIGAIN_BUILD_CPU="0")
+    assert (package / "native.py").exists()
+    assert not (package / "gone.py").exists()
+    assert {path.name for path in package.glob("_native*")} == {"_native_missing.txt", "_native_cuda_missing.txt"}
+
+
 def test_the_sdist_holds_what_its_tests_need(sdist):
     """Some of the tests that read files beside the package, run from the sdist itself."""
     for folder in ("tests", "csrc", "triton_kernels", "benchmarks", "docs"):
