@@ -50,9 +50,7 @@ def run(command: list[str], folder: Path | str | None = None) -> tuple[bool, str
     except subprocess.TimeoutExpired:
         return False, "does not end within a minute"
     lines = [line for line in os.fsdecode(done.stdout + done.stderr).splitlines() if line.strip()]
-    telling = [
-        line for line in lines if re.search("error|undefined|unrecognized|incompatible|not found", line, re.IGNORECASE)
-    ]
+    telling = [line for line in lines if re.search(TELLING, line, re.IGNORECASE)]
     return done.returncode == 0, (telling or lines[-1:] or [f"exit status {done.returncode}"])[0].strip()
 
 
