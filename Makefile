@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml requirements.txt setup.py $(wildcard csrc/*.py csrc/*.h
 	@touch $(STAMP)
 
 demo: $(STAMP)
-	$(BIN)/bigain demo --out demo
+	$(BIN)/bigain demo --out demo --overwrite
 
 $(OLD_TRITON): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0

@@ -11,12 +11,15 @@ import typer
 
 from . import options as opt
 from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
-from .text import printable
+from .text import say
 
 if TYPE_CHECKING:
     from ..evaluation.checkpoints import Checkpoint
     from ..evaluation.classify import ClassificationResult, ClassifierConfig
     from ..evaluation.inputs import Inputs
+    from ..evaluation.output import OutputFolder
+
+_RESULTS, _SUMMARY = _NAMES = ("results.jsonl", "summary.json")
 
 
 def classify(
@@ -64,6 +67,7 @@ def classify(
     from ..evaluation.compression import settings_of, with_shared_plan
     from ..evaluation.folders import find_images
     from ..evaluation.inputs import DigitInputs, FolderInputs
+    from ..evaluation.output import OutputFolder
     from ..evaluation.records import ResultsFile
 
     opt.set_threads(threads)
@@ -76,43 +80,49 @@ def classify(
         raise ValueError("skip_damaged: got it without --images, expected a folder that it is for")
     if resume and overwrite:
         raise ValueError("resume: got --overwrite with it, expected one of the two")
-    path = out / "results.jsonl"
-    if path.exists() and not (resume or overwrite):
-        raise ValueError(f"out: got {out} with results in it, expected --resume, --overwrite or another folder")
     chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
     folder = find_images(images, limit) if images is not None else None
-    loaded = load_checkpoint(
-        opt.checkpoint_source(checkpoint),
-        class_names=folder.classes if folder is not None else (),
-        template=template,
-        device=chosen_device,
-        dtype=chosen_dtype,
-    )
-    config = _config(loaded, timesteps, stages, score, seed, batch_size)
-    data = DigitInputs(loaded, limit) if folder is None else FolderInputs(loaded, folder, skip_damaged)
-    settings = {
-        "checkpoint": str(checkpoint or "tiny"),
-        "images": str(images or "digits"),
-        "compression": settings_of(compression),
-        "share_plan": share_plan,
-        "stages": config.stages,
-        "timesteps": config.timesteps,
-        "score": score,
-        "seed": seed,
-        "dtype": dtype,
-        "template": template,
-    }
-    if folder is not None:
-        # One class more makes another question of every image.
-        settings["class_names"] = hashlib.sha256(json.dumps(loaded.class_names).encode()).hexdigest()[:16]
-    with ResultsFile(path, settings, resume) as results:
-        before = _results_of(data, results.result)
-        if before.images:
-            typer.echo(f"{len(before.images)} images were classified before")
-        try:
-            _run(loaded, data, config, compression, share_plan, results)
-        finally:
-            _summarise(_results_of(data, results.result), data, settings, given, out)
+    with OutputFolder(out, _NAMES, again=resume or overwrite, hint="--resume, --overwrite") as output:
+        loaded = load_checkpoint(
+            opt.checkpoint_source(checkpoint),
+            class_names=folder.classes if folder is not None else (),
+            template=template,
+            device=chosen_device,
+            dtype=chosen_dtype,
+        )
+        config = _config(loaded, timesteps, stages, score, seed, batch_size)
+        data = DigitInputs(loaded, limit) if folder is None else FolderInputs(loaded, folder, skip_damaged)
+        settings = {
+            "checkpoint": str(checkpoint or "tiny"),
+            "weights": loaded.fingerprint(),
+            "images": "digits" if images is None else str(images.resolve()),
+            "compression": settings_of(compression),
+            "share_plan": share_plan,
+            "stages": config.stages,
+            "timesteps": config.timesteps,
+            "score": score,
+            "seed": seed,
+            "dtype": dtype,
+            "template": template,
+        }
+        if folder is not None:
+            # One class more makes another question of every image.
+            settings["class_names"] = hashlib.sha256(json.dumps(loaded.class_names).encode()).hexdigest()[:16]
+        results = ResultsFile(
+            output.claim(_RESULTS),
+            settings,
+            resume,
+            classes=loaded.denoiser.num_classes,
+            before_first=lambda: (out / _SUMMARY).unlink(missing_ok=True),
+        )
+        with results:
+            before = _results_of(data, results.result)
+            if before.images:
+                say(f"{len(before.images)} images were classified before")
+            try:
+                _run(loaded, data, config, compression, share_plan, results)
+            finally:
+                _summarise(_results_of(data, results.result), data, settings, given, output)
     if data.damaged and len(data.damaged) == len(folder or ()):
         raise ValueError(f"images: got {images} with damaged images alone, expected some that can be read")
 
@@ -173,7 +183,7 @@ def _run(
 
 
 def _summarise(
-    result: ClassificationResult, data: Inputs, settings: dict[str, Any], given: GivenOptions, out: Path
+    result: ClassificationResult, data: Inputs, settings: dict[str, Any], given: GivenOptions, output: OutputFolder
 ) -> None:
     summary = {
         "images": len(result.images),
@@ -183,14 +193,13 @@ def _summarise(
         "evaluations": result.evaluations,
         "seconds": result.seconds,
     }
-    for image in data.damaged:
-        typer.echo(printable(f"left out {image.path}: {image.reason}"))
     if result.images:
-        (out / "summary.json").write_text(
-            json.dumps({**summary, "settings": settings, "given": given}, indent=2) + "\n"
-        )
+        output.write_text(_SUMMARY, json.dumps({**summary, "settings": settings, "given": given}, indent=2) + "\n")
+    for image in data.damaged:
+        say(f"left out {image.path}: {image.reason}")
+    if result.images:
         damaged = f", {len(data.damaged)} damaged left out" if data.damaged else ""
-        typer.echo(
+        say(
             f"accuracy {result.accuracy:.4f} ± {result.standard_error:.4f} on {len(result.images)} images{damaged}; "
-            f"{result.evaluations} forward evaluations in {result.seconds:.1f} s; results in {printable(str(out))}"
+            f"{result.evaluations} forward evaluations in {result.seconds:.1f} s; results in {output.path}"
         )

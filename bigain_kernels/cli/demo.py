@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import progress_bar
+from .text import say
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from ..evaluation.demo import Demo
     from ..evaluation.demo_results import DemoResult
+    from ..evaluation.output import OutputFolder
     from ..evaluation.pooling_order import PoolingOrder
+
+_NAMES = ("results.csv", "results.json", "README.md", "samples/*", "photographs/*")
 
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the tables, sample grids and pictures.")] = Path("demo"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
     full: Annotated[bool, typer.Option("--full", help="More images, samples and steps; takes longer.")] = False,
     images: Annotated[int | None, typer.Option(help="Digits to classify, at most 400.")] = None,
     samples: Annotated[int | None, typer.Option(help="Images to generate for each guidance.")] = None,
@@ -40,9 +45,7 @@ def demo(
     """
     from ..evaluation.checkpoints import TINY_DIT
     from ..evaluation.demo import FULL, Demo, DemoConfig
-    from ..evaluation.demo_files import write_all
-    from ..evaluation.demo_results import summarise
-    from ..evaluation.pooling_order import compare_pooling_orders
+    from ..evaluation.output import OutputFolder
 
     given: dict[str, Any] = {
         "images": images,
@@ -55,7 +58,15 @@ def demo(
         "threads": threads,
     }
     config = replace(FULL if full else DemoConfig(), **{k: v for k, v in given.items() if v is not None})
-    job = Demo(config, checkpoint or TINY_DIT)
+    with OutputFolder(out, _NAMES, again=overwrite) as output:
+        _run(Demo(config, checkpoint or TINY_DIT), output, pictures)
+
+
+def _run(job: Demo, output: OutputFolder, pictures: bool) -> None:
+    from ..evaluation.demo_files import write_all
+    from ..evaluation.demo_results import summarise
+    from ..evaluation.pooling_order import compare_pooling_orders
+
     interrupted = False
     orders: list[PoolingOrder] = []
     with progress_bar() as progress:
@@ -72,8 +83,9 @@ def demo(
     _show(job, result)
     if orders:
         _show_orders(orders)
-    page = write_all(job, result, out, orders, pictures=pictures and not interrupted)
-    typer.echo(f"\nPictures and numbers: {page}")
+    output.clear()
+    page = write_all(job, result, output, orders, pictures=pictures and not interrupted)
+    say(f"Pictures and numbers: {page}")
     if interrupted:
         raise typer.Exit(130)
 

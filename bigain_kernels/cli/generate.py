@@ -11,15 +11,20 @@ import typer
 
 from . import options as opt
 from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
+from .text import say
 
 if TYPE_CHECKING:
     import torch
 
     from ..evaluation.checkpoints import Checkpoint
     from ..evaluation.generate import GenerateConfig
+    from ..evaluation.output import OutputFolder
 
+# What a run writes.
+_NAMES = ("settings.json", "grid.png", "samples/*")
 # Classes drawn when none are asked for.
 _DEFAULT_CLASSES = 10
+_MOST_IMAGES = 10**6
 
 
 def generate(
@@ -51,37 +56,30 @@ def generate(
     from ..evaluation.checkpoints import load_checkpoint
     from ..evaluation.compression import settings_of, with_shared_plan
     from ..evaluation.generate import GenerateConfig
+    from ..evaluation.output import OutputFolder
 
     opt.set_threads(threads)
     compression = read_compression(method, given, seed)
     if share_plan:
         with_shared_plan(compression, 2)
-    if images < 1:
-        raise ValueError(f"images: got {images}, expected at least 1")
-    if _written(out) and not overwrite:
-        raise ValueError(f"out: got {out} with images in it, expected --overwrite or another folder")
+    if not 1 <= images <= _MOST_IMAGES:
+        raise ValueError(f"images: got {images}, expected 1 to {_MOST_IMAGES}")
     batch = {} if batch_size is None else {"batch_size": batch_size}
     config = GenerateConfig(steps=steps, guidance=guidance, seed=seed, **batch)
     chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
-    loaded = load_checkpoint(
-        opt.checkpoint_source(checkpoint),
-        class_names=tuple(label or ()),
-        template="{}",
-        device=chosen_device,
-        dtype=chosen_dtype,
-    )
-    classes = [loaded.label_of(name, "label") for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
-    labels = [classes[i % len(classes)] for i in range(images)]
-    settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": settings_of(compression)}
-    settings |= {"given": given, "share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
-    out.mkdir(parents=True, exist_ok=True)
-    _run(loaded, labels, config, compression, settings, out)
-
-
-def _written(out: Path) -> list[Path]:
-    """What an earlier run left in `out`."""
-    samples = (out / "samples").glob("[0-9][0-9][0-9][0-9][0-9]*_[0-9]*.png")
-    return [path for path in (out / "settings.json", out / "grid.png", *samples) if path.exists()]
+    with OutputFolder(out, _NAMES, again=overwrite) as output:
+        loaded = load_checkpoint(
+            opt.checkpoint_source(checkpoint),
+            class_names=tuple(label or ()),
+            template="{}",
+            device=chosen_device,
+            dtype=chosen_dtype,
+        )
+        classes = [loaded.label_of(name, "label") for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
+        labels = [classes[i % len(classes)] for i in range(images)]
+        settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": settings_of(compression)}
+        settings |= {"given": given, "share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
+        _run(loaded, labels, config, compression, settings, output)
 
 
 def _run(
@@ -90,7 +88,7 @@ def _run(
     config: GenerateConfig,
     compression: object,
     settings: dict[str, Any],
-    out: Path,
+    output: OutputFolder,
 ) -> None:
     import torch
 
@@ -106,10 +104,9 @@ def _run(
             pixels = loaded.decode(samples)
             # Only now is it known that nothing refuses the call.
             if not done:
-                for path in _written(out):
-                    path.unlink()
-                (out / "settings.json").write_text(json.dumps(settings, indent=2) + "\n")
-            _save_samples(pixels, labels, sum(map(len, done)), out / "samples")
+                output.clear()
+                output.write_text("settings.json", json.dumps(settings, indent=2) + "\n")
+            _save_samples(pixels, labels, sum(map(len, done)), output)
             done.append(pixels)
             progress.update(task, advance=len(pixels))
 
@@ -126,16 +123,17 @@ def _run(
             if done:
                 made = torch.cat(done)
                 title = f"guidance {config.guidance:g}, {config.steps} steps"
-                save_grid(made, wanted[: len(made)], loaded.class_names, out / "grid.png", title)
-                typer.echo(f"{len(made)} images in {out}")
+                save_grid(made, wanted[: len(made)], loaded.class_names, output.claim("grid.png"), title)
+                say(f"{len(made)} images in {output.path}")
 
 
-def _save_samples(pixels: torch.Tensor, labels: list[int], first: int, folder: Path) -> None:
-    """`<index>_<class>.png` for a batch that starts at sample `first`."""
+def _save_samples(pixels: torch.Tensor, labels: list[int], first: int, output: OutputFolder) -> None:
+    """`samples/<index>_<class>.png` for a batch that starts at sample `first`."""
     from PIL import Image
 
     from ..evaluation.generate import to_pixels
+    from ..evaluation.output import replacing
 
-    folder.mkdir(parents=True, exist_ok=True)
     for i, image in enumerate(to_pixels(pixels), start=first):
-        Image.fromarray(image).save(folder / f"{i:05d}_{labels[i]}.png")
+        with replacing(output.claim(f"samples/{i:05d}_{labels[i]}.png")) as part:
+            Image.fromarray(image).save(part, format="PNG")

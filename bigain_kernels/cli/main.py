@@ -10,6 +10,7 @@ from ..backends import BackendUnavailable
 from .text import printable
 
 BAD_INPUT, INTERRUPTED = 2, 130
+_NO_MEMORY = "DefaultCPUAllocator: "
 
 try:
     import rich  # noqa: F401
@@ -64,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("BIGAIN_TRACEBACK"):
             raise
         message = str(error) or type(error).__name__
+    except KeyboardInterrupt:
+        print("bigain: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except (MemoryError, RuntimeError) as error:
+        # torch says so with a class of its own on a GPU, and in words on a CPU.
+        text = str(error)
+        if not (isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or _NO_MEMORY in text):
+            raise
+        message = f"batch_size: got out of memory ({text[:200] or 'MemoryError'}), expected a smaller --batch-size"
     # Without arguments the help has been shown, and there is no message.
     if message:
         print(f"bigain: {printable(' '.join(message.split()))}", file=sys.stderr)

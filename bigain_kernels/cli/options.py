@@ -76,8 +76,8 @@ def set_threads(threads: int | None) -> None:
 
     if threads is None:
         return
-    if threads < 1:
-        raise ValueError(f"threads: got {threads}, expected at least 1")
+    if not 1 <= threads <= 1024:
+        raise ValueError(f"threads: got {threads}, expected 1 to 1024")
     torch.set_num_threads(threads)
 
 

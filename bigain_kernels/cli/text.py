@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import sys
+
 
 def printable(text: str) -> str:
     """`text` on one line, every character that is not printable written as its escape.
@@ -10,3 +13,12 @@ def printable(text: str) -> str:
     on which printing fails.
     """
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def say(text: str) -> None:
+    """Print a line for a person, made printable. A reader that went away (`| head -1`) ends no work."""
+    try:
+        print(printable(text), flush=True)
+    except BrokenPipeError:
+        # Nobody reads on; without this Python would fail again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

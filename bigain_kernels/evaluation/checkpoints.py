@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -66,6 +67,18 @@ class Checkpoint:
     @property
     def device(self) -> torch.device:
         return next(self.denoiser.model.parameters()).device
+
+    def fingerprint(self) -> str:
+        """A hash of all that decides the numbers: weights of the denoiser and the VAE, prompts, and the schedule."""
+        digest = hashlib.sha256()
+        prompts = {name: value for name, value in vars(self.denoiser).items() if isinstance(value, torch.Tensor)}
+        for part in (self.denoiser.model.state_dict(), {} if self.vae is None else self.vae.state_dict(), prompts):
+            for name, value in part.items():
+                digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+                content: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+                digest.update(content)
+        digest.update(self.denoiser.scheduler.to_json_string().encode())
+        return digest.hexdigest()[:16]
 
     def label_of(self, name: str, argument: str = "class") -> int:
         """The label of a class name, or of a number written out; `argument` is what the error is to name.

@@ -17,6 +17,7 @@ from .demo import METHODS, Demo
 from .demo_results import DemoResult, Row
 from .generate import save_grid
 from .metrics import Measured
+from .output import OutputFolder, replacing
 from .pictures import PictureConfig, draw_photograph
 from .pooling_order import PoolingOrder
 
@@ -113,13 +114,12 @@ def _flat(row: Row) -> dict[str, Any]:
     return {**flat, "seconds": row.seconds, "speed": row.speed}
 
 
-def write_numbers(demo: Demo, result: DemoResult, orders: list[PoolingOrder], out: Path) -> None:
+def write_numbers(demo: Demo, result: DemoResult, orders: list[PoolingOrder], output: OutputFolder) -> None:
     """`results.csv`, one line for each method, and `results.json` with the settings, versions and notes too."""
     import diffusers
 
-    out.mkdir(parents=True, exist_ok=True)
     rows = [_flat(row) for row in result.rows]
-    with open(out / "results.csv", "w", newline="") as file:
+    with replacing(output.claim("results.csv")) as part, open(part, "w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -131,28 +131,28 @@ def write_numbers(demo: Demo, result: DemoResult, orders: list[PoolingOrder], ou
         "notes": result.notes,
         "pooling_orders": [asdict(order) for order in orders],
     }
-    (out / "results.json").write_text(json.dumps(content, indent=2) + "\n")
+    output.write_text("results.json", json.dumps(content, indent=2) + "\n")
 
 
-def write_grids(demo: Demo, out: Path) -> list[Path]:
+def write_grids(demo: Demo, output: OutputFolder) -> list[Path]:
     """`samples/<method>_guidance_<g>.png` for every method and guidance that has samples."""
     names, paths = demo.checkpoint.class_names, []
     shown = _COLUMNS * len(names)
     for method in METHODS:
         for guidance, samples in demo.outcomes[method.key].samples.items():
-            path = out / "samples" / f"{method.key}_guidance_{guidance:g}.png"
+            path = output.claim(f"samples/{method.key}_guidance_{guidance:g}.png")
             labels = demo.labels[: len(samples)][:shown]
             save_grid(samples[:shown], labels, names, path, f"{method.title}, guidance {guidance:g}")
             paths.append(path)
     return paths
 
 
-def write_pictures(demo: Demo, out: Path) -> list[Path]:
+def write_pictures(demo: Demo, output: OutputFolder) -> list[Path]:
     """`photographs/<name>_<stride>x<stride>.png` for each photograph and each tile size."""
     paths = []
     for name in PHOTOGRAPHS:
         for stride in demo.config.picture_strides:
-            path = out / "photographs" / f"{Path(name).stem}_{stride}x{stride}.png"
+            path = output.claim(f"photographs/{Path(name).stem}_{stride}x{stride}.png")
             draw_photograph(name, path, PictureConfig(ratio=demo.config.ratio, stride=(stride, stride)))
             paths.append(path)
     return paths
@@ -164,7 +164,12 @@ def _markdown_table(heading: list[str], rows: list[list[str]]) -> list[str]:
 
 
 def write_index(
-    demo: Demo, result: DemoResult, orders: list[PoolingOrder], out: Path, grids: list[Path], pictures: list[Path]
+    demo: Demo,
+    result: DemoResult,
+    orders: list[PoolingOrder],
+    output: OutputFolder,
+    grids: list[Path],
+    pictures: list[Path],
 ) -> Path:
     """`README.md` of the folder: the table, the lines under it, and every picture with what it shows."""
     merge = [
@@ -187,7 +192,7 @@ def write_index(
             "with tiles of 4 x 4 there are fewer destinations to pay for, and the edges stay whole.",
             "",
         ]
-        lines += [f"![{path.stem}]({path.relative_to(out).as_posix()})\n" for path in pictures]
+        lines += [f"![{path.stem}]({path.relative_to(output.path).as_posix()})\n" for path in pictures]
     if grids:
         lines += [
             "## Samples",
@@ -195,17 +200,20 @@ def write_index(
             "One row for each digit asked for; a place starts from the same noise in every grid.",
             "",
         ]
-        lines += [f"![{path.stem}]({path.relative_to(out).as_posix()})" for path in grids]
-    path = out / "README.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
+        lines += [f"![{path.stem}]({path.relative_to(output.path).as_posix()})" for path in grids]
+    output.write_text("README.md", "\n".join(lines) + "\n")
+    return output.path / "README.md"
 
 
 def write_all(
-    demo: Demo, result: DemoResult, out: Path, orders: list[PoolingOrder] | None = None, pictures: bool = True
+    demo: Demo,
+    result: DemoResult,
+    output: OutputFolder,
+    orders: list[PoolingOrder] | None = None,
+    pictures: bool = True,
 ) -> Path:
-    """Everything above into `out`; returns the page. `orders`: of `compare_pooling_orders`, if that was done."""
+    """Everything above into `output`; returns the page. `orders`: of `compare_pooling_orders`, if that was done."""
     orders = orders or []
-    write_numbers(demo, result, orders, out)
-    drawn = write_pictures(demo, out) if pictures else []
-    return write_index(demo, result, orders, out, write_grids(demo, out), drawn)
+    write_numbers(demo, result, orders, output)
+    drawn = write_pictures(demo, output) if pictures else []
+    return write_index(demo, result, orders, output, write_grids(demo, output), drawn)

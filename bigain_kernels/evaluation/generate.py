@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler
 from .compression import compressed, with_shared_plan
 from .denoisers import Denoiser, prediction_type
 from .noise import seeded_noise
+from .output import replacing
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,12 @@ class GenerateConfig:
     batch_size: int = 100
 
     def __post_init__(self) -> None:
+        most = {"steps": 10**6, "guidance": 1e4, "seed": 2**63 - 1, "batch_size": 10**6}
         for name, least in (("steps", 1), ("guidance", 1.0), ("seed", 0), ("batch_size", 1)):
             if not getattr(self, name) >= least:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at least {least}")
+            if getattr(self, name) > most[name]:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at most {most[name]:g}")
 
 
 def _ddim(denoiser: Denoiser, steps: int) -> DDIMScheduler:
@@ -63,6 +67,14 @@ def _generate_batch(
             uncond, cond = predicted.chunk(2)
             predicted = uncond + config.guidance * (cond - uncond)
         x = scheduler.step(predicted, step, x).prev_sample
+    # Once for a batch: what is infinite or NaN at any step stays so to the last.
+    wrong = (~x.isfinite()).flatten(1).any(dim=1)
+    if bool(wrong.any()):
+        raise ValueError(
+            f"samples: got values that are not finite in {int(wrong.sum())} of {len(wrong)} samples after "
+            f"{config.steps} steps at guidance {config.guidance:g}, expected finite ones: the model, its dtype or the "
+            "compression overflows"
+        )
     return x
 
 
@@ -92,8 +104,8 @@ def generate(
         (n, C, H, W) in the space the model denoises.
 
     Raises:
-        ValueError: labels out of range, more steps than the model has timesteps, or a shared plan with a method that
-            builds none.
+        ValueError: samples that are not finite, labels out of range, more steps than the model has timesteps, or a
+            shared plan with a method that builds none.
     """
     config = config or GenerateConfig()
     if labels.numel() == 0 or int(labels.min()) < 0 or int(labels.max()) >= denoiser.num_classes:
@@ -155,5 +167,5 @@ def save_grid(images: torch.Tensor, labels: torch.Tensor, names: Sequence[str], 
     axes.tick_params(length=0)
     axes.set_frame_on(False)
     axes.set_title(title, fontsize=9, loc="left")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png")

@@ -15,6 +15,7 @@ from ..methods import abm_plan, lgtm_plan, tome_plan
 from ..ops import laplacian_score
 from ..plan import MergePlan
 from .data import load_photograph
+from .output import replacing
 
 # "Sharp" tokens are the fifth with the highest Laplacian score.
 _SHARP = 0.8
@@ -169,6 +170,6 @@ def draw_photograph(name: str, path: Path, config: PictureConfig | None = None) 
     for panel in axes.flat:
         panel.set_xticks([])
         panel.set_yticks([])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+    with replacing(path) as part:
+        figure.savefig(part, format="png")
     return {picture.name: picture.sharp_alone for picture in pictures}

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import csv
 import math
+import os
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from .data import Digits, load_digits
+from .output import replacing
 from .tiny_models import NUM_CLASSES, DigitClassifier, build_scheduler, build_tiny_dit
 
 # Timesteps at which the validation error is logged; past 700 the digits drown in noise.
@@ -35,8 +39,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+            if not 1 <= getattr(self, name) <= 10**9:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 to 1e9")
+        for name, high in (("learning_rate", 1e3), ("weight_decay", 1e3), ("ema", 1.0), ("label_dropout", 1.0)):
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 to {high:g}")
+        for name in ("warmup", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a whole number of at least 0")
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -53,6 +63,15 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     grid = F.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)
     # Digits are black outside, which is -1 here, while grid_sample pads with 0.
     return F.grid_sample(images + 1.0, grid, mode="bilinear", align_corners=False) - 1.0
+
+
+def _save(model: Any, folder: Path) -> None:
+    """`save_pretrained` whose files each take the place of the one before as a whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as part:
+        model.save_pretrained(part)
+        for path in Path(part).iterdir():
+            os.replace(path, folder / path.name)
 
 
 @torch.no_grad()
@@ -129,6 +148,8 @@ def train_tiny_dit(
                 for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
                     averaged.lerp_(current, 1 - decay)
             losses.append(loss.item())
+            if not math.isfinite(losses[-1]):
+                raise ValueError(f"loss: got {losses[-1]} at step {step + 1}, expected a finite one: training diverged")
             if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
                 row = {
                     "step": step + 1,
@@ -139,7 +160,7 @@ def train_tiny_dit(
                 losses.clear()
                 writer.writerow([row["step"]] + [f"{row[k]:.5g}" for k in ("loss", "validation_error", "seconds")])
                 file.flush()
-                average.save_pretrained(out / "transformer")
+                _save(average, out / "transformer")
                 if on_log is not None:
                     on_log(row)
     return row
@@ -172,7 +193,8 @@ def train_classifier(out: Path, epochs: int = 60, seed: int = 0) -> dict[str, fl
     model.eval()
     with torch.no_grad():
         accuracy = (model(test.images).argmax(1) == test.labels).float().mean().item()
-    save_file(model.state_dict(), out / "classifier.safetensors")
+    with replacing(out / "classifier.safetensors") as part:
+        save_file(model.state_dict(), part)
     return {"test_accuracy": accuracy, "seconds": time.perf_counter() - started}
 
 
