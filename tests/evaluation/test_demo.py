@@ -15,6 +15,7 @@ from bigain_kernels.evaluation.demo import FULL, METHODS, Demo, DemoConfig
 from bigain_kernels.evaluation.demo_files import ORDER_TITLE, order_cells, table_cells, write_all
 from bigain_kernels.evaluation.demo_results import DemoResult, claim_note, summarise, verdict
 from bigain_kernels.evaluation.metrics import Measured
+from bigain_kernels.evaluation.output import OutputFolder
 from bigain_kernels.evaluation.pictures import PictureConfig, draw_photograph, merge_pictures, patch_tokens
 from bigain_kernels.evaluation.pooling_order import PoolingOrderConfig, compare_pooling_orders
 
@@ -52,7 +53,8 @@ def test_every_method_does_both_jobs_on_the_same_items(run) -> None:
 def test_all_files_are_written(run, tmp_path: Path) -> None:
     demo, result, _ = run
     orders = compare_pooling_orders(QUICK_ORDERS)
-    page = write_all(demo, result, tmp_path, orders).read_text()
+    with OutputFolder(tmp_path, (), again=False) as output:
+        page = write_all(demo, result, output, orders).read_text()
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [method.key for method in METHODS]
