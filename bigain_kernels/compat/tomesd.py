@@ -4,20 +4,27 @@
     tomesd.apply_patch(pipe, ratio=0.5)
 
 What differs from tomesd: random destinations come from a generator of their own that gives equal patterns to equal
-timesteps whatever the batch, float32 similarities decide which tokens merge, and means are accumulated in float32.
+timesteps whatever the batch, float32 similarities decide which tokens merge, and means are accumulated in float32. Its
+models of the original Stable Diffusion repository are not taken, and MLPs run on all tokens. Where tomesd takes an
+argument and does less than it says, so does this, with a warning.
 """
 
 from __future__ import annotations
 
-from typing import TypeVar
+import warnings
+from dataclasses import replace
+from typing import Any
 
+from ..checks import check_number
 from ..diffusers import ToMeConfig, apply_token_compression, remove_token_compression
 
-Model = TypeVar("Model")
+
+def _warn(message: str) -> None:
+    warnings.warn(f"tomesd: {message}", UserWarning, stacklevel=3)
 
 
 def apply_patch(
-    model: Model,
+    model: Any,
     ratio: float = 0.5,
     max_downsample: int = 1,
     sx: int = 2,
@@ -26,43 +33,56 @@ def apply_patch(
     merge_attn: bool = True,
     merge_crossattn: bool = False,
     merge_mlp: bool = False,
-) -> Model:
-    """Patch a diffusers model or pipeline with ToMe, in place.
+) -> Any:
+    """Patch a diffusers model or pipeline with ToMe, in place; a patch that is there is replaced.
 
     Args:
         model: a pipeline or model that `bigain_kernels.diffusers.apply_token_compression` supports.
-        ratio: fraction of tokens to merge, at most 1 - 1 / (sx * sy).
-        max_downsample: deepest level to merge at: 1, 2, 4 or 8.
+        ratio: fraction of tokens to merge. As in tomesd, what is beyond 1 - 1 / (sx * sy) merges that much; here a
+            warning says so. Below 0 nothing merges.
+        max_downsample: deepest level to merge at: 1, 2, 4 or 8; values between mean the level below.
         sx: width of a tile in tokens.
         sy: height of a tile in tokens.
         use_rand: random destinations; otherwise the top-left token of each tile.
         merge_attn: merge around self-attention.
         merge_crossattn: merge around cross-attention.
-        merge_mlp: must be False; merging around the MLP costs much quality and is not offered here.
+        merge_mlp: merging around the MLP is not offered: a warning says that it runs on all tokens.
 
     Returns:
         The model itself.
 
     Raises:
-        TypeError, ValueError: wrong model or argument, or nothing to patch.
+        TypeError, ValueError: a model of another kind, or an argument that tomesd fails on later, such as a ratio that
+            is no number.
     """
-    if merge_mlp:
-        raise ValueError("merge_mlp: got True, expected False: merging around the MLP is not offered")
+    check_number("ratio", ratio)
     modules = tuple(name for name, wanted in (("attn1", merge_attn), ("attn2", merge_crossattn)) if wanted)
-    if not modules:
-        raise ValueError("merge_attn: got False, expected it or merge_crossattn to be True")
+    if merge_mlp:
+        _warn("merge_mlp is not offered: MLPs run on all tokens")
+    remove_token_compression(model)
+    if not modules or max_downsample < 1:
+        _warn(f"nothing merges with {merge_attn=}, {merge_crossattn=}, {max_downsample=}")
+        return model
     config = ToMeConfig(
-        ratio=ratio,
+        ratio=0.0,
         stride=(sy, sx),
-        max_downsample=max_downsample,
+        # tomesd compares the level with it; levels are powers of two.
+        max_downsample=min(1 << (int(max_downsample).bit_length() - 1), 8),
         destinations="random" if use_rand else "first",
         modules=modules,
     )
-    apply_token_compression(model, config)
+    most = 1.0 - 1.0 / (config.stride[0] * config.stride[1])
+    if ratio > most:
+        _warn(f"ratio {ratio} merges as {most:g} does: one token of every {sy} x {sx} tile stays")
+    apply_token_compression(model, replace(config, ratio=min(max(float(ratio), 0.0), most)))
     return model
 
 
-def remove_patch(model: Model) -> Model:
-    """Take the patch out again; a model without one stays as it is. Returns the model itself."""
+def remove_patch(model: Any) -> Any:
+    """Take the patch out again; a model without one stays as it is.
+
+    Returns:
+        The model, and of a pipeline its `unet` where it has one, as tomesd does.
+    """
     remove_token_compression(model)
-    return model
+    return getattr(model, "unet", model)

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
+import warnings
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
+import tomesd as original
 import torch
 from diffusers import UNet2DConditionModel
 
@@ -45,15 +52,79 @@ def test_patches_like_the_config_and_unpatches(unet):
     assert torch.equal(run(unet), plain)
 
 
+def test_the_calls_are_those_of_tomesd():
+    """Same names, order and defaults."""
+    for name in ("apply_patch", "remove_patch"):
+        ours, theirs = (inspect.signature(getattr(module, name)).parameters for module in (tomesd, original))
+        assert [(p.name, p.default, p.kind) for p in ours.values()] == [
+            (p.name, p.default, p.kind) for p in theirs.values()
+        ]
+
+
+# Arguments that tomesd takes, what they are here, and what a warning says of them.
+TAKEN = [
+    ({"ratio": 0.9}, {"ratio": 0.75}, "ratio 0.9 merges as 0.75 does"),
+    ({"ratio": 2}, {"ratio": 0.75}, "ratio 2 merges as 0.75 does"),
+    ({"ratio": 0.9, "sx": 4}, {"ratio": 0.875, "stride": (2, 4)}, "merges as 0.875"),
+    ({"ratio": 0.5, "sx": 1, "sy": 1}, {"ratio": 0.0, "stride": (1, 1)}, "merges as 0 does"),
+    ({"ratio": 0.875, "sx": 4}, {"ratio": 0.875, "stride": (2, 4)}, None),
+    ({"ratio": 0}, {"ratio": 0.0}, None),
+    ({"ratio": -1.0}, {"ratio": 0.0}, None),
+    ({"ratio": np.float32(0.5)}, {"ratio": 0.5}, None),
+    ({"max_downsample": 2}, {"max_downsample": 2}, None),
+    ({"max_downsample": 3}, {"max_downsample": 2}, None),
+    ({"max_downsample": 100}, {"max_downsample": 8}, None),
+    ({"use_rand": False}, {"destinations": "first"}, None),
+    ({"use_rand": 1}, {"destinations": "random"}, None),
+    ({"merge_crossattn": True}, {"modules": ("attn1", "attn2")}, None),
+    ({"merge_attn": False, "merge_crossattn": True}, {"modules": ("attn2",)}, None),
+    ({"merge_mlp": True}, {}, "merge_mlp is not offered"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "config", "told"), TAKEN, ids=lambda value: str(value) if value else "")
+def test_what_tomesd_takes_is_taken(unet, arguments, config, told):
+    original.apply_patch(copy.deepcopy(unet), **arguments)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tomesd.apply_patch(unet, **arguments)
+    messages = [str(warning.message) for warning in caught if "tomesd: " in str(warning.message)]
+    assert len(messages) == (told is not None)
+    assert told is None or told in messages[0]
+    patched = run(unet)
+    apply_token_compression(unet, ToMeConfig(**config))
+    assert torch.equal(run(unet), patched)
+
+
+@pytest.mark.parametrize("arguments", [{"merge_attn": False}, {"max_downsample": 0}])
+def test_what_merges_nothing_says_so(unet, arguments):
+    plain = run(unet)
+    tomesd.apply_patch(unet)
+    with pytest.warns(UserWarning, match="nothing merges"):
+        assert tomesd.apply_patch(unet, **arguments) is unet
+    assert torch.equal(run(unet), plain)
+
+
+def test_pipelines(unet):
+    """Of a pipeline tomesd gives the pipeline back, and takes the patch out of its U-Net, which it returns."""
+    pipe = SimpleNamespace(unet=unet)
+    plain = run(unet)
+    assert tomesd.apply_patch(pipe) is pipe
+    assert tomesd.apply_patch(pipe, ratio=0.6) is pipe  # again
+    assert not torch.equal(run(unet), plain)
+    assert tomesd.remove_patch(pipe) is unet
+    assert tomesd.remove_patch(unet) is unet  # without a patch
+    assert torch.equal(run(unet), plain)
+
+
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("arguments", "error", "message"),
     [
-        ({"merge_mlp": True}, "merge_mlp: got True"),
-        ({"merge_attn": False}, "merge_attn: got False"),
-        ({"ratio": 0.9}, "ratio: got 0.9"),
-        ({"max_downsample": 3}, "max_downsample: got 3"),
+        ({"ratio": "half"}, TypeError, "ratio: got 'half'"),
+        ({"ratio": float("nan")}, ValueError, "ratio: got nan"),
+        ({"sx": 0}, ValueError, "stride: got"),
     ],
 )
-def test_bad_arguments(unet, arguments, message):
-    with pytest.raises(ValueError, match=f"^{message}"):
+def test_bad_arguments(unet, arguments, error, message):
+    with pytest.raises(error, match=f"^{message}"):
         tomesd.apply_patch(unet, **arguments)

@@ -64,7 +64,8 @@ def test_all_files_are_written(run, tmp_path: Path) -> None:
     assert content["notes"] == result.notes
     assert [order["alpha"] for order in content["pooling_orders"]] == [0.5, 1.0]
     assert ORDER_TITLE in page
-    assert ORDER_TITLE not in write_all(demo, result, tmp_path, pictures=False).read_text()
+    with OutputFolder(tmp_path, (), again=True) as output:
+        assert ORDER_TITLE not in write_all(demo, result, output, pictures=False).read_text()
     pictures = sorted(tmp_path.rglob("*.png"))
     assert len(pictures) == 2 * len(METHODS) + 2
     for path in pictures:
