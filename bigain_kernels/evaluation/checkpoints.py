@@ -187,11 +187,27 @@ def _scheduler(folder: Path) -> Any:
             f"checkpoint: got {config.get('_class_name')!r} in {path}, expected a scheduler of diffusers"
         )
     with naming(path, f"the config of a {cls.__name__}"):
-        check_scheduler(cls.from_config(config), path)
+        named = cls.from_config(config)
+        check_scheduler(named, path)
         scheduler = diffusers.DDPMScheduler.from_config(config)
         check_scheduler(scheduler, path)
         prediction_type(scheduler)
+    # What the file leaves out has another default in another class. With zero terminal SNR some keep 2^-24 of it.
+    if not torch.allclose(named.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-4, atol=1e-6):
+        raise BadCheckpoint(
+            f"checkpoint: got the noise schedule of {cls.__name__} in {path}, expected one that DDPMScheduler has too: "
+            "beta_start, beta_end and beta_schedule written out"
+        )
     return scheduler
+
+
+def _model_classes() -> dict[str, Any]:
+    """The models that are loaded, by the names that indices have for them."""
+    import diffusers
+
+    classes = (diffusers.DiTTransformer2DModel, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
+    # The name under which DiT was published.
+    return {cls.__name__: cls for cls in classes} | {"Transformer2DModel": diffusers.DiTTransformer2DModel}
 
 
 def _check_index(folder: Path) -> None:
@@ -203,9 +219,12 @@ def _check_index(folder: Path) -> None:
             f"checkpoint: got {index.get('_class_name')!r} in {path}, expected a DiT or Stable Diffusion pipeline, one "
             f"of {list(PIPELINES)}"
         )
+    known_models = _model_classes()
     for name, part in index.items():
         if not isinstance(part, list):
             continue
+        if name in ("transformer", "unet", "vae") and part[1:] not in [[kind] for kind in known_models]:
+            raise BadCheckpoint(f"checkpoint: got {name}={part!r} in {path}, expected one of {list(known_models)}")
         known = len(part) == 2 and (part == [None, None] or part[0] in LIBRARIES)
         if not known or not isinstance(part[1], (str, type(None))):
             raise BadCheckpoint(f"checkpoint: got {name}={part!r} in {path}, expected a class of {list(LIBRARIES)}")
@@ -213,10 +232,7 @@ def _check_index(folder: Path) -> None:
 
 def _loaded_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
     """The models of a local pipeline that diffusers would load without a word on what their files lack."""
-    import diffusers
-
-    classes = (diffusers.DiTTransformer2DModel, diffusers.UNet2DConditionModel, diffusers.AutoencoderKL)
-    known = {cls.__name__: cls for cls in classes}
+    known = _model_classes()
     index = read_config(folder / "model_index.json")
     found = {name: part[1] for name, part in index.items() if isinstance(part, list) and part[1] in known}
     parts = {name: load_model(known[kind], folder / name, dtype) for name, kind in found.items()}
@@ -231,22 +247,23 @@ def _from_pipeline(
 ) -> Checkpoint:
     import diffusers
 
-    parts: dict[str, Any] = {}
-    if Path(source).is_dir():
-        _check_index(Path(source))
+    folder = Path(source)
+    if not folder.is_dir():
+        # What comes from the hub is a stranger's as well: it is looked at on disk before it is loaded.
+        with naming(source, "the hub id of a pipeline that can be downloaded"):
+            folder = Path(diffusers.DiffusionPipeline.download(source, use_safetensors=True))
+    _check_index(folder)
     # Without transformers diffusers fails on an attribute that has nothing to do with it.
-    with naming(source, "a pipeline of diffusers"):
-        listed = diffusers.DiffusionPipeline.load_config(source).values()
+    listed = read_config(folder / "model_index.json").values()
     if any(isinstance(part, list) and part[0] == "transformers" for part in listed) and not util.find_spec(
         "transformers"
     ):
         raise ImportError(f"checkpoint: got {source}, whose text encoder needs: pip install transformers")
-    if Path(source).is_dir():
-        if (Path(source) / "scheduler" / "scheduler_config.json").exists():
-            _scheduler(Path(source) / "scheduler")
-        parts = _loaded_parts(Path(source), dtype)
+    if (folder / "scheduler" / "scheduler_config.json").exists():
+        _scheduler(folder / "scheduler")
+    parts = _loaded_parts(folder, dtype)
     with naming(source, "a whole pipeline of diffusers"):
-        pipe = diffusers.DiffusionPipeline.from_pretrained(source, dtype=dtype, use_safetensors=True, **parts)
+        pipe = diffusers.DiffusionPipeline.from_pretrained(str(folder), dtype=dtype, use_safetensors=True, **parts)
         pipe = pipe.to(device)
     for name, part in pipe.components.items():
         if isinstance(part, torch.nn.Module):
@@ -306,7 +323,7 @@ def load_classifier(folder: Path = TINY_DIT) -> DigitClassifier:
     from safetensors.torch import load_file
 
     path = folder / "classifier.safetensors"
-    if not path.exists():
+    if not path.is_file():
         raise FileNotFoundError(f"classifier: got {path}, expected the file that `bigain train-tiny` writes")
     model = DigitClassifier()
     try:

@@ -38,6 +38,8 @@ _OF_VALUES = (
 # Larger numbers in a config of a model are mistakes; constructors would try to take the memory.
 _LARGEST = 10**6
 _LARGEST_SAMPLE = 1024
+# Bytes of a JSON file. The index of a model of a thousand shards is smaller.
+_LARGEST_FILE = 2**25
 _STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -60,6 +62,15 @@ def naming(what: Path | str, expected: str) -> Iterator[None]:
         ) from error
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Of a key that stands twice readers take the first or the last: which was meant nobody knows."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return content
+
+
 def read_config(path: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -67,16 +78,39 @@ def read_config(path: Path) -> dict[str, Any]:
         BadCheckpoint: the file cannot be read, or holds something else.
     """
     with naming(path, "a file with a JSON object"):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # Opening a pipe would wait for ever.
+        if path.exists() and not path.is_file():
+            raise ValueError("no regular file")
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ValueError(f"{path.stat().st_size} bytes, more than {_LARGEST_FILE}")
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         if not isinstance(content, dict):
             raise ValueError(f"a {type(content).__name__} stands there")
     return content
 
 
+def _flat(value: Any) -> Iterator[Any]:
+    """`value`, or what lies in its lists, in however many."""
+    for part in value if isinstance(value, list) else ():
+        yield from _flat(part)
+    if not isinstance(value, list):
+        yield value
+
+
+def _check_layers(path: Path, config: Mapping[str, Any], weights: int) -> None:
+    """Every layer has a weight of its own. More than there are would be built one by one, for hours."""
+    for key in (key for key in config if "layers" in key):
+        for number in _flat(config[key]):
+            if isinstance(number, int) and number > weights:
+                raise BadCheckpoint(
+                    f"checkpoint: got {key}={number} in {path}, expected no more than there are weights for"
+                )
+
+
 def check_numbers(path: Path, config: Mapping[str, Any]) -> None:
     """No number of a model's config is negative, not finite, or beyond all models."""
     for key, value in config.items():
-        for number in value if isinstance(value, list) else [value]:
+        for number in _flat(value):
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 continue
             largest = _LARGEST_SAMPLE if key == "sample_size" else _LARGEST
@@ -100,7 +134,7 @@ def weight_files(folder: Path) -> list[Path]:
                 if Path(name).name != name or not (folder / name).is_file():
                     raise BadCheckpoint(f"checkpoint: got {name!r} in {index}, expected a file beside it")
             return [folder / name for name in sorted(set(names.values()))]
-        if (folder / f"{stem}.safetensors").exists():
+        if (folder / f"{stem}.safetensors").is_file():
             return [folder / f"{stem}.safetensors"]
     raise BadCheckpoint(
         f"checkpoint: got {folder} without weights, expected {_STEMS[0]}.safetensors (pickled weights are not read)"
@@ -169,11 +203,7 @@ def load_model(cls: Any, folder: Path, dtype: torch.dtype) -> Any:
     path = folder / "config.json"
     config = read_config(path)
     check_numbers(path, config)
-    layers = config.get("num_layers")
-    if isinstance(layers, int) and layers > len(shapes_in(weight_files(folder))):
-        raise BadCheckpoint(
-            f"checkpoint: got num_layers={layers} in {path}, expected no more than there are weights for"
-        )
+    _check_layers(path, config, len(shapes_in(weight_files(folder))))
     with naming(path, f"the config of a {cls.__name__}"), torch.device("meta"):
         empty = cls.from_config(config)
     check_weights(empty, folder)
@@ -205,7 +235,8 @@ def check_scheduler(scheduler: Any, path: Path | str) -> None:
         BadCheckpoint: it is of another family, such as flow matching, or its numbers make no schedule.
     """
     schedule = getattr(scheduler, "alphas_cumprod", None)
-    if schedule is None:
+    # Some schedulers of numbered steps can be told to follow a flow, and keep a schedule that they do not use.
+    if schedule is None or scheduler.config.get("use_flow_sigmas"):
         raise BadCheckpoint(
             f"checkpoint: got {type(scheduler).__name__} in {path}, expected a scheduler of diffusion in numbered "
             "steps (with alphas_cumprod), not flow matching"

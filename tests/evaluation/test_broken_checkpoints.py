@@ -17,7 +17,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2
 from safetensors.torch import load_file, save_file
 
 from bigain_kernels.cli.main import main
-from bigain_kernels.evaluation.checkpoints import load_checkpoint
+from bigain_kernels.evaluation.checkpoints import TINY_DIT, load_checkpoint, load_classifier
 from bigain_kernels.evaluation.strict_loading import BadCheckpoint
 
 WEIGHTS, CONFIG = "transformer/diffusion_pytorch_model.safetensors", "transformer/config.json"
@@ -104,6 +104,18 @@ def loop(file: str) -> Break:
         os.symlink(folder / file, folder / file)
 
     return apply
+
+
+def pipe(file: str) -> Break:
+    def apply(folder: Path) -> None:
+        (folder / file).unlink()
+        os.mkfifo(folder / file)
+
+    return apply
+
+
+def vast(file: str) -> Break:
+    return lambda folder: os.truncate(folder / file, 2**32)
 
 
 def cut(file: str, share: float) -> Break:
@@ -261,6 +273,23 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "betas NaN": (setting(SCHEDULER, "beta_end", float("nan")), "beta_end"),
     "unknown betas": (setting(SCHEDULER, "beta_schedule", "magic"), "scheduler_config.json"),
     "unknown prediction": (setting(SCHEDULER, "prediction_type", "magic"), "prediction_type"),
+    "scheduler without a class": (setting(SCHEDULER, "_class_name", None), "scheduler_config.json"),
+    "scheduler of flow sigmas": (
+        content(SCHEDULER, '{"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": true}'),
+        "flow matching",
+    ),
+    "scheduler of other defaults": (content(SCHEDULER, '{"_class_name": "LCMScheduler"}'), "beta_schedule"),
+    "scheduler empty": (content(SCHEDULER, "{}"), "scheduler_config.json"),
+    "config a pipe": (pipe(CONFIG), "config.json"),
+    "config of gigabytes": (vast(CONFIG), "config.json"),
+    "key twice": (content(CONFIG, '{"num_layers": 2, "num_layers": 3}'), "'num_layers' stands there twice"),
+    "weights a pipe": (pipe(WEIGHTS), "diffusion_pytorch_model.safetensors"),
+    "a million layers in a list": (setting("vae/config.json", "layers_per_block", [[10**6]]), "layers_per_block"),
+    "a million layers of the VAE": (setting("vae/config.json", "layers_per_block", 10**6), "layers_per_block"),
+    "part another model": (setting(INDEX, "vae", ["diffusers", "AutoencoderTiny"]), "AutoencoderTiny"),
+    "part a pipeline": (setting(INDEX, "transformer", ["diffusers", "DiTPipeline"]), "DiTPipeline"),
+    "part left out": (setting(INDEX, "vae", [None, None]), "vae"),
+    "library of the machine": (setting(INDEX, "extra", ["os", "system"]), "extra"),
     "index a list": (content(INDEX, "[]"), "model_index.json"),
     "index cut": (cut(INDEX, 0.6), "model_index.json"),
     "index nested": (content(INDEX, DEEP), "model_index.json"),
@@ -314,4 +343,55 @@ def test_broken_model_without_an_index(name: str, copy: Path, capsys: pytest.Cap
     (copy / INDEX).unlink()
     with pytest.raises(BadCheckpoint, match=r"^checkpoint: got") as caught:
         load_checkpoint(copy)
+    assert named in str(caught.value)
+
+
+def test_dit_is_known_under_the_name_of_its_publication(copy: Path) -> None:
+    setting(INDEX, "transformer", ["diffusers", "Transformer2DModel"])(copy)
+    assert load_checkpoint(copy).denoiser.num_classes == 3
+    tensors(lambda state: state.pop(KEY))(copy)
+    with pytest.raises(BadCheckpoint, match=KEY):
+        load_checkpoint(copy)
+
+
+def test_what_the_hub_gives_is_looked_at_as_any_folder(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiTPipeline.__mro__[1], "download", lambda source, **_: str(copy))
+    assert load_checkpoint("owner/name").denoiser.num_classes == 3
+    tensors(lambda state: state.pop(KEY))(copy)
+    with pytest.raises(BadCheckpoint, match=KEY):
+        load_checkpoint("owner/name")
+
+
+def test_a_hub_that_cannot_be_reached_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("no network")
+
+    monkeypatch.setattr(DiTPipeline.__mro__[1], "download", refuse)
+    with pytest.raises(BadCheckpoint, match=r"^checkpoint: got owner/name, .*no network"):
+        load_checkpoint("owner/name")
+
+
+CLASSIFIER = "classifier.safetensors"
+BROKEN_CLASSIFIERS: dict[str, tuple[Break, str]] = {
+    "missing": (tensors(lambda s: s.pop("head.bias"), CLASSIFIER), "head.bias"),
+    "unexpected": (tensors(lambda s: s.update(extra=torch.zeros(2)), CLASSIFIER), "extra"),
+    "shape": (tensors(lambda s: s.update({"head.bias": torch.zeros(11)}), CLASSIFIER), "head.bias"),
+    "NaN": (tensors(lambda s: s["head.bias"].fill_(torch.nan), CLASSIFIER), "head.bias"),
+    "empty": (content(CLASSIFIER, b""), CLASSIFIER),
+    "half": (cut(CLASSIFIER, 0.5), CLASSIFIER),
+    "text": (content(CLASSIFIER, "no tensors at all"), CLASSIFIER),
+    "directory": (directory(CLASSIFIER), CLASSIFIER),
+    "loop": (loop(CLASSIFIER), CLASSIFIER),
+    "pipe": (pipe(CLASSIFIER), CLASSIFIER),
+    "gone": (gone(CLASSIFIER), CLASSIFIER),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_CLASSIFIERS)
+def test_broken_classifier(name: str, tmp_path: Path) -> None:
+    shutil.copy(TINY_DIT / CLASSIFIER, tmp_path / CLASSIFIER)
+    damage, named = BROKEN_CLASSIFIERS[name]
+    damage(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"^classifier: got") as caught:
+        load_classifier(tmp_path)
     assert named in str(caught.value)
