@@ -1,33 +1,12 @@
-// token_merge, token_merge_norm and token_unmerge for CUDA tensors. The values of the tables are on the device and are
-// not checked here: the kernels clamp them.
+// token_merge and token_merge_norm for CUDA tensors. The values of the tables are on the device and are not checked
+// here: the kernels clamp them.
 #include "bigain/layer_norm.cuh"
 #include "bigain/token_merge.cuh"
-#include "bigain/token_unmerge.cuh"
 #include "op_common_cuda.h"
+#include "row_operands.h"
 
 namespace bigain {
 namespace {
-
-// The tensor as float32 with a unit last stride.
-Tensor as_float(const Tensor& tensor) {
-  return with_unit_stride(tensor.scalar_type() == ScalarType::Float ? tensor
-                                                                    : torch::stable::to(tensor, ScalarType::Float));
-}
-
-template <typename T>
-void copy_rows(const Tensor& y, const Tensor& index, const Tensor& out, TokenUnmerge<T> problem, cudaStream_t stream) {
-  problem.y = data_of<T>(y);
-  problem.batch_stride = y.stride(0);
-  problem.slot_stride = y.stride(1);
-  problem.batch = to_int(y.size(0));
-  problem.slots = to_int(y.size(1));
-  problem.tokens = to_int(index.size(1));
-  problem.channels = y.size(2);
-  problem.index = data_of<int32_t>(index);
-  problem.plan_rows = to_int(index.size(0));
-  problem.out = mutable_data_of<T>(out);
-  launch_token_unmerge(problem, stream);
-}
 
 // The mean in float32, the norms of the tokens, and the mean brought to the length of the longest: three launches.
 template <typename T>
@@ -100,24 +79,6 @@ Tensor token_merge(const Tensor& input, const Tensor& slot, const Tensor& offset
   return out;
 }
 
-// An operand that a kernel reads as it is: it has the dtype of x, or becomes float32.
-struct WideOperand {
-  std::optional<Tensor> tensor;
-  Operand kind = Operand::kNone;
-
-  WideOperand(const std::optional<Tensor>& given, const Tensor& x) {
-    if (!given.has_value()) return;
-    const bool same = given->scalar_type() == x.scalar_type();
-    kind = same ? Operand::kSame : Operand::kWide;
-    tensor = same ? with_unit_stride(*given) : as_float(*given);
-  }
-
-  ChannelRows rows() const {
-    if (!tensor.has_value()) return {};
-    return {tensor->const_data_ptr(), kind, tensor->dim() == 2 ? tensor->stride(0) : 0};
-  }
-};
-
 // token_merge with mode "mean" of LayerNorm(x): two launches. norm_weight and norm_bias (C), scale and shift (B, C).
 Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& offsets, const Tensor& members,
                         const Tensor& anchor, const std::optional<Tensor>& weights, double norm_eps,
@@ -145,35 +106,6 @@ Tensor token_merge_norm(const Tensor& input, const Tensor& slot, const Tensor& o
   return out;
 }
 
-// y (B, M, C), plan tables, residual (B, N, C) or none, gate (B, C) or none -> (B, N, C)
-Tensor token_unmerge(const Tensor& input, const Tensor& slot_in, const Tensor& offsets, const Tensor& members,
-                     const Tensor& anchor, const std::optional<Tensor>& residual_in,
-                     const std::optional<Tensor>& gate_in) {
-  const PlanSizes sizes = check_unmerge(input, slot_in, offsets, members, anchor, residual_in, gate_in);
-  const OnDeviceOf on(input);
-  const Tensor slot = torch::stable::contiguous(slot_in), y = with_unit_stride(input);
-  const WideOperand residual(residual_in, y), gate(gate_in, y);
-  Tensor out = new_tensor(y, {sizes.batch, sizes.tokens, sizes.channels}, y.scalar_type());
-  if (out.numel() == 0) return out;
-  with_type_of(y, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    TokenUnmerge<T> problem = {};
-    problem.gate_is = gate.kind;
-    if (gate.tensor.has_value()) {
-      problem.gate = gate.tensor->const_data_ptr();
-      problem.gate_stride = gate.tensor->stride(0);
-    }
-    problem.residual_is = residual.kind;
-    if (residual.tensor.has_value()) {
-      problem.residual = residual.tensor->const_data_ptr();
-      problem.residual_batch_stride = residual.tensor->stride(0);
-      problem.residual_token_stride = residual.tensor->stride(1);
-    }
-    copy_rows<T>(y, slot, out, problem, on.stream());
-  });
-  return out;
-}
-
 }  // namespace
 }  // namespace bigain
 
@@ -184,12 +116,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cuda, m) {
   m.def(
       "token_merge_norm(Tensor x, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? weights,"
       " float norm_eps, Tensor? norm_weight, Tensor? norm_bias, Tensor? scale, Tensor? shift) -> Tensor");
-  m.def(
-      "token_unmerge(Tensor y, Tensor slot, Tensor offsets, Tensor members, Tensor anchor, Tensor? residual,"
-      " Tensor? gate) -> Tensor");
 }
 BIGAIN_IMPL(bigain_cuda, m) {
   m.impl("token_merge", TORCH_BOX(&bigain::token_merge));
   m.impl("token_merge_norm", TORCH_BOX(&bigain::token_merge_norm));
-  m.impl("token_unmerge", TORCH_BOX(&bigain::token_unmerge));
 }

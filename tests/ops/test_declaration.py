@@ -34,6 +34,9 @@ def test_the_ops_of_torch_are_the_declared_ones():
 def test_one_name_finds_an_op(op):
     for folder in ("bigain_kernels/ops", "bigain_kernels/reference", "triton_kernels"):
         assert (PACKAGE.parent / folder / f"{op}.py").exists()
+    # What has no source there is composed.
+    composed = op in bk.backends.get("cpp").compositions
+    assert (PACKAGE.parent / "csrc" / "cpu" / f"{op}.cpp").exists() != composed
     assert import_module(f"bigain_kernels.ops.{op}").OP is OPS[op]
     assert callable(getattr(import_module(f"bigain_kernels.reference.{op}"), op))
 
