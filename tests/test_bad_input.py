@@ -371,7 +371,7 @@ WRONG_CALLS = [
     ("published score", lambda: published.published_destinations(X, GRID, (2, 2)), ValueError, "score: got shape"),
     ("split", lambda: load_digits("training"), ValueError, "split: got 'training', expected one of"),
     ("photograph", lambda: load_photograph("cat.jpg"), ValueError, "name: got 'cat.jpg', expected one of"),
-    ("steps", lambda: TrainConfig(steps=0), ValueError, "steps: got 0, expected at least 1"),
+    ("steps", lambda: TrainConfig(steps=0), ValueError, "steps: got 0, expected 1 to 1e9"),
 ]
 
 
