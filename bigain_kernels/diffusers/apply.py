@@ -16,7 +16,8 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
-from diffusers.models.attention_processor import FusedAttnProcessor2_0
+from diffusers.hooks._helpers import AttentionProcessorRegistry  # there is no public way to tell it a class
+from diffusers.models.attention_processor import AttnProcessor2_0, FusedAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -189,6 +190,15 @@ class Patch:
         self.watching, self.last_pass = False, None
 
 
+def _tell_hooks() -> None:
+    """diffusers' layer skipping knows processors by their class: ours are skipped as those that they stand in for."""
+    for ours in PROCESSORS:
+        for theirs in (*ours.__mro__[1:], AttnProcessor2_0):
+            if theirs in AttentionProcessorRegistry._registry:
+                AttentionProcessorRegistry.register(ours, AttentionProcessorRegistry.get(theirs))
+                break
+
+
 def _stand_in(config: CompressionConfig, family: str, fused: bool) -> Any:
     """A new processor that compresses the attention of a family of layers."""
     if family in _JOINT:
@@ -341,6 +351,7 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     if patched[0].family == "plain":
         patch.timestep_range()
     remove_token_compression(model)
+    _tell_hooks()
 
     merges = isinstance(config, MergeConfig)
     needs_source = merges and isinstance(model, UNet2DConditionModel)

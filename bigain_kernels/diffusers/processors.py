@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers.hooks.layer_skip import AttentionProcessorSkipHook
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
 
@@ -51,7 +52,20 @@ def enter(attn: Any, context: Context | None) -> tuple[LayerPatch, Context]:
         )
     if "pass" in context:
         context["pass"].reached = True
+    if context["active"] and _is_perturbed(attn):
+        context = {**context, "active": False}
     return layer, context
+
+
+def _is_perturbed(attn: Any) -> bool:
+    """Whether a guider of diffusers puts values in the place of attention for this call.
+
+    It does so where PyTorch's attention is called with as many keys as queries, so the layer must run as it is.
+    """
+    registry = getattr(attn, "_diffusers_hook", None)
+    return registry is not None and any(
+        isinstance(hook, AttentionProcessorSkipHook) and hook.skip_attention_scores for hook in registry.hooks.values()
+    )
 
 
 def refuse_mask(attention_mask: Tensor | None) -> None:

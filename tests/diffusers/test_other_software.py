@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from diffusers import (
     SD3Transformer2DModel,
     UNet2DConditionModel,
 )
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig, apply_token_compression, context
 
-from .models import dit_inputs, run, tiny_dit, tiny_unet, unet_inputs
+from .models import dit_inputs, flux_inputs, qwen_inputs, run, tiny_dit, tiny_flux, tiny_qwen, tiny_unet, unet_inputs
 
 
 @pytest.mark.parametrize("where", ["blocks", "attentions"])
@@ -65,6 +67,7 @@ def test_classes_that_were_wrapped_before_the_import():
     code = """
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 def wrap(cls):
@@ -151,3 +154,77 @@ def test_a_mask_over_tokens_counts_where_nothing_is_compressed(config):
     with pytest.raises(ValueError, match="attention_mask: got a mask"):
         model.transformer_blocks[0].attn1(**call, bigain={"active": True, "grid": (8, 8)})
     assert run(model, dit_inputs()).isfinite().all()
+
+
+SKIPPED = [
+    (tiny_dit, dit_inputs, LGTMConfig(proportional=True)),
+    (tiny_dit, dit_inputs, IEKVDConfig()),
+    (tiny_qwen, qwen_inputs, IEKVDConfig()),
+]
+
+
+@pytest.mark.parametrize(("build", "inputs", "config"), SKIPPED, ids=["dit-merge", "dit-pool", "qwen-pool"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"skip_attention": True, "skip_ff": False},
+        {"skip_attention": False, "skip_attention_scores": True, "skip_ff": False},
+    ],
+    ids=["attention", "scores"],
+)
+def test_layer_skipping_of_diffusers(build, inputs, config, options):
+    """Skip-layer and perturbed-attention guidance of modular pipelines rest on it, before and after compression.
+
+    What is skipped takes no part in compression; the other blocks are compressed all the same.
+    """
+    if build is tiny_qwen and options["skip_attention"]:
+        pytest.skip("diffusers' own skipping gives Qwen's two streams the outputs of each other, uncompressed too")
+    layers = LayerSkipConfig(indices=[1], fqn="transformer_blocks", **options)
+    first, after, other = build(), build(), build()
+    apply_layer_skip(first, layers)
+    apply_token_compression(first, config)
+    apply_token_compression(after, config)
+    whole = run(after, inputs())
+    apply_layer_skip(after, layers)
+    apply_layer_skip(other, layers)
+    rest = tuple(index for index in range(len(other.transformer_blocks)) if index != 1)
+    apply_token_compression(other, replace(config, blocks=rest))
+    outputs = [run(model, inputs()) for model in (first, after, other)]
+    assert torch.equal(outputs[0], outputs[1])
+    torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(outputs[0], whole, atol=1e-4)
+
+
+def _first_block_cache(model):
+    from diffusers.hooks import FirstBlockCacheConfig
+
+    model.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+
+
+def _pyramid(model):
+    from diffusers import PyramidAttentionBroadcastConfig
+
+    model.enable_cache(
+        PyramidAttentionBroadcastConfig(
+            spatial_attention_block_skip_range=1,
+            spatial_attention_timestep_skip_range=(-1, 2000),
+            current_timestep_callback=lambda: 500,
+        )
+    )
+
+
+@pytest.mark.parametrize("enable", [_first_block_cache, _pyramid], ids=["first-block", "pyramid"])
+@pytest.mark.parametrize("before", [True, False])
+def test_caches_of_diffusers(enable, before):
+    """With a threshold at which nothing is reused, a cached and compressed model is the compressed one."""
+    alone = tiny_flux()
+    apply_token_compression(alone, IEKVDConfig())
+    expected = run(alone, flux_inputs())
+    model = tiny_flux()
+    if before:
+        enable(model)
+    apply_token_compression(model, IEKVDConfig())
+    if not before:
+        enable(model)
+    with model.cache_context("cond"):
+        torch.testing.assert_close(run(model, flux_inputs()), expected, atol=1e-5, rtol=1e-5)
