@@ -162,7 +162,9 @@ def save_grid(images: torch.Tensor, labels: torch.Tensor, names: Sequence[str], 
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(canvas, interpolation="nearest")
-    axes.set_yticks([row * (side + 1) + side / 2 for row in range(len(present))], [names[c] for c in present])
+    # Names are a stranger's: dollars in them are no formula, and what is no character has no glyph.
+    shown = [names[c].encode("utf-8", "backslashreplace").decode() for c in present]
+    axes.set_yticks([row * (side + 1) + side / 2 for row in range(len(present))], shown, parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.set_frame_on(False)

@@ -93,3 +93,10 @@ def test_grid_has_a_row_for_each_class(tmp_path: Path) -> None:
     save_grid(images, torch.tensor([0, 1, 1, 2, 2, 2]), ["a", "b", "c"], path, "a title")
     with Image.open(path) as picture:
         assert picture.width > 200
+
+
+@pytest.mark.parametrize("name", ["$", "$x^$", "$\\frac{$", "a\nb", "\udce9", "[red]x", "\\", "%s{0}", ""], ids=ascii)
+def test_odd_names_of_classes_stand_beside_a_grid(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.png"
+    save_grid(torch.zeros(1, 1, 4, 4), torch.tensor([0]), [name], path, "title")
+    assert path.exists()
