@@ -293,6 +293,28 @@ def test_interrupted_demo_shows_what_is_finished(
     assert not empty.exists()
 
 
+@pytest.mark.parametrize("seconds", [0.05, 0.4, 1.2])
+def test_ctrl_c_while_it_starts(seconds: float, tmp_path: Path) -> None:
+    """The first seconds go into imports."""
+    started = (
+        "import sys, bigain_command; print('started', flush=True); sys.argv[1:] = ['classify', '--out', sys.argv[1]]; "
+        "sys.exit(bigain_command.main())"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", started, str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "started\n"
+    time.sleep(seconds)
+    os.kill(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+
+
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigain_kernels.cli.main", "classify", "--threads", "1", "--batch-size", "40"]
     process = subprocess.Popen(
