@@ -57,7 +57,7 @@ def build_wheel(sdist: Path, folder: Path, **environment: str) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     package = f"{wheel.name.split('-')[0]}-{wheel.name.split('-')[1]}.dist-info"
-    assert {name.split("/")[0] for name in names} == {"bigain_kernels", package}
+    assert {name.split("/")[0] for name in names} == {"bigain_kernels", "bigain_command.py", package}
     assert {"bigain_kernels/py.typed", f"{package}/licenses/LICENSE"} <= set(names)
     return wheel
 
