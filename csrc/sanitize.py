@@ -53,7 +53,8 @@ def main() -> int:
         "cuda/test_machine_code.py",
         "cuda/test_emulator.py",
     ]
-    tests = ["tests/csrc", *(f"--ignore=tests/csrc/{name}" for name in builds), *options, *sys.argv[1:]]
+    contract = ["tests/contract", "--backend", "cpp", "--backend", "cuda"]
+    tests = ["tests/csrc", *contract, *(f"--ignore=tests/csrc/{name}" for name in builds), *options, *sys.argv[1:]]
     return subprocess.run([sys.executable, "-m", "pytest", *tests], cwd=ROOT, env=environment).returncode
 
 

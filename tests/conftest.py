@@ -7,9 +7,20 @@ import torch
 
 from bigain_kernels import native, use_backend
 
+from .interpreted import pytest_pyfunc_call, pytest_runtestloop, pytest_unconfigure  # noqa: F401 - hooks
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The workers share the cores; more threads each only make them wait for one another.
     torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--backend", action="append", help="run the contract suite on this backend alone; may be repeated")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "interpreted: runs where Triton interprets its kernels (tests/interpreted.py)")
+    config.addinivalue_line("markers", "dtypes(*dtypes): of the dtypes of a backend, those that a contract case takes")
 
 
 @pytest.fixture(autouse=True)

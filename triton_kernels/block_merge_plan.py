@@ -117,6 +117,8 @@ def launch_block_merge_plan(
     check_tokens(n)
     count = merged_tiles(grid, stride, r)
     tables, work = empty_tables(rows, n, n - count * (stride[0] * stride[1] - 1), score.device)
+    # Of tiles larger than the grid there are none, however large they are; the kernel counts in 32 bits.
+    stride = (min(stride[0], grid[0] + 1), min(stride[1], grid[1] + 1))
     if rows * n:
         programs(block_merge_plan_kernel, rows)(
             p_score=score,

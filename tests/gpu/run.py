@@ -1,4 +1,4 @@
-"""Runs the GPU tests and the kernel checks of tests/triton_kernels/interpreted on a GPU, in many processes.
+"""Runs the GPU tests, the kernel checks and the contract suite on a GPU, in many processes.
 
     python -m tests.gpu.run [--processes 16] [--seconds 300] [more folders of tests]
 
@@ -17,19 +17,19 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("tests/gpu", "tests/triton_kernels/interpreted")
+FOLDERS = ("tests/gpu", "tests/triton_kernels/interpreted", "tests/contract")
 NOTHING_COLLECTED = 5
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("folders", nargs="*", help="more to run beside the two")
+    parser.add_argument("folders", nargs="*", help="more to run beside these")
     parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 16))
     parser.add_argument("--seconds", type=float, default=500, help="for everything; what is not done then has failed")
     options = parser.parse_args()
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "tests.gpu.shard", "-p", "no:cacheprovider"]
     command += ["-o", "addopts=-ra --strict-markers", "-o", "python_files=test_*.py check_*.py"]
-    command += [*FOLDERS, *options.folders]
+    command += [*FOLDERS, "--backend", "triton", "--backend", "cuda", *options.folders]
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     deadline, failed = time.monotonic() + options.seconds, 0
     with tempfile.TemporaryDirectory() as folder:

@@ -6,10 +6,8 @@ import pytest
 import torch
 
 from bigain_kernels import reference
-from bigain_kernels.plan import MergePlan
-from bigain_kernels.testing import assert_is_partition
 
-from .inputs import ORDERS, on_device
+from .inputs import on_device
 
 TABLES = ("slot", "offsets", "members", "anchor")
 
@@ -33,14 +31,6 @@ def random_match(rows, n, d, seed=0, kind="normal"):
     return similarity, match, destinations
 
 
-@pytest.fixture(params=ORDERS)
-def ordered_ops(request, cuda_ops):
-    """The library, its emulated threads in one order after another."""
-    cuda_ops.set_order(request.param)
-    yield cuda_ops
-    cuda_ops.set_order(0)
-
-
 def assert_same_tables(tables, plan):
     for name, table in zip(TABLES, tables, strict=True):
         assert torch.equal(table.cpu(), getattr(plan, name)), name
@@ -52,45 +42,10 @@ def assert_plans_like_the_reference(ops, inputs, r):
     assert_same_tables(tables, reference.merge_plan(*inputs, r, (1, n)))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties"])
-@pytest.mark.parametrize(("n", "d"), [(1, 0), (1, 1), (2, 1), (9, 4), (64, 16), (99, 20), (300, 1), (513, 128)])
-def test_every_r(ordered_ops, n, d, kind):
-    inputs = random_match(3, n, d, n, kind)
-    most = n - d if d else 0
-    for r in sorted({0, 1, most // 3, most // 2, most - 1, most} & set(range(most + 1))):
-        assert_plans_like_the_reference(ordered_ops, inputs, r)
-
-
-@pytest.mark.parametrize(("n", "d"), [(2049, 512), (4096, 1024), (9216, 2304)])
-def test_many_tokens(cuda_ops, n, d):
-    for r in (n // 2, n - d):
-        assert_plans_like_the_reference(cuda_ops, random_match(1, n, d, 3, "ties"), r)
-
-
 @pytest.mark.parametrize(("n", "d"), [(16_384, 4096), (65_536, 16_384), (65_537, 9), (70_000, 69_000)])
 def test_rows_that_shared_memory_does_not_hold(cuda_ops, n, d):
     """From 65,537 tokens on, a token and its slot no longer share 32 bits."""
     assert_plans_like_the_reference(cuda_ops, random_match(2, n, d, 3, "normal"), (n - d) // 2)
-
-
-def test_everything_merges_into_one_token(cuda_ops):
-    for n in (40, 5000, 65_536):
-        inputs = torch.zeros(1, n), torch.full((1, n), 5, dtype=torch.int32), torch.tensor([[5]]).int()
-        for r in (0, 1, n - 1):
-            assert_plans_like_the_reference(cuda_ops, inputs, r)
-
-
-@pytest.mark.parametrize("value", [0.5, -torch.inf, torch.nan])
-def test_all_tokens_alike(cuda_ops, value):
-    similarity, match, destinations = random_match(3, 200, 50)
-    assert_plans_like_the_reference(cuda_ops, (torch.full_like(similarity, value), match, destinations), 77)
-
-
-def test_strided_inputs(cuda_ops):
-    similarity, match, destinations = random_match(2, 60, 15)
-    wide, wide_match = torch.zeros(2, 100), torch.zeros(60, 2, dtype=torch.int32)
-    wide[:, 7:67], wide_match[:] = similarity, match.T
-    assert_plans_like_the_reference(cuda_ops, (wide[:, 7:67], wide_match.T, destinations), 30)
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (2, 0)])
@@ -136,31 +91,3 @@ def test_bad_arguments(cuda_ops):
     ]:
         with pytest.raises((ValueError, RuntimeError), match=message):
             call()
-
-
-@pytest.mark.parametrize("reduce", ["max", "sum", "mean", "min", "std"])
-@pytest.mark.parametrize(
-    ("grid", "stride"),
-    [
-        ((8, 8), (2, 2)),
-        ((7, 9), (3, 2)),
-        ((1, 1), (2, 2)),
-        ((4, 6), (1, 1)),
-        ((12, 13), (2, 2)),
-        ((3, 5), (10**9, 10**9)),
-        ((80, 90), (2, 3)),
-    ],
-)
-def test_block_merge_plan(ordered_ops, grid, stride, reduce):
-    generator = torch.Generator().manual_seed(2)
-    n = grid[0] * grid[1]
-    score = torch.randint(0, 40, (2, n + 3), generator=generator) / 16
-    score[0] = torch.rand(n + 3, generator=generator)
-    score[1, ::11] = torch.nan
-    score[1, 3::13] = torch.inf
-    score = score[:, 1 : n + 1]
-    for r in {0, n // 4, n // 2, n}:
-        plan = reference.block_merge_plan(score, grid, stride, r, reduce)
-        tables = ordered_ops.ops.block_merge_plan(on_device(score, ordered_ops.device), *grid, *stride, r, reduce)
-        assert_same_tables(tables, plan)
-        assert_is_partition(MergePlan(*(t.cpu() for t in tables), grid, plan.num_slots))

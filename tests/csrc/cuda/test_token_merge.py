@@ -9,8 +9,7 @@ import bigain_kernels as bk
 from bigain_kernels import MergePlan, reference
 from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
-from tests.csrc.cuda.conftest import layouts
-from tests.shapes import DTYPES, GRIDS, tokens
+from tests.shapes import DTYPES, tokens
 
 pytestmark = pytest.mark.usefixtures("on_cuda")
 FLOATS = [dtype for dtype in DTYPES if dtype != torch.float64]
@@ -29,34 +28,6 @@ def crowded_plan(rows: int, sizes: list[int], n: int) -> MergePlan:
     return plan_from_assignment(assign, n - sum(size - 1 for size in sizes), (1, n))
 
 
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("channels", [1, 7, 72])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("grid", "stride"), GRIDS)
-def test_merge_and_unmerge(on_cuda, grid, stride, dtype, channels, strided, rows):
-    n = grid[0] * grid[1]
-    x = tokens(3, n, channels, dtype, seed=channels, strided=strided)
-    planned = x[:rows].double()
-    plan = reference.lgtm_plan(planned, grid, stride, int(0.9 * n * bk.max_ratio(grid, stride))).to(on_cuda.device)
-    x = x.to(on_cuda.device)
-    weights = (tokens(3, n, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
-    for mode in ("mean", "mlerp", "prune"):
-        assert_close(bk.token_merge(x, plan, mode=mode), reference.token_merge(x.double(), plan, mode))
-    for mode in ("mean", "mlerp"):
-        for kind in (torch.float32, torch.bfloat16):
-            merged = bk.token_merge(x, plan, mode=mode, weights=weights.to(kind))
-            assert_close(merged, reference.token_merge(x.double(), plan, mode, weights.to(kind).double()))
-    y = tokens(3, plan.num_slots, channels, dtype, seed=9, strided=strided).to(on_cuda.device)
-    gate = tokens(3, 1, channels, dtype, seed=10)[:, 0].to(on_cuda.device)
-    assert torch.equal(bk.token_unmerge(y, plan), reference.token_unmerge(y, plan))
-    for residual in (x, x.float(), None):
-        for scale in (gate, gate.float(), None):
-            actual = bk.token_unmerge(y, plan, residual=residual, gate=scale)
-            wide = [t if t is None else t.double() for t in (residual, scale)]
-            assert_close(actual, reference.token_unmerge(y.double(), plan, *wide), dtype)
-
-
 def norm_operands(batch, channels, dtype, device, strided=False):
     """norm_weight, norm_bias, scale and shift of a fused LayerNorm."""
     weight, bias = tokens(2, 1, channels, dtype, seed=10)[:, 0].to(device)
@@ -66,29 +37,6 @@ def norm_operands(batch, channels, dtype, device, strided=False):
 
 def widened(operands):
     return {name: tensor.double() for name, tensor in operands.items()}
-
-
-@pytest.mark.parametrize("strided", [False, True])
-@pytest.mark.parametrize("channels", [1, 7, 72])
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize(("grid", "stride"), GRIDS)
-def test_merge_of_normalized_tokens(on_cuda, grid, stride, dtype, channels, strided, rows):
-    n = grid[0] * grid[1]
-    x = tokens(3, n, channels, dtype, seed=channels, strided=strided)
-    plan = reference.lgtm_plan(x[:rows].double(), grid, stride, int(0.9 * n * bk.max_ratio(grid, stride)))
-    plan, x = plan.to(on_cuda.device), x.to(on_cuda.device)
-    weights = (tokens(3, n, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
-    same = norm_operands(3, channels, dtype, on_cuda.device, strided)
-    other = norm_operands(3, channels, torch.float32 if dtype != torch.float32 else torch.bfloat16, on_cuda.device)
-    for names in ((), ("norm_weight", "norm_bias"), ("scale", "shift"), tuple(same)):
-        for given in (same, other):
-            given = {name: given[name] for name in names}
-            for w in (None, weights):
-                merged = bk.token_merge(x, plan, weights=w, norm_eps=1e-3, **given)
-                wide = w if w is None else w.double()
-                expected = reference.token_merge(x.double(), plan, "mean", wide, norm_eps=1e-3, **widened(given))
-                assert_close(merged, expected)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -107,40 +55,6 @@ def test_crowded_slots_of_normalized_tokens(on_cuda, order, dtype, channels):
             assert_close(merged, expected)
             on_cuda.set_order(0)
             assert torch.equal(bk.token_merge(x, plan, weights=given, norm_eps=1e-5, **norm), merged)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("channels", [72, 1152])
-def test_all_tokens_alike_are_normalized_alike(on_cuda, channels, dtype):
-    """One slot of all tokens: its mean is the one normalized token. 1,152 channels are shared by a whole warp."""
-    x = tokens(2, 1, channels, dtype).expand(2, 300, channels).to(on_cuda.device)
-    plan = crowded_plan(1, [300], 300).to(on_cuda.device)
-    operands = norm_operands(2, channels, torch.float32, on_cuda.device)
-    one = reference.token_merge(
-        x[:, :1].double(), MergePlan.identity(1, (1, 1)).to(on_cuda.device), norm_eps=1e-5, **widened(operands)
-    )
-    assert_close(bk.token_merge(x, plan, norm_eps=1e-5, **operands), one)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_same_bits_of_normalized_tokens_in_any_layout(on_cuda, dtype):
-    plan = crowded_plan(3, [70, 9], 120).to(on_cuda.device)
-    x = tokens(3, 120, 40, dtype).to(on_cuda.device)
-    operands = norm_operands(3, 40, dtype, on_cuda.device)
-    expected = bk.token_merge(x, plan, norm_eps=1e-5, **operands)
-    for view in layouts(x):
-        assert torch.equal(bk.token_merge(view, plan, norm_eps=1e-5, **operands), expected)
-    for name in operands:
-        views = layouts(operands[name][None]) if name.startswith("norm_") else layouts(operands[name])
-        for view in views:
-            view = view[0] if name.startswith("norm_") else view
-            assert torch.equal(bk.token_merge(x, plan, norm_eps=1e-5, **operands | {name: view}), expected)
-    # The other row of the plan, alone.
-    alone = MergePlan(
-        *(t[1:2] for t in (plan.slot, plan.offsets, plan.members, plan.anchor)), plan.grid, plan.num_slots
-    )
-    row = {name: t if name.startswith("norm_") else t[1:2] for name, t in operands.items()}
-    assert torch.equal(bk.token_merge(x[1:2], alone, norm_eps=1e-5, **row), expected[1:2])
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -165,29 +79,6 @@ def test_crowded_slots(on_cuda, order, dtype, channels):
             )
             alone = bk.token_merge(x[3:], other, mode=mode, weights=given if given is None else weights[3:])
             assert torch.equal(alone, merged[3:])
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_same_bits_in_any_layout(on_cuda, dtype):
-    plan = crowded_plan(3, [70, 9], 120).to(on_cuda.device)
-    x = tokens(3, 120, 40, dtype).to(on_cuda.device)
-    weights = (tokens(3, 120, 1, seed=8)[..., 0].abs() + 0.1).to(on_cuda.device)
-    for mode in ("mean", "mlerp", "prune"):
-        merged = bk.token_merge(x, plan, mode=mode)
-        for view in layouts(x):
-            assert torch.equal(bk.token_merge(view, plan, mode=mode), merged)
-    merged = bk.token_merge(x, plan, weights=weights)
-    for view in layouts(weights):
-        assert torch.equal(bk.token_merge(x, plan, weights=view), merged)
-    gate = x[:, 5].contiguous()
-    for residual, scale in ((x, gate), (x.float(), gate.float())):
-        expected = bk.token_unmerge(merged, plan, residual=residual, gate=scale)
-        for view in layouts(merged):
-            assert torch.equal(bk.token_unmerge(view, plan, residual=residual, gate=scale), expected)
-        for view in layouts(residual):
-            assert torch.equal(bk.token_unmerge(merged, plan, residual=view, gate=scale), expected)
-        for view in layouts(scale):
-            assert torch.equal(bk.token_unmerge(merged, plan, residual=residual, gate=view), expected)
 
 
 def test_short_slots_have_the_bits_of_the_reference(on_cuda):
@@ -233,16 +124,6 @@ def test_tables_out_of_range_read_nothing_else(on_cuda, channels):
         y = on_cuda.ops.token_merge_norm(x, *tables, None, 1e-5, x[0, 0], x[0, 1], x[:, 0], x[:, 1])
         assert not y.isnan().any()
         assert not on_cuda.ops.token_unmerge(y, *tables, x, None).isnan().any()
-
-
-def test_nan_and_infinity_stay_in_their_slots(on_cuda):
-    plan = crowded_plan(1, [40, 3], 64).to(on_cuda.device)
-    x = tokens(1, 64, 8).to(on_cuda.device)
-    x[0, plan.members[0, -1].item()] = torch.nan
-    x[0, 0, 3] = torch.inf
-    for mode in ("mean", "mlerp"):
-        assert_close(bk.token_merge(x, plan, mode=mode), reference.token_merge(x.double(), plan, mode))
-    assert_close(bk.token_merge(x, plan, norm_eps=1e-5), reference.token_merge(x.double(), plan, norm_eps=1e-5))
 
 
 BAD = [
@@ -313,17 +194,3 @@ def test_bad_arguments_of_unmerge(on_cuda):
     ):
         with pytest.raises(ValueError, match=message):
             on_cuda.ops.token_unmerge(*arguments)
-
-
-@pytest.mark.parametrize("shape", [(0, 48, 10), (4, 48, 0)])
-def test_nothing_to_merge(on_cuda, shape):
-    x = torch.zeros(shape, device=on_cuda.device)
-    plan = crowded_plan(2, [9, 3], 48).to(on_cuda.device)
-    if shape[0] == 0:
-        plan = MergePlan(plan.slot[:0], plan.offsets[:0], plan.members[:0], plan.anchor[:0], plan.grid, plan.num_slots)
-    for mode in ("mean", "mlerp", "prune"):
-        y = bk.token_merge(x, plan, mode=mode)
-        assert y.shape == (shape[0], plan.num_slots, shape[2])
-    operands = norm_operands(*shape[::2], torch.float32, on_cuda.device)
-    assert bk.token_merge(x, plan, norm_eps=1e-5, **operands).shape == y.shape
-    assert bk.token_unmerge(y, plan, residual=x).shape == shape

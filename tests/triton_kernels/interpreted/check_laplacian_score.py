@@ -47,16 +47,6 @@ def test_score_select_and_norms(batch, grid, stride, channels, strided, dtype):
     assert ((packed >> 32) == torch.where(is_destination, lowest_key, -(2**31))).all()
 
 
-@pytest.mark.parametrize("norm", ["l1", "l2"])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_score_alone(dtype, norm):
-    grid = (7, 9)
-    x = odd_tokens(2, 63, 72, dtype, strided=True)
-    assert_close(
-        launch_laplacian_score(x, grid, norm), reference.laplacian_score(x.double(), grid, norm), torch.float32
-    )
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("share", [2, 3])
 def test_rows_that_share_a_plan_are_averaged(dtype, share):
@@ -68,25 +58,6 @@ def test_rows_that_share_a_plan_are_averaged(dtype, share):
     alone = launch_score_and_select(out["mean"], grid, stride)
     for name in ("score", "inverse_norm", "destinations", "sources", "packed"):
         torch.testing.assert_close(out[name], alone[name], rtol=0, atol=0, equal_nan=True)
-
-
-def test_ties_go_to_the_lowest_token():
-    x = torch.ones(1, 36, 64)
-    score = launch_laplacian_score(x, (6, 6))
-    out = launch_score_and_select(x, (6, 6), (2, 2))
-    assert torch.equal(out["destinations"].sort(1).values, reference.select_destinations(score, (6, 6), (2, 2)))
-
-
-@pytest.mark.parametrize(("grid", "stride"), [((8, 8), (2, 2)), ((7, 9), (3, 2)), ((5, 6), (1, 1)), ((1, 3), (2, 2))])
-def test_select_destinations(grid, stride):
-    generator = torch.Generator().manual_seed(1)
-    score = torch.randint(-2, 3, (3, grid[0] * grid[1]), generator=generator).float()
-    score[:, ::5] = torch.nan
-    score[:, 1::7] = -0.0
-    score[1, ::2] = torch.inf
-    assert torch.equal(
-        launch_select_destinations(score, grid, stride), reference.select_destinations(score, grid, stride)
-    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

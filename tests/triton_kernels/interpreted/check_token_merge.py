@@ -9,11 +9,9 @@ from bigain_kernels.declaration import tables_of
 from bigain_kernels.plan import MergePlan
 from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
-from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 from bigain_kernels.triton_kernels.token_merge import launch_token_merge
 from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
 from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
-from tests.shapes import tokens
 
 from .check_merge_plan import random_match
 from .inputs import DTYPES, candidates, odd_tokens, on_device
@@ -21,15 +19,6 @@ from .inputs import DTYPES, candidates, odd_tokens, on_device
 launch_token_merge = on_device(launch_token_merge)
 launch_token_merge_norm = on_device(launch_token_merge_norm)
 launch_token_unmerge = on_device(launch_token_unmerge)
-
-SHAPES = [
-    (3, 3, 63, 72, True),
-    (4, 2, 64, 64, False),
-    (2, 1, 40, 320, True),
-    (1, 1, 1, 64, False),
-    (1, 1, 9, 1152, False),
-]
-IDS = [f"B{b}-P{p}-N{n}-C{c}" for b, p, n, c, _ in SHAPES]
 
 
 def random_plan(rows, n, seed=0):
@@ -52,40 +41,6 @@ def one_slot(n, extra=3):
     destinations = torch.zeros(1, 1, dtype=torch.int32)
     match = torch.zeros(1, n, dtype=torch.int32)
     return reference.merge_plan(similarity, match, destinations, n - 1 - extra, (1, n))
-
-
-@pytest.mark.parametrize("mode", ["mean", "mlerp", "prune"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "rows", "n", "channels", "strided"), SHAPES, ids=IDS)
-def test_merge(batch, rows, n, channels, strided, dtype, mode):
-    x, plan = odd_tokens(batch, n, channels, dtype, strided), random_plan(rows, n)
-    y = merge(x, plan, mode)
-    expected = reference.token_merge(x.double(), plan, mode)
-    assert_close(y, expected)
-    if mode != "mlerp":
-        # Short slots are summed in the order of the reference: the same bits.
-        torch.testing.assert_close(y, reference.token_merge(x, plan, mode), rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", ["mean", "mlerp"])
-def test_weights(dtype, mode):
-    x, plan = odd_tokens(4, 63, 72, dtype), random_plan(2, 63)
-    generator = torch.Generator().manual_seed(1)
-    weights = torch.randint(1, 9, (4, 63), generator=generator).float()
-    assert_close(merge(x, plan, mode, weights), reference.token_merge(x.double(), plan, mode, weights.double()))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("mode", ["mean", "mlerp"])
-@pytest.mark.parametrize("n", [35, 36, 37, 150])
-def test_long_slots(n, mode, weighted):
-    """Slots of 32 and 33 members take different routes; 147 members are more than two rounds of lanes."""
-    x, plan = odd_tokens(2, n, 72, torch.float32), one_slot(n)
-    x = x.nan_to_num(1.0, 1.0)
-    weights = torch.rand(2, n, generator=torch.Generator().manual_seed(0)) + 0.5 if weighted else None
-    expected = reference.token_merge(x.double(), plan, mode, None if weights is None else weights.double())
-    assert_close(merge(x, plan, mode, weights), expected)
 
 
 def plan_of_sizes(sizes, seed=0):
@@ -147,66 +102,6 @@ def test_fused_layer_norm_of_huge_slots(modulate):
         **({"shift": shift, "scale": scale} if modulate else {}),
     )  # fmt: skip
     assert_close(y, reference.token_merge(normed, plan))
-
-
-def test_equal_tokens_keep_their_value():
-    for n in (150, 3000):
-        x = torch.full((1, n, 64), 0.3, dtype=torch.bfloat16)
-        assert torch.equal(merge(x, one_slot(n)), x[:, :4])
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("affine", [False, True])
-@pytest.mark.parametrize("modulate", [False, True])
-def test_fused_layer_norm(dtype, affine, modulate):
-    batch, n, channels = 4, 63, 72
-    x, plan = odd_tokens(batch, n, channels, dtype, strided=True), random_plan(2, n)
-    x = x.nan_to_num(1.0, 1.0, 1.0)
-    generator = torch.Generator().manual_seed(1)
-    weight, bias = (torch.randn(channels, generator=generator).to(dtype) for _ in range(2))
-    shift, scale = torch.randn(batch, 2 * channels, generator=generator).to(dtype).chunk(2, dim=1)
-    normed = F.layer_norm(x.double(), (channels,), *((weight.double(), bias.double()) if affine else ()), eps=1e-6)
-    if modulate:
-        normed = normed * (1 + scale.double()[:, None]) + shift.double()[:, None]
-    y = merge_norm(
-        x,
-        plan,
-        norm_eps=1e-6,
-        **({"norm_weight": weight, "norm_bias": bias} if affine else {}),
-        **({"shift": shift, "scale": scale} if modulate else {}),
-    )
-    assert_close(y, reference.token_merge(normed, plan))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("weighted", [False, True])
-@pytest.mark.parametrize("given", [(), ("norm_weight", "norm_bias"), ("scale", "shift"), "all"], ids=str)
-def test_the_op_with_a_norm(given, weighted, dtype):
-    x, plan, channels = tokens(4, 63, 72, dtype, strided=True), random_plan(2, 63), 72
-    weight, bias = tokens(2, 1, channels, dtype, seed=1)[:, 0]
-    scale, shift = tokens(4, 1, channels, torch.float32, seed=2)[:, 0], tokens(4, 2, channels, dtype, seed=3)[:, 1]
-    operands = {"norm_weight": weight, "norm_bias": bias, "scale": scale, "shift": shift}
-    operands = {name: t if given == "all" or name in given else None for name, t in operands.items()}
-    weights = tokens(4, 63, 1, seed=4)[..., 0].abs() + 0.1 if weighted else None
-    y = on_device(IMPLEMENTATIONS["token_merge_norm"])(x, *tables_of(plan), weights, 1e-3, *operands.values())
-    wide = {name: None if t is None else t.double() for name, t in operands.items()}
-    wide_weights = None if weights is None else weights.double()
-    assert_close(y, reference.token_merge(x.double(), plan, "mean", wide_weights, norm_eps=1e-3, **wide))
-
-
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("added", [False, True])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("batch", "rows", "n", "channels", "strided"), SHAPES, ids=IDS)
-def test_unmerge(batch, rows, n, channels, strided, dtype, gated, added):
-    plan = random_plan(rows, n)
-    y = odd_tokens(batch, plan.num_slots, channels, dtype, strided)
-    residual = odd_tokens(batch, n, channels, dtype, not strided, seed=1) if added else None
-    gate = odd_tokens(1, batch, channels, dtype, strided, seed=2)[0] if gated else None
-    actual = launch_token_unmerge(y, *tables_of(plan), residual, gate)
-    # The same operations in float32, rounded once.
-    expected = reference.token_unmerge(y, plan, residual, gate)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
