@@ -50,13 +50,23 @@ def pytest_generate_tests(metafunc):
     metafunc.parametrize(("backend", "dtype") if has_dtype else ("backend",), cases, indirect=["backend"])
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    """Notes what a case is of; what no chosen backend implements is left out."""
+    kept, left_out = [], []
     for item in items:
         call = getattr(item, "callspec", None)
-        if call is not None and "backend" in call.params and isinstance(call.params["backend"], providers.Provider):
+        if call is None or not hasattr(item.module, "OP") or "backend" not in call.params:
+            kept.append(item)
+        elif isinstance(call.params["backend"], providers.Provider):
             dtype = call.params.get("dtype")
             row = [item.module.OP, call.params["backend"].name, short(dtype) if dtype else "float32"]
             item.user_properties.append(("contract", row))
+            kept.append(item)
+        else:
+            left_out.append(item)
+    if left_out:
+        items[:] = kept
+        config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.fixture

@@ -147,7 +147,11 @@ def test_same_bits_in_any_layout_batch_and_order(backend, dtype, window):
     for result in results:
         for actual, wanted in zip(result, expected, strict=True):
             assert_same_bits(actual, wanted)
-    if backend.name != "reference":  # torch may multiply a batch of one in another way, to other last bits
+    if backend.name in (
+        "cpp",
+        "cuda",
+        "triton",
+    ):  # torch may multiply a batch of one in another way, to other last bits
         alone = backend.bipartite_match(x[1:], destinations[1:], window, grid, stride)
         for actual, wanted in zip(alone, expected, strict=True):
             assert_same_bits(actual, wanted[1:])
