@@ -14,12 +14,20 @@ UNROLLED = tl.constexpr(4)
 
 
 @triton.jit
+def nearest(o_out, size, out):
+    """(2 * o_out + 1) * size // (2 * out) with no number past 3 * size, where the product would pass 32 bits."""
+    whole = size // out
+    rest = size - whole * out
+    return o_out * whole + (whole * out + (2 * o_out + 1) * rest) // (2 * out)
+
+
+@triton.jit
 def window_of(o_t, height, width, SY: tl.constexpr, SX: tl.constexpr):
     """Tokens of pooled tokens: the corner of the window, and the nearest one by the nearest-exact rule."""
     out_y, out_x = height // SY, width // SX
     o_row, o_column = o_t // out_x, o_t % out_x
     o_corner = o_row * SY * width + o_column * SX
-    o_near = ((2 * o_row + 1) * height // (2 * out_y)) * width + (2 * o_column + 1) * width // (2 * out_x)
+    o_near = nearest(o_row, height, out_y) * width + nearest(o_column, width, out_x)
     return o_corner, o_near
 
 
