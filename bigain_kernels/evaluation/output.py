@@ -93,7 +93,7 @@ class OutputFolder:
         listed = self.path / LIST
         if listed.exists():
             self._ours = {line for line in listed.read_text(encoding="utf-8").split("\n") if line}
-        present = [name for pattern in self._names for path in self.path.glob(pattern) if (name := self._name(path))]
+        present = self._present()
         foreign = sorted(name for name in present if name not in self._ours)
         if foreign:
             raise ValueError(
@@ -102,8 +102,9 @@ class OutputFolder:
         if present and not self._again:
             raise ValueError(f"out: got {self.path} with results in it, expected {self._hint} or another folder")
 
-    def _name(self, path: Path) -> str:
-        return path.relative_to(self.path).as_posix()
+    def _present(self) -> list[str]:
+        """What lies in the folder under the names of this run, relative to it."""
+        return [path.relative_to(self.path).as_posix() for name in self._names for path in self.path.glob(name)]
 
     def claim(self, name: str) -> Path:
         """The path of a file of ours, listed before it is written."""
@@ -114,8 +115,12 @@ class OutputFolder:
         return self.path / name
 
     def clear(self) -> None:
-        """Remove the files of earlier runs, those that summarise others first: a kill leaves no summary of nothing."""
-        for name in sorted(self._ours, key=lambda name: ("/" in name, not name.endswith(".json"), name)):
+        """Remove what earlier runs wrote under the names of this one, summaries first: a kill leaves none of nothing.
+
+        Results of other commands stay, and so does whatever else the list names: it may have come with the folder.
+        """
+        names = self._ours.intersection(self._present())
+        for name in sorted(names, key=lambda name: ("/" in name, not name.endswith(".json"), name)):
             (self.path / name).unlink(missing_ok=True)
 
     def write_text(self, name: str, text: str) -> None:

@@ -249,6 +249,28 @@ def test_files_of_others_are_left_alone(
     assert path.read_text() == "somebody's"
 
 
+def test_a_command_leaves_the_results_of_another_in_the_same_folder(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    before = {name: (out / name).read_bytes() for name in ("results.jsonl", "summary.json")}
+    assert bigain("generate", "--out", out, "--images", 1, "--steps", 1) == 0
+    assert bigain("generate", "--out", out, "--images", 1, "--steps", 1, "--overwrite") == 0
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("listed", ["../mine.txt", "samples/../../mine.txt", "notes.txt", "{}/mine.txt"])
+def test_a_list_that_came_with_the_folder_removes_nothing_else(listed: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / "samples").mkdir(parents=True)
+    kept = [tmp_path / "mine.txt", out / "notes.txt"]
+    for path in kept:
+        path.write_text("mine")
+    (out / LIST).write_text(listed.format(tmp_path) + "\n")
+    with OutputFolder(out, ("settings.json", "samples/*"), again=True) as output:
+        output.clear()
+    assert all(path.exists() for path in kept)
+
+
 def test_overwriting_removes_what_is_ours_alone(tmp_path: Path) -> None:
     few = ["generate", "--steps", "1", "--out", tmp_path]
     assert bigain(*few, "--images", 3) == 0
