@@ -67,7 +67,7 @@ def apply_patch(
         ratio=0.0,
         stride=(sy, sx),
         # tomesd compares the level with it; levels are powers of two.
-        max_downsample=min(1 << (int(max_downsample).bit_length() - 1), 8),
+        max_downsample=1 << (int(min(max_downsample, 8)).bit_length() - 1),
         destinations="random" if use_rand else "first",
         modules=modules,
     )

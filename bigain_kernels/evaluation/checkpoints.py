@@ -18,6 +18,7 @@ from .strict_loading import (
     check_finite,
     check_numbers,
     check_scheduler,
+    check_vae,
     load_model,
     load_text_encoder,
     naming,
@@ -289,8 +290,9 @@ def _of_pipeline(pipe: Any, source: str, class_names: Sequence[str], template: s
         names, aliases = tuple(class_names), {}
     else:
         raise BadCheckpoint(f"checkpoint: got a {type(pipe).__name__}, expected a DiT or Stable Diffusion pipeline")
+    channels, height, width = denoiser.sample_shape
+    check_vae(pipe.vae, channels, source)
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    _, height, width = denoiser.sample_shape
     return Checkpoint(denoiser, names, (pipe.vae.config.in_channels, height * scale, width * scale), pipe.vae, aliases)
 
 

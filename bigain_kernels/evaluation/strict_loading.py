@@ -249,3 +249,30 @@ def check_scheduler(scheduler: Any, path: Path | str) -> None:
         or float(schedule.max()) > 1
     ):
         raise BadCheckpoint(f"checkpoint: got {path} whose noise schedule is none, expected values from 0 to 1")
+
+
+def check_vae(vae: Any, channels: int, what: Path | str) -> None:
+    """Latents of the VAE are those of the denoiser, once scaled by one number.
+
+    Args:
+        vae: of the pipeline.
+        channels: of what the denoiser takes.
+        what: the checkpoint, for the message.
+
+    Raises:
+        BadCheckpoint: they have other channels, no such number, or are to be shifted as well.
+    """
+    config = vae.config
+    scale = config.get("scaling_factor")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not 0 < scale < float("inf"):
+        raise BadCheckpoint(f"checkpoint: got scaling_factor={scale!r} of the VAE in {what}, expected a number above 0")
+    for key in ("shift_factor", "latents_mean", "latents_std"):
+        if config.get(key) is not None:
+            raise BadCheckpoint(
+                f"checkpoint: got {key}={config[key]!r} of the VAE in {what}, expected latents that are only scaled"
+            )
+    if config["latent_channels"] != channels:
+        raise BadCheckpoint(
+            f"checkpoint: got latent_channels={config['latent_channels']} of the VAE in {what}, expected {channels}, "
+            "those that its denoiser takes"
+        )

@@ -74,6 +74,7 @@ TAKEN = [
     ({"max_downsample": 2}, {"max_downsample": 2}, None),
     ({"max_downsample": 3}, {"max_downsample": 2}, None),
     ({"max_downsample": 100}, {"max_downsample": 8}, None),
+    ({"max_downsample": float("inf")}, {"max_downsample": 8}, None),
     ({"use_rand": False}, {"destinations": "first"}, None),
     ({"use_rand": 1}, {"destinations": "random"}, None),
     ({"merge_crossattn": True}, {"modules": ("attn1", "attn2")}, None),

@@ -151,6 +151,12 @@ class _Bomb:
         return Path.touch, (self.path,)
 
 
+def other_vae(folder: Path) -> None:
+    """A VAE that is whole in itself, of latents that the denoiser does not take."""
+    config = AutoencoderKL.load_config(folder / "vae")
+    AutoencoderKL.from_config(config, latent_channels=3).save_pretrained(folder / "vae")
+
+
 def pickled(folder: Path) -> None:
     path = folder / WEIGHTS
     path.unlink()
@@ -302,6 +308,15 @@ BROKEN: dict[str, tuple[Break, str]] = {
     "part unknown": (setting(INDEX, "vae", ["diffusers", "MagicVAE"]), "MagicVAE"),
     "labels no table": (setting(INDEX, "id2label", "cat"), "copy"),
     "VAE config a list": (content("vae/config.json", "[]"), "vae/config.json"),
+    "VAE scale of zero": (setting("vae/config.json", "scaling_factor", 0.0), "scaling_factor"),
+    "VAE scale below zero": (setting("vae/config.json", "scaling_factor", -0.5), "scaling_factor"),
+    "VAE scale null": (setting("vae/config.json", "scaling_factor", None), "scaling_factor"),
+    "VAE scale a text": (setting("vae/config.json", "scaling_factor", "1"), "scaling_factor"),
+    "VAE scale true": (setting("vae/config.json", "scaling_factor", True), "scaling_factor"),
+    "VAE with a shift": (setting("vae/config.json", "shift_factor", 0.1), "shift_factor"),
+    "VAE with means": (setting("vae/config.json", "latents_mean", [0.1, 0.2, 0.3, 0.4]), "latents_mean"),
+    "VAE with deviations": (setting("vae/config.json", "latents_std", [1.0, 2.0, 3.0, 4.0]), "latents_std"),
+    "VAE of another model": (other_vae, "latent_channels"),
     "VAE other channels": (setting("vae/config.json", "latent_channels", 3), "of shape"),
 }
 
