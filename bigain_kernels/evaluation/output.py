@@ -51,7 +51,7 @@ class OutputFolder:
 
     Raises:
         ValueError: on entering: the folder is a file, is in use by another run, cannot be written to, holds results and
-            `again` is false, or holds files of those names that are not ours.
+            `again` is false, holds files of those names that are not ours, or a list of ours that cannot be read.
     """
 
     def __init__(self, path: Path, names: Sequence[str], again: bool, hint: str = "--overwrite") -> None:
@@ -92,9 +92,14 @@ class OutputFolder:
             probe.unlink(missing_ok=True)
         listed = self.path / LIST
         if listed.exists():
-            self._ours = {line for line in listed.read_text(encoding="utf-8").split("\n") if line}
+            try:
+                self._ours = {line for line in listed.read_text(encoding="utf-8").split("\n") if line}
+            except (OSError, UnicodeError) as error:
+                raise ValueError(
+                    f"out: got {self.path} with {LIST} that cannot be read, expected another folder ({error})"
+                ) from error
         present = self._present()
-        foreign = sorted(name for name in present if name not in self._ours)
+        foreign = sorted(name for name in present if name not in self._ours or (self.path / name).is_dir())
         if foreign:
             raise ValueError(
                 f"out: got {self.path} with {foreign[0]}, which bigain did not write there, expected another folder"
@@ -135,7 +140,8 @@ class OutputFolder:
     def _leave(self) -> None:
         """Let go of the folder; one that this run made and left empty goes too."""
         if not any((self.path / name).exists() for name in self._ours):
-            (self.path / LIST).unlink(missing_ok=True)
+            if self._ours:
+                (self.path / LIST).unlink(missing_ok=True)
             if self._made:
                 (self.path / LOCK).unlink(missing_ok=True)
         self._lock.release()

@@ -271,6 +271,31 @@ def test_a_list_that_came_with_the_folder_removes_nothing_else(listed: str, tmp_
     assert all(path.exists() for path in kept)
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", None])
+def test_a_list_that_cannot_be_read_is_named(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / LIST
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"^out: got {tmp_path} with {LIST} that cannot be read"):
+        OutputFolder(tmp_path, ("settings.json",), again=True).__enter__()
+    assert path.exists()
+
+
+def test_a_folder_in_the_place_of_a_file_of_ours_is_not_ours(tmp_path: Path) -> None:
+    names = ("settings.json", "grid.png")
+    with OutputFolder(tmp_path, names, again=False) as output:
+        output.write_text("settings.json", "{}")
+        output.claim("grid.png").mkdir()
+    with (
+        pytest.raises(ValueError, match=r"with grid\.png, which bigain did not write there"),
+        OutputFolder(tmp_path, names, again=True) as output,
+    ):
+        output.clear()
+    assert (tmp_path / "settings.json").exists()
+
+
 def test_overwriting_removes_what_is_ours_alone(tmp_path: Path) -> None:
     few = ["generate", "--steps", "1", "--out", tmp_path]
     assert bigain(*few, "--images", 3) == 0
