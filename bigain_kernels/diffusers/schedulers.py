@@ -129,14 +129,15 @@ def reads_timesteps(config: CompressionConfig) -> str | None:
 class Pipeline:
     """What a compressed model asks of its pipeline, which it must not keep alive; nothing where there is none."""
 
-    def __init__(self, pipeline: Any = None) -> None:
+    def __init__(self, pipeline: Any = None, lost: bool = False) -> None:
+        self._had_one = lost or pipeline is not None
         # Stand-ins for a pipeline, such as types.SimpleNamespace, may know no weak references; those are kept.
         weak = hasattr(type(pipeline), "__weakref__")
         self._get: Callable[[], Any] = weakref.ref(pipeline) if weak else lambda: pipeline
 
-    def __reduce__(self) -> tuple[type[Pipeline], tuple[()]]:
+    def __reduce__(self) -> tuple[type[Pipeline], tuple[None, bool]]:
         # A copied model belongs to no pipeline that we know.
-        return Pipeline, ()
+        return Pipeline, (None, self._had_one)
 
     @property
     def scheduler(self) -> Any:
@@ -146,10 +147,14 @@ class Pipeline:
     def conditions(self) -> int | None:
         """How many rows of a batch belong to one picture: 1 without guidance, 2 with it; None where nobody says.
 
+        0, which is no number that plans are shared by, where a pipeline could have said and is gone: of a copied model,
+        or one that outlived its pipeline.
         Pipelines say whether they run guidance while they run, and whether rows for perturbed attention come on top.
         Those with a guider call the model once for each condition.
         """
         pipeline = self._get()
+        if pipeline is None:
+            return 0 if self._had_one else None
         if getattr(pipeline, "guider", None) is not None:
             return 1
         # Properties that look at the guidance scale of the present call; before the first there is none.

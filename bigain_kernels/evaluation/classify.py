@@ -24,6 +24,10 @@ from .noise import seeded_noise
 SCORES = ("standardised", "mean")
 
 
+# More noise samples of one image than anybody waits for.
+_MOST_SAMPLES = 10**5
+
+
 @dataclass(frozen=True)
 class ClassifierConfig:
     """Settings of the diffusion classifier.
@@ -52,6 +56,8 @@ class ClassifierConfig:
         samples, keeps = [s for s, _ in self.stages], [k for _, k in self.stages]
         growing = all(a < b for a, b in pairwise([0, *samples]))
         shrinking = all(a > b for a, b in pairwise(keeps))
+        if samples and max(samples) > _MOST_SAMPLES:
+            raise ValueError(f"stages: got {max(samples)} samples, expected at most {_MOST_SAMPLES}")
         if not (self.stages and growing and shrinking and keeps[-1] == 1):
             raise ValueError(
                 f"stages: got {self.stages}, expected (samples, keep) pairs with growing samples and falling keep, "

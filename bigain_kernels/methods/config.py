@@ -99,7 +99,8 @@ class MergeConfig(CompressionConfig):
         share_plan: k plans once for every k rows of the batch that belong together, from their mean hidden state. None
             plans for every row. Sharing lapses, every row gets its own plan, where the batch is no multiple of k, and
             in a pipeline that says it runs another number of conditions than k at that step (guidance that is off or
-            ends in mid-run, a guider that calls once for each condition). A bare model cannot know.
+            ends in mid-run, a guider that calls once for each condition), and in a copy of such a pipeline's model. A
+            bare model cannot know.
         share_order: how rows that belong together stand in the batch: "cat", as `torch.cat([uncond, cond])` puts them,
             row b with b + B / k (also class-major classifier batches); or "interleave", as `repeat_interleave` does,
             k neighbours.

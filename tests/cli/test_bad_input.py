@@ -37,6 +37,7 @@ WRONG = [
     (["classify", "--timesteps", "1000"], "timesteps: got 1000"),
     (["classify", "--stages", "2"], "stages: got '2'"),
     (["classify", "--stages", "2:4"], "stages: got"),
+    (["classify", "--stages", "999999999:1"], "stages: got 999999999 samples"),
     (["classify", "--stages", "2:11,3:1"], "stages: got keep 11"),
     (["classify", "--score", "median"], "score: got 'median'"),
     (["classify", "--seed", "-1"], "seed: got -1"),

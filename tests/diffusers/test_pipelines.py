@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +12,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPAGPipeline, 
 
 from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToMeConfig, apply_token_compression, token_compression
 
-from .models import TEXT_DIM, dit_inputs, only, recorded_plans, run, tiny_dit, tiny_unet
+from .models import TEXT_DIM, dit_inputs, only, recorded_plans, run, tiny_dit, tiny_unet, unet_inputs
 
 TEXT = torch.randn(2, 5, TEXT_DIM, generator=torch.Generator().manual_seed(5))
 
@@ -103,10 +105,23 @@ def test_pictures_without_guidance_do_not_share(monkeypatch):
     assert torch.equal(generate(pipe, guidance=1.0, pictures=2), shared)
 
 
+def test_a_copied_model_does_not_share(monkeypatch):
+    """It has no pipeline to ask, and its original's may run guidance or not."""
+    pipe = pipeline()
+    apply_token_compression(pipe, LGTMConfig(share_plan=2))
+    model = copy.deepcopy(pipe.unet)
+    with recorded_plans(monkeypatch) as records:
+        run(model, unet_inputs())
+    assert all(plan.num_rows == 2 for _, plan in records)
+    # A model that never had one shares as it is told.
+    apply_token_compression(model, LGTMConfig(share_plan=2))
+    with recorded_plans(monkeypatch) as records:
+        run(model, unet_inputs())
+    assert all(plan.num_rows == 1 for _, plan in records)
+
+
 def test_a_guider_calls_once_for_each_condition(monkeypatch):
     model = tiny_unet()
-    from .models import unet_inputs
-
     pipe = SimpleNamespace(unet=model, scheduler=DDIMScheduler(), guider=object())
     apply_token_compression(pipe, LGTMConfig(share_plan=2))
     with recorded_plans(monkeypatch) as records:
@@ -117,10 +132,6 @@ def test_a_guider_calls_once_for_each_condition(monkeypatch):
 @pytest.mark.parametrize("build", ["unet", "dit"])
 @pytest.mark.parametrize("config", [LGTMConfig(share_plan=2), ToMeConfig(share_plan=2, cached_assignment=True)])
 def test_interleaved_rows_share_as_rows_apart_do(build, config):
-    from dataclasses import replace
-
-    from .models import unet_inputs
-
     model, inputs = (tiny_unet(), unet_inputs(6)) if build == "unet" else (tiny_dit(), dit_inputs(6))
     with token_compression(model, config):
         apart = run(model, inputs)
