@@ -47,7 +47,7 @@ def test_definition(backend, grid, stride, fraction, reduce):
 @pytest.mark.parametrize(
     ("grid", "stride"),
     [((8, 8), (2, 2)), ((7, 9), (3, 2)), ((1, 1), (2, 2)), ((4, 6), (1, 1)), ((12, 13), (2, 2)), ((3, 5), (10**9,) * 2),
-     ((80, 90), (2, 3))],
+     ((12, 20), (2, 3))],
 )  # fmt: skip
 def test_scores_of_any_kind(backend, grid, stride, reduce):
     """Sixteenths: sums and means are exact in float32, so ties are ties. The first row is random."""
@@ -61,6 +61,12 @@ def test_scores_of_any_kind(backend, grid, stride, reduce):
         for r in {0, n // 4, n} if i == 0 else {n // 4}:
             expected = reference.block_merge_plan(score, grid, stride, r, reduce)
             assert_same_plan(backend.block_merge_plan(score, grid, stride, r, reduce), expected)
+
+
+def test_many_tokens(backend):
+    score = torch.rand(1, 7200, generator=torch.Generator().manual_seed(2))
+    expected = reference.block_merge_plan(score, (80, 90), (2, 3), 1800, "std")
+    assert_same_plan(backend.block_merge_plan(score, (80, 90), (2, 3), 1800, "std"), expected)
 
 
 def test_empty_batch(backend):
