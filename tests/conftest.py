@@ -7,6 +7,7 @@ import torch
 
 from bigain_kernels import native, use_backend
 
+from .contract_table import pytest_terminal_summary  # noqa: F401 - a hook
 from .interpreted import pytest_pyfunc_call, pytest_runtestloop, pytest_unconfigure  # noqa: F401 - hooks
 
 if "PYTEST_XDIST_WORKER" in os.environ:

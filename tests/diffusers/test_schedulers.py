@@ -113,6 +113,7 @@ def all_schedulers():
                 yield cls
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # NumPy's, of diffusers' own code
 @pytest.mark.parametrize("cls", list(all_schedulers()), ids=lambda cls: cls.__name__)
 def test_every_scheduler_is_understood_or_refused_by_name(cls):
     """What `range_of` says is what the scheduler's own timesteps show; the others are refused where it matters."""

@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import AutoencoderKL, DiTPipeline
 from safetensors.torch import load_file, save_file
 
 from bigain_kernels.cli.main import main
 from bigain_kernels.evaluation.checkpoints import TINY_DIT, load_checkpoint, load_classifier
 from bigain_kernels.evaluation.strict_loading import BadCheckpoint
+
+from .toys import save_latent_dit
 
 WEIGHTS, CONFIG = "transformer/diffusion_pytorch_model.safetensors", "transformer/config.json"
 SCHEDULER, INDEX = "scheduler/scheduler_config.json", "model_index.json"
@@ -28,29 +30,8 @@ Break = Callable[[Path], Any]
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random latent DiT with all its parts, very small."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=3,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
     folder = tmp_path_factory.mktemp("whole")
-    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+    save_latent_dit(folder, layers=2)
     return folder
 
 

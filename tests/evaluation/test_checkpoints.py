@@ -9,39 +9,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel, UNet2DConditionModel
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
 from bigain_kernels.evaluation import checkpoints
 from bigain_kernels.evaluation.checkpoints import TINY_DIT, load_checkpoint, load_classifier
 from bigain_kernels.evaluation.classify import ClassifierConfig, classify
 from bigain_kernels.evaluation.generate import GenerateConfig, generate
 
+from .toys import save_latent_dit
+
 
 @pytest.fixture(scope="module")
 def latent_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random DiT that learns variances, over a random VAE: the shape of facebook/DiT-XL-2, very small."""
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        in_channels=4,
-        out_channels=8,
-        num_layers=1,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=3,
-        norm_num_groups=4,
-    )
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=16,
-    )
     folder = tmp_path_factory.mktemp("dit")
-    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
+    save_latent_dit(folder)
     # save_pretrained leaves the names of the classes out; published pipelines carry them in their index.
     index = json.loads((folder / "model_index.json").read_text())
     index["id2label"] = {"0": "tench, fish", "1": "hen", "2": "crane"}

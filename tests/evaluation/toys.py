@@ -1,9 +1,11 @@
-"""A diffusion model whose errors are known in closed form."""
+"""A diffusion model whose errors are known in closed form, and a random one with all the parts of a pipeline."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
-from diffusers import DDPMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 
 SHAPE = (1, 4, 4)
 
@@ -31,3 +33,28 @@ class PrototypeDenoiser:
         if kind == "epsilon":
             return noise
         return clean if kind == "sample" else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
+
+
+def save_latent_dit(folder: Path, layers: int = 1) -> None:
+    """A random DiT that learns variances, over a random VAE: the shape of facebook/DiT-XL-2, very small."""
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        in_channels=4,
+        out_channels=8,
+        num_layers=layers,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=3,
+        norm_num_groups=4,
+    )
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+    )
+    DiTPipeline(transformer, vae, DDIMScheduler()).save_pretrained(folder)
