@@ -1,6 +1,7 @@
 """The table at the end of a run: how many cases of the contract passed, by op, backend and dtype.
 
-It stands beside tests/conftest.py, which every process of a parallel run loads; only its workers load that of the contract.
+It stands beside tests/conftest.py, which every process of a parallel run loads; only its workers load that of
+the contract.
 """
 
 from __future__ import annotations
