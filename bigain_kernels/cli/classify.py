@@ -115,6 +115,12 @@ def classify(
             classes=loaded.denoiser.num_classes,
             before_first=lambda: (out / _SUMMARY).unlink(missing_ok=True),
         )
+        for image in results.images:
+            if image.label != data.labels.get(image.index, image.label):
+                raise ValueError(
+                    f"resume: got {results.path} with label {image.label} for image {image.index}, expected "
+                    f"{data.labels[image.index]}, its class"
+                )
         with results:
             before = _results_of(data, results.result)
             if before.images:

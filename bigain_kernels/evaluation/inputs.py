@@ -23,10 +23,12 @@ class Inputs(Protocol):
 
     Attributes:
         indices: what each image goes by in the results.
+        labels: the label of each image, by its index.
         damaged: the images that were left out so far.
     """
 
     indices: list[int]
+    labels: dict[int, int]
     damaged: list[DamagedImage]
 
     def parts(self, known: Collection[int]) -> Iterator[Part]:
@@ -44,6 +46,7 @@ class DigitInputs:
     def __init__(self, checkpoint: Checkpoint, limit: int | None) -> None:
         self._digits = load_digits("test")
         self.indices = list(range(len(self._digits)))[:limit]
+        self.labels = dict(enumerate(self._digits.labels[: len(self.indices)].tolist()))
         self.damaged: list[DamagedImage] = []
         if checkpoint.image_shape != tuple(self._digits.images.shape[1:]):
             raise ValueError(f"images: got none, expected a folder: this model draws {checkpoint.image_shape} images")
@@ -71,7 +74,7 @@ class FolderInputs:
 
     def __init__(self, checkpoint: Checkpoint, folder: ImageFolder, skip_damaged: bool = False) -> None:
         self._checkpoint, self._folder, self._skip = checkpoint, folder, skip_damaged
-        self._labels = {name: checkpoint.label_of(name, "images") for name in folder.classes}
+        of_class = {name: checkpoint.label_of(name, "images") for name in folder.classes}
         self.damaged: list[DamagedImage] = []
         self._places: dict[int, int] = {}
         for place in range(len(folder)):
@@ -82,6 +85,7 @@ class FolderInputs:
                     raise
                 self.damaged.append(error)
         self.indices = list(self._places)
+        self.labels = {index: of_class[folder.names[place]] for index, place in self._places.items()}
 
     def parts(self, known: Collection[int]) -> Iterator[Part]:
         left = [index for index in self.indices if index not in known]
@@ -106,7 +110,7 @@ class FolderInputs:
                     break
                 self.damaged.append(error)
             else:
-                rows.append((index, pixels, self._labels[self._folder.names[place]]))
+                rows.append((index, pixels, self.labels[index]))
         if not rows:
             return None, end
         chosen, images, labels = zip(*rows, strict=True)

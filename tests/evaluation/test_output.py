@@ -71,6 +71,7 @@ TAMPERED: dict[str, tuple[Change, str]] = {
     "label below 0": (put("label", -1), "label is -1"),
     "label a fraction": (put("label", 2.0), "label is 2.0"),
     "label a list": (put("label", [1]), "label is [1]"),
+    "label of another class": (lambda lines: lines[1].update(label=(lines[1]["label"] + 1) % 10), "its class"),
     "prediction beyond": (put("prediction", 10), "prediction is 10"),
     "prediction below 0": (put("prediction", -3), "prediction is -3"),
     "prediction huge": (put("prediction", 10**30), "prediction is 1"),
