@@ -2,6 +2,7 @@
 
 from ..methods import ABMConfig, AvgPoolConfig, IEKVDConfig, LGTMConfig, SiToConfig, ToDoConfig, ToMeConfig
 from .apply import apply_token_compression, remove_token_compression, token_compression
+from .families import Family, Layer, Place, register_family, unregister_family
 from .report import CompressionReport, Decision
 
 __all__ = [
@@ -9,12 +10,17 @@ __all__ = [
     "AvgPoolConfig",
     "CompressionReport",
     "Decision",
+    "Family",
     "IEKVDConfig",
     "LGTMConfig",
+    "Layer",
+    "Place",
     "SiToConfig",
     "ToDoConfig",
     "ToMeConfig",
     "apply_token_compression",
+    "register_family",
     "remove_token_compression",
     "token_compression",
+    "unregister_family",
 ]

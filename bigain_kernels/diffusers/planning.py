@@ -39,29 +39,28 @@ def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor
 
     Args:
         config: of the layer.
-        context: of the call; may hold the "plan" that attn1 left for attn2, or the "slot" of cached assignment.
+        context: of the call; its slots may hold the plan that attn1 left for attn2, or that of cached assignment.
         x: (B, N, C) hidden states to match on.
         block: () int64, the block's index, for random methods: block b at timestep t draws what the method draws for
             timestep t + b * T. A tensor, because compiled code would be specialised to an integer of each block.
     """
-    if "plan" in context:
-        return context["plan"]
-    slot = context.get("slot")
-    if slot is not None and slot.plan is not None:
-        return slot.plan
-    ratio, grid = context.get("ratio", config.ratio), context["grid"]
-    if int(x.shape[1] * ratio) == 0:
+    forward, grid = context.forward, context.grid
+    if int(x.shape[1] * forward.ratio) == 0:
         return None
+    slots = [slot for slot in (context.block, context.slot) if slot is not None]
+    kept = next((slot.plan for slot in slots if slot.plan is not None), None)
+    if kept is not None:
+        return kept
     timestep = None
-    if block is not None:
-        timestep = context["timestep"].to(x.device)
+    if block is not None and forward.timestep is not None:
+        timestep = forward.timestep.to(x.device)
         timestep = timestep + block.to(x.device) * config.train_timesteps
-    if config.share_plan is not None and not _shares(config, x.shape[0], context.get("conditions")):
+    if config.share_plan is not None and not _shares(config, x.shape[0], forward.conditions):
         config = replace(config, share_plan=None)
     if config.share_plan is not None and config.share_order == "interleave":
-        plan = _plan_neighbours(config, x, grid, ratio, timestep)
+        plan = _plan_neighbours(config, x, grid, forward.ratio, timestep)
     else:
-        plan = config.plan(x, grid, ratio, timestep)
-    if slot is not None:
+        plan = config.plan(x, grid, forward.ratio, timestep)
+    for slot in slots:
         slot.plan = plan
     return plan

@@ -68,6 +68,10 @@ class TimestepRange:
         return min(max((timestep - self.cleanest) / (self.noisiest - self.cleanest), 0.0), 1.0)
 
 
+# What flow-matching models are told that take sigma itself, from 1 to 0: Flux, Qwen-Image.
+SIGMA = TimestepRange(0.0, 1.0)
+
+
 def numbered(num_train_timesteps: int) -> TimestepRange:
     """The range of a scheduler that numbers its steps, and of a model without one."""
     return TimestepRange(0.0, float(num_train_timesteps - 1))

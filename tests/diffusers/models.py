@@ -14,6 +14,7 @@ from diffusers import (
 )
 
 from bigain_kernels import methods
+from bigain_kernels.diffusers.context import Context, at_grid, make_forward
 from bigain_kernels.methods import MergeConfig
 
 TEXT_DIM = 32
@@ -172,6 +173,11 @@ def sd3_inputs(batch=2, size=(12, 20), timestep=500.0, seed=1, dtype=torch.float
         "pooled_projections": torch.randn(batch, TEXT_DIM, generator=generator).to(dtype),
         "timestep": timestep.to(dtype) if torch.is_tensor(timestep) else torch.full((batch,), timestep, dtype=dtype),
     }
+
+
+def layer_context(config, active=True, grid=(8, 8)) -> Context:
+    """What a layer of a DiT is told, for calls of the layer itself."""
+    return at_grid(make_forward(config, torch.zeros(1), 500)._replace(active=active), grid)
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from bigain_kernels.diffusers import (
     token_compression,
 )
 
-from .models import dit_inputs, only, recorded_plans, run, tiny_dit, tiny_unet, unet_inputs
+from .models import dit_inputs, layer_context, only, recorded_plans, run, tiny_dit, tiny_unet, unet_inputs
 
 MODELS = [(tiny_unet, unet_inputs), (tiny_dit, dit_inputs)]
 EVERY = [
@@ -156,7 +156,7 @@ def test_attention_mask_raises(config):
     with pytest.raises(ValueError, match="attention_mask: got a mask"):
         run(unet, {**unet_inputs(), "attention_mask": torch.ones(2, 256)})
     # DiT itself never passes a mask on; its layers refuse one all the same.
-    call = {"hidden_states": torch.zeros(1, 64, 32), "bigain": {"active": True, "grid": (8, 8)}}
+    call = {"hidden_states": torch.zeros(1, 64, 32), "bigain": layer_context(config)}
     with pytest.raises(ValueError, match="attention_mask: got a mask"):
         dit.transformer_blocks[0].attn1(**call, attention_mask=torch.ones(1, 64))
 
@@ -224,7 +224,7 @@ def test_host_timestep_is_read_once_and_must_be_one(build, inputs, config, monke
 def test_missing_timestep_raises():
     for config in (LGTMConfig(start=0.5), IEKVDConfig(alpha=(0.1, 0.9))):
         with pytest.raises(ValueError, match="timestep: got None"):
-            context.make_context(config, torch.zeros(1, 4, 8, 8), None)
+            context.make_forward(config, torch.zeros(1, 4, 8, 8), None)
 
 
 @pytest.mark.parametrize("config", EVERY)
@@ -336,7 +336,7 @@ def test_key_norm_pools_after_the_norm():
         torch.nn.init.normal_(block.attn1.norm_k.weight)
     plain = run(model, inputs)
     seen = []
-    model.transformer_blocks[0].attn1.norm_k.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[2]))
+    model.transformer_blocks[0].attn1.norm_k.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     with token_compression(model, IEKVDConfig(factor=1)):
         torch.testing.assert_close(run(model, inputs), plain, atol=1e-6, rtol=1e-6)
     with token_compression(model, IEKVDConfig()):

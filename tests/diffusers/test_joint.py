@@ -19,12 +19,12 @@ from bigain_kernels.diffusers import (
     LGTMConfig,
     ToDoConfig,
     apply_token_compression,
+    attention,
     grids,
-    joint,
     remove_token_compression,
     token_compression,
 )
-from bigain_kernels.diffusers.joint import FluxPoolAttnProcessor, QwenPoolAttnProcessor, SD3PoolAttnProcessor
+from bigain_kernels.diffusers.attention import CompressedAttention
 
 from .models import (
     flux_inputs,
@@ -261,8 +261,7 @@ def test_remove_restores_the_processors_themselves(build, inputs):
     state = [dict(vars(processor)) for processor in before.values()]
     apply_token_compression(model, IEKVDConfig())
     apply_token_compression(model, IEKVDConfig(blocks=(0,)))
-    ours = (FluxPoolAttnProcessor, QwenPoolAttnProcessor, SD3PoolAttnProcessor)
-    assert 1 <= sum(type(p) in ours for p in model.attn_processors.values()) <= 2
+    assert 1 <= sum(isinstance(p, CompressedAttention) for p in model.attn_processors.values()) <= 2
     run(model, inputs())
     remove_token_compression(model)
     assert all(model.attn_processors[name] is processor for name, processor in before.items())
@@ -323,13 +322,13 @@ def test_fused_sd3_does_what_it_does_uncompressed():
 
 def test_attention_backend_before_and_after(monkeypatch):
     model, inputs, used = tiny_flux(), flux_inputs(), set()
-    dispatch = joint.dispatch_attention_fn
+    dispatch = attention.dispatch_attention_fn
 
     def record(*args, backend, **kwargs):
         used.add(None if backend is None else backend.value)
         return dispatch(*args, backend=backend, **kwargs)
 
-    monkeypatch.setattr(joint, "dispatch_attention_fn", record)
+    monkeypatch.setattr(attention, "dispatch_attention_fn", record)
     apply_token_compression(model, IEKVDConfig())
     compressed = run(model, inputs)
     assert used == set()

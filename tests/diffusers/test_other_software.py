@@ -9,20 +9,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import (
-    DiTTransformer2DModel,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
-    SD3Transformer2DModel,
-    UNet2DConditionModel,
-)
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
-from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig, apply_token_compression, context
+from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig, apply_token_compression, families
+from bigain_kernels.diffusers.families import unet
 
-from .models import dit_inputs, flux_inputs, qwen_inputs, run, tiny_dit, tiny_flux, tiny_qwen, tiny_unet, unet_inputs
+from .models import (
+    dit_inputs,
+    flux_inputs,
+    layer_context,
+    qwen_inputs,
+    run,
+    tiny_dit,
+    tiny_flux,
+    tiny_qwen,
+    tiny_unet,
+    unet_inputs,
+)
 
 
 @pytest.mark.parametrize("where", ["blocks", "attentions"])
@@ -49,17 +54,12 @@ def test_a_pass_that_is_not_compressed_is_no_reason_to_warn(caplog):
 
 
 def test_argument_names_are_those_of_diffusers():
-    """They are written down in context.py, because wrapped classes do not tell them."""
-    for cls, names in (
-        (UNet2DConditionModel, context._UNET_ARGUMENTS),
-        (DiTTransformer2DModel, context._DIT_ARGUMENTS),
-        (FluxTransformer2DModel, context._FLUX_ARGUMENTS),
-        (SD3Transformer2DModel, context._SD3_ARGUMENTS),
-        (QwenImageTransformer2DModel, context._QWEN_ARGUMENTS),
-        (Transformer2DModel, context._TRANSFORMER_ARGUMENTS),
-        (BasicTransformerBlock, context._BLOCK_ARGUMENTS),
-    ):
+    """They are written down in the families, because wrapped classes do not tell them."""
+    signatures = {family.model: family.signature for family in families.registered()}
+    signatures[Transformer2DModel], signatures[BasicTransformerBlock] = unet._TRANSFORMER, unet._BLOCK
+    for cls, (names, carrier) in signatures.items():
         assert tuple(inspect.signature(cls.forward).parameters)[1 : 1 + len(names)] == names
+        assert carrier in names
 
 
 def test_classes_that_were_wrapped_before_the_import():
@@ -148,11 +148,10 @@ def test_a_mask_over_tokens_counts_where_nothing_is_compressed(config):
     model = tiny_dit()
     plain = model.transformer_blocks[0].attn1(**call)
     apply_token_compression(model, config)
-    context_ = {"active": False, "grid": (8, 8)}
-    output = model.transformer_blocks[0].attn1(**call, bigain=context_)
+    output = model.transformer_blocks[0].attn1(**call, bigain=layer_context(config, active=False))
     torch.testing.assert_close(output, plain, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="attention_mask: got a mask"):
-        model.transformer_blocks[0].attn1(**call, bigain={"active": True, "grid": (8, 8)})
+        model.transformer_blocks[0].attn1(**call, bigain=layer_context(config))
     assert run(model, dit_inputs()).isfinite().all()
 
 

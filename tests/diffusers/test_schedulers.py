@@ -24,7 +24,7 @@ from bigain_kernels.diffusers import (
     SiToConfig,
     ToMeConfig,
     apply_token_compression,
-    context,
+    patch,
     remove_token_compression,
     token_compression,
 )
@@ -58,14 +58,14 @@ class Pipe:
 
 
 def recorded(monkeypatch):
-    """The contexts of all forward passes from now on."""
-    seen, make = [], context.make_context
+    """What is decided for all forward passes from now on."""
+    seen, make = [], patch.make_forward
 
     def record(*args):
         seen.append(make(*args))
         return seen[-1]
 
-    monkeypatch.setattr(context, "make_context", record)
+    monkeypatch.setattr(patch, "make_forward", record)
     return seen
 
 
@@ -75,14 +75,14 @@ def test_schedules_run_from_the_noisiest_step_to_the_cleanest(scheduler, monkeyp
     pipe = Pipe(tiny_unet(), scheduler)
     apply_token_compression(pipe, IEKVDConfig(alpha=(0.8, 1.2)))
     pipe.steps()
-    alphas = [context["alpha"][0].item() for context in seen]
+    alphas = [forward.alpha[0].item() for forward in seen]
     assert alphas == sorted(alphas)
     assert 0.8 <= alphas[0] < 0.95
     assert 1.1 < alphas[-1] <= 1.2 + 1e-6
     seen.clear()
     apply_token_compression(pipe, LGTMConfig(end=0.5))
     pipe.steps()
-    active = [context["active"] for context in seen]
+    active = [forward.active for forward in seen]
     assert active == sorted(active, reverse=True)
     assert active[0]
     assert not active[-1]
@@ -148,7 +148,7 @@ def test_the_scheduler_of_the_call_counts(monkeypatch):
     apply_token_compression(pipe, IEKVDConfig(alpha=(0.8, 1.2)))
     pipe.scheduler = EDMEulerScheduler()
     pipe.steps()
-    assert seen[0]["alpha"][0] == pytest.approx(0.8)
+    assert seen[0].alpha[0] == pytest.approx(0.8)
     pipe.scheduler = diffusers.KarrasVeScheduler()
     with pytest.raises(ValueError, match=r"^alpha: got .*KarrasVeScheduler"):
         run(pipe.unet, unet_inputs(timestep=3))
@@ -158,13 +158,13 @@ def test_the_scheduler_of_the_call_counts(monkeypatch):
     clone = copy.deepcopy(pipe.unet)
     seen.clear()
     run(clone, unet_inputs(timestep=torch.tensor(1.0955)))
-    assert seen[0]["alpha"][0] == pytest.approx(0.8, abs=1e-4)
+    assert seen[0].alpha[0] == pytest.approx(0.8, abs=1e-4)
     # So does what was there before a block of code.
     with token_compression(pipe, LGTMConfig()):
         pass
     seen.clear()
     run(pipe.unet, unet_inputs(timestep=torch.tensor(1.0955)))
-    assert seen[0]["alpha"][0] == pytest.approx(0.8, abs=1e-4)
+    assert seen[0].alpha[0] == pytest.approx(0.8, abs=1e-4)
     remove_token_compression(pipe)
 
 
@@ -239,4 +239,4 @@ def test_a_bare_model_counts_from_a_thousand(monkeypatch):
                 "timestep": torch.tensor([timestep]),
             },
         )
-    assert [round(context["alpha"].item(), 4) for context in seen] == [0.8, 1.2]
+    assert [round(forward.alpha.item(), 4) for forward in seen] == [0.8, 1.2]

@@ -20,7 +20,7 @@ from bigain_kernels.diffusers import (
     apply_token_compression,
     remove_token_compression,
 )
-from bigain_kernels.diffusers.processors import FusedMergeAttnProcessor, MergeAttnProcessor
+from bigain_kernels.diffusers.families.plain import CompressedAttnProcessor, FusedCompressedAttnProcessor
 
 from .models import (
     TEXT_DIM,
@@ -101,7 +101,7 @@ def test_unfuse_of_what_was_fused_before_apply_keeps_compressing():
     compressed = run(model, unet_inputs())
     model.unfuse_qkv_projections()
     torch.testing.assert_close(run(model, unet_inputs()), compressed, **CLOSE)
-    assert type(_attn1(model).processor) is MergeAttnProcessor
+    assert type(_attn1(model).processor) is CompressedAttnProcessor
     remove_token_compression(model)
     assert _processors(model) == {AttnProcessor2_0}
 
@@ -114,7 +114,7 @@ def test_unfuse_after_remove_brings_no_compression_back(forward_between):
     model.fuse_qkv_projections()
     if forward_between:
         run(model, unet_inputs())
-        assert type(_attn1(model).processor) is FusedMergeAttnProcessor
+        assert type(_attn1(model).processor) is FusedCompressedAttnProcessor
     remove_token_compression(model)
     assert _processors(model) == {FusedAttnProcessor2_0}
     model.unfuse_qkv_projections()

@@ -1,0 +1,127 @@
+"""What compression must know of one kind of model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from diffusers.models.attention_processor import Attention
+from torch import nn
+
+from ...methods import CompressionConfig
+from ..attention import CompressedAttention
+from ..context import Grid
+from ..hooks import Signature, skip_attention
+from ..schedulers import TimestepRange
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One attention of one transformer block.
+
+    Attributes:
+        name: path of the attention in the model.
+        kind: "attn1", self-attention or joint attention, or "attn2", cross-attention.
+        index: of the block, in module order.
+        attn: the attention module.
+        block: its transformer block.
+        level: downsampling of its resolution from the latent grid, 1, 2, 4, ...
+        transformer: the module between model and block that has a grid of its own, in U-Nets.
+    """
+
+    name: str
+    kind: str
+    index: int
+    attn: Any
+    block: nn.Module
+    level: int = 1
+    transformer: nn.Module | None = None
+
+
+class Place(NamedTuple):
+    """Where the tokens of the image stand.
+
+    Attributes:
+        grid: (H, W) that they form, in raster order.
+        start: tokens in front of them, of all that attend to each other.
+    """
+
+    grid: Grid
+    start: int = 0
+
+
+class Family(ABC):
+    """A kind of model whose attention can be compressed: a subclass declares it, an instance is registered.
+
+    Attributes:
+        model: class of the model.
+        signature: the arguments of its forward method that are read, among them `sample` and "timestep".
+        sample: the argument with one row for each sample of the batch.
+        processors: the compressing processors of its layers.
+        replaceable: processors of other software and of diffusers which compute one and the same attention, so that
+            a compressing one can stand in for them.
+        attentions: classes of the modules that are given the context, those that are not compressed too.
+        needs_source: tokens are matched on the residual stream, which `hooks` hands over.
+    """
+
+    model: ClassVar[type[nn.Module]]
+    signature: ClassVar[Signature]
+    sample: ClassVar[str] = "hidden_states"
+    processors: ClassVar[tuple[type[CompressedAttention], ...]]
+    replaceable: ClassVar[tuple[type, ...]]
+    attentions: ClassVar[tuple[type, ...]] = (Attention,)
+    needs_source: ClassVar[bool] = False
+
+    @abstractmethod
+    def layers(self, model: Any) -> list[Layer]:
+        """All attentions of the model's transformer blocks, in module order."""
+
+    @abstractmethod
+    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place | None:
+        """Where the image's tokens stand in this forward pass.
+
+        Args:
+            model: the model.
+            call: the arguments of `signature` by name, None for those that were not given.
+            given: the grid that the caller gave with the call, or None.
+
+        Returns:
+            The place, or None where `hooks` tell each layer its own.
+
+        Raises:
+            ValueError: the tokens do not form one grid.
+        """
+
+    def told(self, config: CompressionConfig) -> TimestepRange | None:
+        """The timesteps that every pipeline tells this model; None where that depends on its scheduler."""
+        return None
+
+    def refuses(self, config: CompressionConfig, layer: Layer) -> str | None:
+        """Why this attention cannot be compressed whatever its processor, or None."""
+        return None
+
+    def stand_in(self, previous: Any) -> type[CompressedAttention]:
+        """The compressing processor that computes what `previous` does."""
+        return self.processors[0]
+
+    def text_inside(self, layer: Layer) -> bool:
+        """Whether the hidden states of this layer hold text too."""
+        return False
+
+    def hooks(
+        self, model: Any, compressed: list[Layer], merges: bool
+    ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """Forward pre-hooks that hand on the context inside the model, and keep it from those who do not know it.
+
+        Args:
+            model: the model.
+            compressed: the layers that are.
+            merges: tokens are merged.
+        """
+        kept = {id(layer.attn) for layer in compressed}
+        module: nn.Module
+        for module in model.modules():
+            if isinstance(module, self.attentions) and id(module) not in kept:
+                yield module, skip_attention

@@ -1,0 +1,90 @@
+"""Qwen-Image: text with padding in front of the image, in blocks of two streams, both rotated by position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import QwenImageTransformer2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.transformers.transformer_qwenimage import (
+    QwenDoubleStreamAttnProcessor2_0,
+    apply_rotary_emb_qwen,
+)
+from torch import Tensor
+
+from ...methods import CompressionConfig
+from ..attention import Dispatching, refuse_mask
+from ..context import Context, Grid
+from ..hooks import Signature
+from ..schedulers import SIGMA, TimestepRange
+from ..steps import Rotation
+from .family import Place
+from .joint import JointFamily
+
+
+class CompressedQwenAttnProcessor(Dispatching, QwenDoubleStreamAttnProcessor2_0):
+    """Attention of a Qwen-Image block: image and text (B, tokens, C) to both again.
+
+    Tokens of further pictures behind the first, those that Qwen-Image-Edit is given, stay whole like text.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        encoder_hidden_states_mask: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        bigain: Context | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        text, mask = encoder_hidden_states, encoder_hidden_states_mask
+        step = self.step(attn, bigain, hidden_states, text.shape[1])
+        if step is None:
+            return super().__call__(attn, hidden_states, text, mask, attention_mask, image_rotary_emb)
+        refuse_mask(attention_mask)
+        if mask is not None:
+            # Padding is masked among the words alone; of the image's keys all count, pooled or not.
+            images = step.keys_of(hidden_states.shape[1])
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], images)], dim=1)[:, None, None, :]
+        rotation = None if image_rotary_emb is None else torch.cat([image_rotary_emb[1], image_rotary_emb[0]])
+        x, words = self.run(step, attn, hidden_states, text=text, rotation=rotation, mask=mask)
+        assert words is not None
+        return step.leave(self.output(attn, x.contiguous())), self.output_text(attn, words.contiguous())
+
+    def turn(self, x: Tensor, rotation: Rotation) -> Tensor:
+        return apply_rotary_emb_qwen(x, rotation, use_real=False)
+
+
+class Qwen(JointFamily):
+    """QwenImageTransformer2DModel: Qwen-Image and Qwen-Image-Edit."""
+
+    model = QwenImageTransformer2DModel
+    signature = Signature(
+        (
+            "hidden_states",
+            "encoder_hidden_states",
+            "encoder_hidden_states_mask",
+            "timestep",
+            "img_shapes",
+            "guidance",
+            "attention_kwargs",
+        ),
+        "attention_kwargs",
+    )
+    processors = (CompressedQwenAttnProcessor,)
+    replaceable = (QwenDoubleStreamAttnProcessor2_0,)
+
+    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
+        # As the model takes it: a shape, or those of the rows, which are equal, each a shape or those of its pictures.
+        shapes = call["img_shapes"]
+        first = shapes[0] if isinstance(shapes, list) else shapes
+        first = first[0] if isinstance(first, list) else first
+        frames, height, width = first
+        if frames != 1:
+            raise ValueError(f"img_shapes: got {first}, expected one frame: pooling is over one H x W grid")
+        return Place((height, width), call["encoder_hidden_states"].shape[1])
+
+    def told(self, config: CompressionConfig) -> TimestepRange:
+        return SIGMA

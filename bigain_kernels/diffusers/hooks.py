@@ -1,0 +1,97 @@
+"""The hooks that carry the context through a model.
+
+A forward pre-hook of the model puts the context under the key `KEY` into the dict that the model passes on to its
+attention processors ("cross_attention_kwargs" or whatever its family calls it); further hooks add what a family knows
+only deeper inside, and take the key away where nobody expects it. All hooks are plain functions, which one compiled
+graph can serve for all blocks.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import nn
+
+from ..checks import check_pair
+from .context import Context, Forward, at_grid
+
+if TYPE_CHECKING:
+    from .families.family import Place
+
+KEY = "bigain"
+# In the same dict: the grid of the image's tokens, from a caller who does not want it read from the arguments.
+GRID_KEY = "bigain_grid"
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Signature(NamedTuple):
+    """What is read of the arguments of a forward method.
+
+    Written down, not asked of the class: other software replaces those methods by wrappers that take whatever comes.
+
+    Attributes:
+        names: arguments in their order, up to the last that is read.
+        carrier: the one whose dict reaches the attention processors as keyword arguments.
+    """
+
+    names: tuple[str, ...]
+    carrier: str
+
+
+def argument(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+    """The argument `name` of a call, given by position or by keyword; None where it was not given."""
+    position = signature.names.index(name)
+    return args[position] if position < len(args) else kwargs.get(name)
+
+
+def carried(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], key: str) -> Any:
+    """What the dict for the processors holds under `key`, or None."""
+    return (argument(signature, args, kwargs, signature.carrier) or {}).get(key)
+
+
+def with_context(
+    signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], context: Forward | Context | None
+) -> Call:
+    """The call with `context` (or none) in the dict for its processors; the caller's own dict stays as it is."""
+    given = dict(argument(signature, args, kwargs, signature.carrier) or {})
+    given.pop(KEY, None)
+    given.pop(GRID_KEY, None)
+    if context is not None:
+        given[KEY] = context
+    position = signature.names.index(signature.carrier)
+    # None, not {}: what diffusers passes by itself, so layers that were compiled without us keep their graphs.
+    if position < len(args):
+        return (*args[:position], given or None, *args[position + 1 :]), kwargs
+    return args, {**kwargs, signature.carrier: given or None}
+
+
+def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a patched model: verifies the patch and starts the context of this forward pass.
+
+    Raises:
+        ValueError: the grid that the caller gave is none, or has more tokens than the image.
+    """
+    patch = model._bigain
+    patch.verify(model)
+    family = patch.family
+    values = {name: argument(family.signature, args, kwargs, name) for name in family.signature.names}
+    forward = patch.start(values[family.sample], values["timestep"])
+    given = carried(family.signature, args, kwargs, GRID_KEY)
+    given = None if given is None else check_pair(GRID_KEY, given)
+    place: Place | None = family.place(model, values, given)
+    if given is not None and (place is None or place.grid != given):
+        found = "none, this model has several" if place is None else f"{place.grid}, that of its arguments"
+        raise ValueError(f"{GRID_KEY}: got {given}, expected {found}")
+    context = forward if place is None else at_grid(forward, place.grid, place.start)
+    return with_context(family.signature, args, kwargs, context)
+
+
+def leave_model(model: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a patched model."""
+    model._bigain.look_back(model)
+
+
+def skip_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of an attention that is not compressed: diffusers would warn that it does not know the key."""
+    return args, {name: value for name, value in kwargs.items() if name != KEY}
