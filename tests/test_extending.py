@@ -5,11 +5,12 @@ A merge method from elsewhere is in tests/cli/test_method_options.py, where it r
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,10 +19,23 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 import bigain_kernels as bk
-from bigain_kernels.diffusers import token_compression
+from bigain_kernels.cli.main import main
+from bigain_kernels.diffusers import (
+    IEKVDConfig,
+    LGTMConfig,
+    SiToConfig,
+    apply_token_compression,
+    register_family,
+    token_compression,
+    unregister_family,
+)
+from bigain_kernels.evaluation.denoisers import LabelDenoiser, register_denoiser, unregister_denoiser
+from bigain_kernels.evaluation.tiny_models import build_scheduler
 from bigain_kernels.methods import MergeConfig, register, unregister
 from bigain_kernels.methods.options import Count, option
 from bigain_kernels.testing import assert_is_partition
+
+from .toy_family import Toy, ToyTransformer
 
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = '''
@@ -118,3 +132,72 @@ def test_a_method_from_elsewhere_in_a_model(rows):
         compressed = model(**call).sample
     assert not torch.equal(compressed, plain)
     assert torch.equal(model(**call).sample, plain)
+
+
+@pytest.fixture
+def toy():
+    register_family(Toy())
+    register_denoiser(ToyTransformer, LabelDenoiser)
+    yield
+    unregister_denoiser(ToyTransformer)
+    unregister_family(ToyTransformer)
+
+
+def toy_call(size=16):
+    generator = torch.Generator().manual_seed(1)
+    return {
+        "hidden_states": torch.randn(2, 1, size, size, generator=generator),
+        "timestep": torch.tensor([5, 500]),
+        "class_labels": torch.tensor([1, 2]),
+    }
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("config", [LGTMConfig(proportional=True), SiToConfig(), IEKVDConfig(alpha=(0.8, 1.2))])
+def test_a_model_family_from_elsewhere(config):
+    torch.manual_seed(0)
+    model = ToyTransformer().eval()
+    plain = model(**toy_call()).sample
+    nothing = LGTMConfig(ratio=0.0) if isinstance(config, MergeConfig) else IEKVDConfig(factor=1)
+    with token_compression(model, nothing):
+        assert torch.equal(model(**toy_call()).sample, plain)
+    with token_compression(model, config) as report:
+        assert [row.name for row in report.patched] == ["blocks.0.attn", "blocks.1.attn"]
+        compressed = model(**toy_call()).sample
+        assert not torch.equal(compressed, plain)
+        assert model(**toy_call(24)).sample.shape == (2, 1, 24, 24)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(**toy_call()).sample, compressed, atol=1e-6, rtol=1e-6)
+    torch._dynamo.reset()
+    assert torch.equal(model(**toy_call()).sample, plain)
+    with token_compression(model, replace(config, blocks=(1,))):
+        assert not torch.equal(model(**toy_call()).sample, plain)
+
+
+@pytest.mark.usefixtures("toy")
+@pytest.mark.parametrize("method", ["lgtm", "iekvd"])
+def test_a_model_family_from_elsewhere_on_the_command_line(method, tmp_path):
+    torch.manual_seed(0)
+    checkpoint = tmp_path / "toy"
+    ToyTransformer().save_pretrained(checkpoint / "transformer")
+    build_scheduler().save_pretrained(checkpoint / "scheduler")
+    given = ["--checkpoint", str(checkpoint), "--method", method]
+    out = tmp_path / "classified"
+    assert main(["classify", *given, "--limit", "1", "--stages", "1:1", "--out", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["settings"]["compression"]["method"] == method
+    out = tmp_path / "generated"
+    assert main(["generate", *given, "--images", "2", "--steps", "2", "--out", str(out)]) == 0
+    assert len(list(out.rglob("*.png"))) >= 2
+
+
+def test_families_are_checked_and_forgotten():
+    with pytest.raises(TypeError, match=r"family: got .*, expected an instance"):
+        register_family(Toy)
+    with pytest.raises(ValueError, match=r"family: got .*, DiTTransformer2DModel has DiT"):
+        register_family(type("Other", (Toy,), {"model": DiTTransformer2DModel})())
+    with pytest.raises(ValueError, match="model: got ToyTransformer, expected one of"):
+        unregister_family(ToyTransformer)
+    with pytest.raises(TypeError, match="model_or_pipe: got ToyTransformer"):
+        apply_token_compression(ToyTransformer(), LGTMConfig())
+    with pytest.raises(TypeError, match=r"model: got .*, expected a class derived from diffusers\.ModelMixin"):
+        register_denoiser(torch.nn.Linear, LabelDenoiser)

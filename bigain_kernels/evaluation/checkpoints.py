@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .denoisers import Denoiser, LabelDenoiser, PromptDenoiser, prediction_type
+from .denoisers import Denoiser, LabelDenoiser, PromptDenoiser, class_conditional, prediction_type
 from .strict_loading import (
     BadCheckpoint,
     check_finite,
@@ -27,7 +27,7 @@ from .strict_loading import (
 from .tiny_models import ASSETS, DigitClassifier
 
 TINY_DIT = ASSETS / "tiny_dit"
-MODEL_FOLDERS = {"transformer": "DiTTransformer2DModel", "unet": "UNet2DConditionModel"}
+MODEL_FOLDERS = ("transformer", "unet")
 PIPELINES = ("DiTPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 # What the parts of a pipeline may come from; "stable_diffusion" is diffusers' own name for its safety checker's.
 LIBRARIES = ("diffusers", "transformers", "stable_diffusion")
@@ -133,7 +133,8 @@ def load_checkpoint(
 
     Args:
         source: a folder with `transformer/` or `unet/` and `scheduler/` (as `bigain train-tiny` writes), a pipeline
-            folder with `model_index.json`, or the hub id of a pipeline. DiT, Stable Diffusion 1.x and 2.x, and SDXL.
+            folder with `model_index.json`, or the hub id of a pipeline. DiT, Stable Diffusion 1.x and 2.x, and SDXL;
+            of model and scheduler alone, DiT and what `denoisers.register_denoiser` was told of.
         class_names: the classes of a text-to-image model; a class-conditional model has its own and ignores them.
         template: prompt of a class of a text-to-image model; `{}` stands for the class name.
         device, dtype: where and in what the model runs.
@@ -154,7 +155,7 @@ def load_checkpoint(
 
 
 def _from_parts(folder: Path, device: torch.device | str, dtype: torch.dtype) -> Checkpoint:
-    import diffusers
+    from ..diffusers import families
 
     parts = [name for name in MODEL_FOLDERS if (folder / name / "config.json").exists()]
     if not parts or not (folder / "scheduler" / "scheduler_config.json").exists():
@@ -163,15 +164,18 @@ def _from_parts(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
         )
     path = folder / parts[0] / "config.json"
     kind = read_config(path).get("_class_name")
-    if kind != "DiTTransformer2DModel":
+    families.load_entry_points()
+    known = class_conditional()
+    if kind not in known:
         raise ValueError(
-            f"checkpoint: got {kind} without a pipeline in {path}, expected DiTTransformer2DModel (any other needs its "
+            f"checkpoint: got {kind} without a pipeline in {path}, expected {' or '.join(known)} (any other needs its "
             "text encoder or VAE, hence a whole pipeline with model_index.json)"
         )
+    cls, make = known[kind]
     scheduler = _scheduler(folder / "scheduler")
-    model = load_model(diffusers.DiTTransformer2DModel, folder / parts[0], dtype)
-    with naming(path, "a DiT that takes class labels"):
-        denoiser = LabelDenoiser(model.to(device).eval(), scheduler)
+    model = load_model(cls, folder / parts[0], dtype)
+    with naming(path, f"a {kind} that takes class labels"):
+        denoiser = make(model.to(device).eval(), scheduler)
     return Checkpoint(denoiser, tuple(map(str, range(denoiser.num_classes))), denoiser.sample_shape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -120,3 +121,46 @@ class PromptDenoiser:
             encoder_hidden_states=self.embeddings[labels].to(dtype),
             added_cond_kwargs=extra or None,
         ).sample.to(noisy.dtype)
+
+
+# Models that need nothing but themselves and a scheduler to classify and to generate: by class name, the class and what
+# makes a denoiser of one. The class-conditional DiT is always among them.
+_registered: dict[str, tuple[type[nn.Module], Callable[[Any, Any], Denoiser]]] = {}
+
+
+def register_denoiser(model: type[nn.Module], make: Callable[[Any, Any], Denoiser]) -> None:
+    """Let checkpoints of a class of models, as folders of model and scheduler, be classified with and generated from.
+
+    Args:
+        model: a `diffusers.ModelMixin`, which is loaded by its own config. Its family, where it has one, is
+            registered by itself, see `bigain_kernels.diffusers.register_family`.
+        make: makes a `Denoiser` of a model and a scheduler, such as `LabelDenoiser`.
+
+    Raises:
+        TypeError: it is no such class.
+        ValueError: another class of that name is registered.
+    """
+    from diffusers import ModelMixin
+
+    if not (isinstance(model, type) and issubclass(model, ModelMixin)):
+        raise TypeError(f"model: got {model!r}, expected a class derived from diffusers.ModelMixin")
+    known = class_conditional()
+    if model.__name__ in known and known[model.__name__][0] is not model:
+        raise ValueError(
+            f"model: got {model!r}, another class of that name is registered, {known[model.__name__][0]!r}"
+        )
+    _registered[model.__name__] = model, make
+
+
+def unregister_denoiser(model: type[nn.Module]) -> None:
+    """Forget what `register_denoiser` was told of a class; ValueError if that is nothing."""
+    if model.__name__ not in _registered:
+        raise ValueError(f"model: got {model.__name__}, expected one of {list(_registered)}")
+    del _registered[model.__name__]
+
+
+def class_conditional() -> dict[str, tuple[type[nn.Module], Callable[[Any, Any], Denoiser]]]:
+    """By class name, the models that `register_denoiser` knows: the class, and what makes a denoiser of one."""
+    from diffusers import DiTTransformer2DModel
+
+    return {"DiTTransformer2DModel": (DiTTransformer2DModel, LabelDenoiser), **_registered}

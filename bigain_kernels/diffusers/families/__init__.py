@@ -1,7 +1,8 @@
 """The families of models whose attention can be compressed. To add one, here or in another package, see `Family`.
 
 A family is an object: `register_family(MyFamily())` makes a kind of model known to `apply_token_compression` and to all
-that stands on it. An installed package can name its families in the entry points of the group `ENTRY_POINTS`.
+that stands on it. `PlainFamily` and `JointFamily` are bases for models with diffusers' usual layers. An installed
+package can name its families in the entry points of the group `ENTRY_POINTS`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import nn
 from .dit import DiT
 from .family import Family, Layer, Place
 from .flux import Flux
+from .joint import JointFamily
+from .plain import PlainFamily
 from .qwen import Qwen
 from .sd3 import SD3
 from .unet import UNet
@@ -83,8 +86,10 @@ for _family in (UNet(), DiT(), Flux(), SD3(), Qwen()):
 
 __all__ = [
     "Family",
+    "JointFamily",
     "Layer",
     "Place",
+    "PlainFamily",
     "family_of",
     "load_entry_points",
     "register_family",
