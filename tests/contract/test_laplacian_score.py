@@ -58,7 +58,7 @@ def test_same_bits_in_any_layout_batch_and_order(backend, dtype, channels):
         assert_same_bits(backend.laplacian_score(x, grid), expected)
     assert_same_bits(backend.laplacian_score(x[1:2], grid), expected[1:2])
     transposed = x.transpose(1, 2).contiguous().transpose(1, 2)
-    if backend.name in ("cpp", "cuda", "triton"):  # PyTorch sums channels in another order when they lie apart
+    if backend.name != "reference":  # PyTorch sums channels in another order when they lie apart
         for view in (*layouts(x), transposed):
             assert_same_bits(backend.laplacian_score(view, grid), expected)
 
