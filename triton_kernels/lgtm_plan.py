@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from bigain_kernels.declaration import Tables
+
 from .bipartite_match import launch_match, pick_match, split_of
 from .laplacian_score import launch_score_and_select
-from .merge_plan import Tables, launch_merge_plan_packed
+from .merge_plan import launch_merge_plan_packed
 
 
 def launch_lgtm_plan(

@@ -14,7 +14,14 @@ from .inputs import candidates, on_device
 launch_block_merge_plan = on_device(launch_block_merge_plan)
 launch_merge_plan = on_device(launch_merge_plan)
 
-CONFIGS = [*candidates("merge_plan"), {"BLOCK": 64, "num_warps": 1}]
+# Rows in registers and in scratch memory, counted in both ways, by one program and by several.
+CONFIGS = [
+    *({**config, "HISTOGRAM": histogram} for config in candidates("merge_plan") for histogram in (True, False)),
+    {"BLOCK": 1024, "TOKENS": 128, "PARTS": 3, "HISTOGRAM": True, "num_warps": 4},
+    {"BLOCK": 1024, "TOKENS": 64, "PARTS": 4, "HISTOGRAM": False, "num_warps": 4},
+    {"BLOCK": 64, "TOKENS": 64, "PARTS": 5, "HISTOGRAM": True, "num_warps": 1},
+    {"BLOCK": 64, "TOKENS": 32, "PARTS": 2, "HISTOGRAM": False, "num_warps": 1},
+]
 
 
 def random_match(rows, n, d, seed=0, kind="normal"):

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compute-sanitizer looks
 if INTERPRETED:
     from .races import watch
 
-CHUNKS = {"BLOCK": 64, "num_warps": 1}
+CHUNKS = [{"BLOCK": 64, "TOKENS": 32, "PARTS": 3, "HISTOGRAM": each, "num_warps": 1} for each in (True, False)]
 MATCH = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 
 
@@ -50,7 +50,7 @@ def test_planning(monkeypatch, batch, grid, stride, channels, strided):
             launch_lgtm_plan(x, grid, stride, (n - destinations.shape[1]) // 2 if destinations.numel() else 0, window)
 
 
-@pytest.mark.parametrize("config", [None, CHUNKS], ids=["default", "many chunks"])
+@pytest.mark.parametrize("config", [None, *CHUNKS], ids=["default", "many chunks", "many chunks, no histogram"])
 @pytest.mark.parametrize("n", [1, 50, 300])
 def test_tables(monkeypatch, n, config):
     inputs = random_match(2, n, max(n // 4, 1), n, "ties")
