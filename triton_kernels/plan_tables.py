@@ -22,7 +22,6 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from bigain_kernels.declaration import Tables
 
