@@ -8,13 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from diffusers.hooks._helpers import AttentionProcessorRegistry  # there is no public way to tell it a class
-from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
-from ..methods import CompressionConfig, MergeConfig
+from ..methods import CompressionConfig, MergeConfig, PoolConfig
 from .attention import CompressedAttention, LayerPatch
-from .families import Family, Layer, family_of, registered
+from .families import REFUSED, Family, Layer, family_of, registered
 from .hooks import enter_model, leave_model
 from .patch import Patch, PatchedLayer, move_backend, refuse_context_parallel
 from .projections import path_of
@@ -38,10 +36,27 @@ def find_model(model_or_pipe: Any) -> tuple[Any, Family]:
         came = type(model_or_pipe).__name__
         if model is not None and model is not model_or_pipe:
             came += f" with {type(model).__name__}"
+        if type(model).__name__ in REFUSED:
+            raise TypeError(f"model_or_pipe: got {came}, which cannot be compressed: {REFUSED[type(model).__name__]}")
         known = [family.model.__name__ for family in registered()]
         names = ", ".join(known[:-1]) + f" or {known[-1]}"
         raise TypeError(f"model_or_pipe: got {came}, expected a {names}, or a pipeline with one as unet or transformer")
     return model, family
+
+
+def _merge(family: Family, config: CompressionConfig) -> str:
+    """Where a config merges in models of a family."""
+    merge = getattr(config, "merge", "auto")
+    return family.merges[0] if merge == "auto" else merge
+
+
+def _unable(family: Family, config: CompressionConfig) -> str | None:
+    """Why no layer of the family can be compressed like this, or None."""
+    if isinstance(config, MergeConfig) and _merge(family, config) not in family.merges:
+        return f"merge={config.merge!r}, this model offers {' or '.join(map(repr, family.merges))}"
+    if isinstance(config, PoolConfig) and config.pool not in family.pools:
+        return f"pool={config.pool!r}, this model offers {' or '.join(map(repr, family.pools))}"
+    return None
 
 
 def decide(family: Family, config: CompressionConfig, layer: Layer, processor: Any) -> tuple[bool, str]:
@@ -52,24 +67,12 @@ def decide(family: Family, config: CompressionConfig, layer: Layer, processor: A
         return False, f"block {layer.index} is not among blocks={config.blocks}"
     if layer.level > config.max_downsample:
         return False, f"1/{layer.level} resolution, max_downsample={config.max_downsample}"
-    reason = family.refuses(config, layer)
-    if reason is None and type(processor) not in family.replaceable:
+    reason = _unable(family, config) or family.refuses(config, layer)
+    if reason is None and not family.stands_in(type(processor)):
         reason = f"it has a processor of its own, {type(processor).__name__}"
     if reason is not None:
         return False, reason
     return True, "full resolution" if layer.level == 1 else f"1/{layer.level} resolution"
-
-
-def _tell_diffusers(family: Family) -> None:
-    """Its layer skipping knows processors by their class: ours are skipped as those that they stand in for."""
-    for ours in family.processors:
-        for theirs in (*ours.__mro__[1:], AttnProcessor2_0):
-            try:
-                metadata = AttentionProcessorRegistry.get(theirs)
-            except ValueError:  # it does not know this one
-                continue
-            AttentionProcessorRegistry.register(ours, metadata)
-            break
 
 
 def _previous_processor(attn: Any, patch: Patch | None) -> Any:
@@ -82,8 +85,12 @@ def _previous_processor(attn: Any, patch: Patch | None) -> Any:
 
 def _path(family: Family, layer: Layer, config: CompressionConfig, processor: Any) -> str:
     """`Decision.path` of a layer that is compressed in the place of `processor`."""
-    fused = family.stand_in(processor)().uses_fused(layer.attn)
-    return path_of(layer.attn, config, fused, family.text_inside(layer))
+    if isinstance(config, MergeConfig):
+        what = "tokens" if _merge(family, config) == "hidden" else "queries, keys and values"
+        return f"merge {what}" + (", weigh keys by size" if config.proportional else "")
+    stand_in = family.stand_in(processor)
+    early = stand_in.pools_early(layer.attn, config)
+    return path_of(layer.attn, early, stand_in.uses_fused(layer.attn), family.text_inside(layer))
 
 
 def _check_blocks(config: CompressionConfig, layers: list[Layer]) -> None:
@@ -104,9 +111,9 @@ def _resolve(config: CompressionConfig, scheduler: Any) -> CompressionConfig:
 def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> CompressionReport:
     """Compress the tokens of a diffusers model's attention, in place.
 
-    Works on UNet2DConditionModel (Stable Diffusion 1.5, 2.x, SDXL), DiTTransformer2DModel and, with IE-KVD and ToDo,
-    FluxTransformer2DModel, SD3Transformer2DModel and QwenImageTransformer2DModel, bare or in a pipeline. A second call
-    replaces the first. Weights, `state_dict` and the saved config stay as they are. Call the model as
+    Works on the models of `bigain_kernels.diffusers.families` (docs/models.md lists them: Stable Diffusion 1.5 to 3.5,
+    SDXL, DiT, PixArt, Flux, Qwen-Image, Wan, LTX, HunyuanVideo, CogVideoX and others), bare or in a pipeline. A second
+    call replaces the first. Weights, `state_dict` and the saved config stay as they are. Call the model as
     before, at any resolution; fusing projections, loading IP-Adapters, `compile_repeated_blocks`, offloading and
     `copy.deepcopy` work before and after. A layer whose processor is replaced later by one that compression cannot
     stand in for (an IP-Adapter's, perturbed attention's during a call) runs uncompressed as long as that one is there,
@@ -115,7 +122,7 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     In a pipeline, the scheduler that it has at each call tells what timesteps mean; of a model alone, and with
     `num_train_timesteps` given, they are steps from T - 1 to 0 (sigma where the model is told sigma).
 
-    The grid of a Flux model's tokens is read from `img_ids`, once for each such tensor, which waits for the device. To
+    The grid of the tokens of Flux, Flux.2 and Chroma is read from `img_ids`, once for each such tensor, which waits for the device. To
     avoid that, in CUDA graphs or `torch.compile(model, fullgraph=True)`, give it with the call, in tokens:
     `joint_attention_kwargs={"bigain_grid": (H, W)}`.
 
@@ -170,13 +177,12 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     if family.told(resolved) is None:
         patch.timestep_range()
     remove_token_compression(model)
-    _tell_diffusers(family)
 
     merges = isinstance(config, MergeConfig)
     for layer, entry in zip(compressed, patch.layers, strict=True):
-        layer.attn._bigain = LayerPatch(resolved, merges and family.needs_source)
+        layer.attn._bigain = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source)
         if resolved.is_random:
-            device = layer.attn.to_q.weight.device
+            device = next(layer.attn.parameters()).device
             # Offloading may have left nothing but a meta tensor there.
             index = torch.tensor(layer.index, device="cpu" if device.type == "meta" else device)
             layer.attn.register_buffer("bigain_block", index, persistent=False)
@@ -184,7 +190,8 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(model, enter_model)]
     hooks += family.hooks(model, compressed, merges)
     patch.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-    patch.handles.append(model.register_forward_hook(leave_model))
+    # After an exception too: the next pass must not find what this one left.
+    patch.handles.append(model.register_forward_hook(leave_model, always_call=True))
     model._bigain = patch
     return report
 

@@ -22,10 +22,15 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from ..methods import CompressionConfig, MergeConfig, PoolConfig
-from .context import Context
+from .context import Context, for_rows
 from .planning import plan_of_call
 from .projections import pools_early
-from .steps import MergeStep, PoolStep, Rotation, States, Step
+from .steps import MergeInsideStep, MergeStep, PoolStep, Rotation, States, Step, fold
+
+
+def active_backend() -> AttentionBackendName:
+    """The attention backend of models that have none of their own."""
+    return _AttentionBackendRegistry.get_active_backend()[0]
 
 
 @dataclass(frozen=True)
@@ -34,11 +39,13 @@ class LayerPatch:
 
     Attributes:
         config: of the compression.
+        merge: "hidden" or "attention", where tokens are merged.
         needs_source: tokens are matched on hidden states that a hook of the block hands over (U-Net), not on the
             attention's own input (DiT).
     """
 
     config: CompressionConfig
+    merge: str
     needs_source: bool
 
 
@@ -146,23 +153,35 @@ class CompressedAttention:
         config, forward = layer.config, context.forward
         if not forward.active or _is_perturbed(attn):
             return None
+        start, stop = context.image_tokens
+        inside = (start - text, stop - text) if self.text_first else (start, stop)
         if isinstance(config, MergeConfig):
             source = x
             if layer.needs_source:
                 if context.source is None:
                     raise RuntimeError("token compression: the layer was called without the hook of its block")
                 source = context.source
+            elif inside != (0, x.shape[1]):
+                source = x[:, inside[0] : inside[1]]
+            source = fold(source, context.frames)
             plan = plan_of_call(config, context, source, getattr(attn, "bigain_block", None))
-            return None if plan is None else MergeStep(plan, config.mode, config.proportional and own_keys)
+            if plan is None:
+                return None
+            if layer.merge == "hidden":
+                return MergeStep(plan, config.mode, config.proportional and own_keys)
+            return MergeInsideStep(plan, config.mode, config.proportional, (start, stop), context.frames, own_keys)
         assert isinstance(config, PoolConfig)
         factor = config.factor
         assert isinstance(factor, tuple)  # whatever was given, the config made it a pair
         if factor == (1, 1) or not own_keys:
             return None
-        start, stop = context.image_tokens
-        inside = (start - text, stop - text) if self.text_first else (start, stop)
-        early = pools_early(attn, config, self.uses_fused(attn))
-        return PoolStep(context.grid, factor, forward.alpha, (start, stop), inside, early)
+        early = self.pools_early(attn, config)
+        alpha = for_rows(forward.alpha, x.shape[0]) if isinstance(forward.alpha, Tensor) else forward.alpha
+        return PoolStep(context.grid, factor, alpha, (start, stop), inside, early, context.frames)
+
+    def pools_early(self, attn: Any, config: Any) -> bool:
+        """Whether hidden states are pooled, not keys and values."""
+        return pools_early(attn, config, self.uses_fused(attn))
 
     def run(
         self,
@@ -219,6 +238,4 @@ class Dispatching(CompressedAttention):
 
     def attends_natively(self) -> bool:
         chosen = self._attention_backend
-        if chosen is None:
-            chosen = _AttentionBackendRegistry.get_active_backend()[0]
-        return chosen == AttentionBackendName.NATIVE
+        return (active_backend() if chosen is None else chosen) == AttentionBackendName.NATIVE

@@ -76,6 +76,7 @@ class Context(NamedTuple):
         forward: what was decided for the forward pass.
         grid: (H, W) of the image's tokens.
         image_tokens: (start, stop) of them among all tokens that attend to each other.
+        frames: how many such grids follow each other there: 1 of a picture, more of a video.
         slot: of cached assignment at this resolution, or None.
         source: (B, N, C) residual stream of the block to match tokens on, or None where tokens are matched on the
             input of the attention itself.
@@ -85,15 +86,16 @@ class Context(NamedTuple):
     forward: Forward
     grid: Grid
     image_tokens: tuple[int, int]
+    frames: int = 1
     slot: PlanSlot | None = None
     source: Tensor | None = None
     block: PlanSlot | None = None
 
 
-def at_grid(forward: Forward, grid: Grid, start: int = 0) -> Context:
-    """The context of the layers whose image tokens form `grid` and stand from `start` on."""
+def at_grid(forward: Forward, grid: Grid, start: int = 0, frames: int = 1) -> Context:
+    """The context of the layers whose image tokens form `frames` grids and stand from `start` on."""
     slot = None if forward.slots is None else forward.slots.at(grid)
-    return Context(forward, grid, (start, start + grid[0] * grid[1]), slot)
+    return Context(forward, grid, (start, start + frames * grid[0] * grid[1]), frames, slot)
 
 
 def host_timestep(timestep: Tensor | float | int | None) -> float:
@@ -128,7 +130,16 @@ def timestep_rows(timestep: Tensor | float | int | None, sample: Tensor) -> Tens
         return torch.full((sample.shape[0],), timestep, dtype=dtype, device=sample.device)
     if timestep.is_floating_point():
         timestep = timestep.to(torch.float32)
+    if timestep.dim() > 1:
+        # A timestep for each token: the noisiest counts.
+        timestep = timestep.flatten(1).amax(1)
     return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
+
+
+def for_rows(values: Tensor, rows: int) -> Tensor:
+    """A value of each sample of the batch (B,), for as many rows: the frames of a video, which are rows in some places,
+    have what is their video's."""
+    return values if values.shape[0] == rows else values.repeat_interleave(rows // values.shape[0])
 
 
 def make_forward(config: CompressionConfig, sample: Tensor, timestep: Tensor | float | int | None) -> Forward:

@@ -38,7 +38,8 @@ def grid_of_positions(ids: Tensor) -> tuple[int, int]:
 
     Args:
         ids: (N, 3): picture, row and column of each token, in any unit; or (B, N, 3), of which the first row counts, as
-            in diffusers. Tokens of further pictures, such as the reference of Flux Kontext, may stand behind.
+            in diffusers. Flux.2 has a fourth number, which is not read. Tokens of further pictures, such as the
+            reference of Flux Kontext, may stand behind.
 
     Raises:
         ValueError: the tokens of the first picture do not stand in raster order on one grid.
@@ -48,7 +49,7 @@ def grid_of_positions(ids: Tensor) -> tuple[int, int]:
     width = _leading(positions[:count, 1])
     height = count // max(width, 1)
     whole = 0 < count == height * width
-    if not whole or not _is_raster(positions[:count, 1:].reshape(height, width, 2)):
+    if not whole or not _is_raster(positions[:count, 1:3].reshape(height, width, 2)):
         raise ValueError(
             f"img_ids: got positions of {count} tokens that are no grid in raster order, expected row and column of "
             "every token of one H x W picture, as FluxPipeline makes them"

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checks import check_pair
 from .context import Context, Forward, at_grid
+from .current import begin, end
 
 if TYPE_CHECKING:
     from .families.family import Place
@@ -32,11 +33,11 @@ class Signature(NamedTuple):
 
     Attributes:
         names: arguments in their order, up to the last that is read.
-        carrier: the one whose dict reaches the attention processors as keyword arguments.
+        carrier: the one with a dict for the attention processors, or None.
     """
 
     names: tuple[str, ...]
-    carrier: str
+    carrier: str | None = None
 
 
 def argument(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
@@ -47,6 +48,8 @@ def argument(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def carried(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], key: str) -> Any:
     """What the dict for the processors holds under `key`, or None."""
+    if signature.carrier is None:
+        return None
     return (argument(signature, args, kwargs, signature.carrier) or {}).get(key)
 
 
@@ -54,6 +57,8 @@ def with_context(
     signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], context: Forward | Context | None
 ) -> Call:
     """The call with `context` (or none) in the dict for its processors; the caller's own dict stays as it is."""
+    if signature.carrier is None:
+        return args, kwargs
     given = dict(argument(signature, args, kwargs, signature.carrier) or {})
     given.pop(KEY, None)
     given.pop(GRID_KEY, None)
@@ -70,26 +75,33 @@ def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     """Forward pre-hook of a patched model: verifies the patch and starts the context of this forward pass.
 
     Raises:
-        ValueError: the grid that the caller gave is none, or has more tokens than the image.
+        ValueError: the grid that the caller gave is none, or is not that of the image's tokens.
     """
     patch = model._bigain
     patch.verify(model)
     family = patch.family
     values = {name: argument(family.signature, args, kwargs, name) for name in family.signature.names}
-    forward = patch.start(values[family.sample], values["timestep"])
+    forward = patch.start(values[family.sample], values[family.timestep])
     given = carried(family.signature, args, kwargs, GRID_KEY)
     given = None if given is None else check_pair(GRID_KEY, given)
     place: Place | None = family.place(model, values, given)
     if given is not None and (place is None or place.grid != given):
         found = "none, this model has several" if place is None else f"{place.grid}, that of its arguments"
         raise ValueError(f"{GRID_KEY}: got {given}, expected {found}")
-    context = forward if place is None else at_grid(forward, place.grid, place.start)
-    return with_context(family.signature, args, kwargs, context)
+    context = forward if place is None else at_grid(forward, place.grid, place.start, place.frames)
+    if family.passes_on:
+        return with_context(family.signature, args, kwargs, context)
+    assert isinstance(context, Context)
+    patch.outer = begin(context)
+    return with_context(family.signature, args, kwargs, None)
 
 
 def leave_model(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a patched model."""
-    model._bigain.look_back(model)
+    """Forward hook of a patched model, called after an exception too."""
+    patch = model._bigain
+    if not patch.family.passes_on:
+        end(patch.outer)
+    patch.look_back(model)
 
 
 def skip_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers.hooks._helpers import AttentionProcessorRegistry  # there is no public way to tell it a class
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..methods import CompressionConfig
 from .attention import CompressedAttention
 from .context import Forward, Pass, make_forward
+from .current import Running
 from .families import Family
 from .grids import GridReader
 from .hooks import skip_attention
@@ -44,6 +47,7 @@ class Patch:
         idle: layers that run another processor for now, by name: its class and a hook that keeps the context from it.
         last_pass, watching: the forward pass in progress, until one was looked back at.
         known: the scheduler asked last, and its range.
+        outer: the forward pass, of another model, that the one in progress interrupts; see `current.py`.
     """
 
     family: Family
@@ -57,14 +61,16 @@ class Patch:
     last_pass: Pass | None = None
     watching: bool = True
     known: tuple[Any, TimestepRange] | None = None
+    outer: Running | None = None
 
     def install(self, layer: PatchedLayer) -> None:
         """Replace the processor of a layer by the one that compresses the same kind of projections."""
         previous = layer.attn.processor
         stand_in = self.family.stand_in(previous)
-        layer.previous[stand_in] = previous
-        layer.attn.set_processor(stand_in())
-        move_backend(previous, layer.attn.processor)
+        layer.previous[type(stand_in)] = previous
+        layer.attn.set_processor(stand_in)
+        move_backend(previous, stand_in)
+        _tell_diffusers(type(stand_in))
 
     def verify(self, model: nn.Module) -> None:
         """Before every forward pass: compression is in place, whatever was done to the model since.
@@ -80,7 +86,7 @@ class Patch:
         for layer in self.layers:
             processor = type(layer.attn.processor)
             ours = issubclass(processor, CompressedAttention)
-            if not ours and processor not in self.family.replaceable:
+            if not ours and not self.family.stands_in(processor):
                 self._leave(layer, processor)
                 continue
             if not ours:
@@ -157,6 +163,17 @@ class Patch:
                 len(self.layers),
             )
         self.watching, self.last_pass = False, None
+
+
+def _tell_diffusers(ours: type) -> None:
+    """Its layer skipping knows processors by their class: ours are skipped as those that they stand in for."""
+    for theirs in (*ours.__mro__[1:], AttnProcessor2_0):
+        try:
+            metadata = AttentionProcessorRegistry.get(theirs)
+        except ValueError:  # it does not know this one
+            continue
+        AttentionProcessorRegistry.register(ours, metadata)
+        return
 
 
 def move_backend(source: Any, target: Any) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..methods import MergeConfig
 from ..plan import MergePlan
-from .context import Context
+from .context import Context, for_rows
 
 
 def _shares(config: MergeConfig, batch: int, conditions: int | None) -> bool:
@@ -40,7 +40,7 @@ def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor
     Args:
         config: of the layer.
         context: of the call; its slots may hold the plan that attn1 left for attn2, or that of cached assignment.
-        x: (B, N, C) hidden states to match on.
+        x: (B, N, C) hidden states to match on, or (B * frames, N, C), one grid each.
         block: () int64, the block's index, for random methods: block b at timestep t draws what the method draws for
             timestep t + b * T. A tensor, because compiled code would be specialised to an integer of each block.
     """
@@ -53,7 +53,7 @@ def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor
         return kept
     timestep = None
     if block is not None and forward.timestep is not None:
-        timestep = forward.timestep.to(x.device)
+        timestep = for_rows(forward.timestep.to(x.device), x.shape[0])
         timestep = timestep + block.to(x.device) * config.train_timesteps
     if config.share_plan is not None and not _shares(config, x.shape[0], forward.conditions):
         config = replace(config, share_plan=None)

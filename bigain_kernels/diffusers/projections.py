@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..methods import CompressionConfig, MergeConfig, PoolConfig
+from ..methods import PoolConfig
 from ..ops import kv_downsample, pooled_kv_projection
 
 Window = tuple[int, int]
@@ -46,15 +46,12 @@ def pools_early(attn: Any, config: PoolConfig, fused: bool) -> bool:
     return not fused and (attn.norm_k is None or config.alpha == 1.0)
 
 
-def path_of(attn: Any, config: CompressionConfig, fused: bool, text_inside: bool) -> str:
-    """How a layer in its present state is computed, in the words of `Decision.path`.
+def path_of(attn: Any, early: bool, fused: bool, text_inside: bool) -> str:
+    """How a layer that pools is computed in its present state, in the words of `Decision.path`.
 
-    `fused`: its projections are; `text_inside`: its hidden states hold text tokens too.
+    `early`: it pools hidden states; `fused`: its projections are; `text_inside`: its hidden states hold text too.
     """
-    if isinstance(config, MergeConfig):
-        return "merge tokens, weigh keys by size" if config.proportional else "merge tokens"
-    assert isinstance(config, PoolConfig)
-    if not pools_early(attn, config, fused):
+    if not early:
         return "pool keys and values"
     if fused:
         return "project, then pool"
@@ -67,11 +64,20 @@ def _takes(layer: nn.Linear, x: Tensor) -> bool:
 
 
 def pool_tokens(
-    xs: tuple[Tensor, ...], image_tokens: Window, grid: Window, factor: Window, alpha: float | Tensor
+    xs: tuple[Tensor, ...], image_tokens: Window, grid: Window, factor: Window, alpha: float | Tensor, frames: int = 1
 ) -> tuple[Tensor, ...]:
-    """Tensors (B, T, C) with the tokens from start to stop pooled and those around them as they are."""
+    """Tensors (B, T, C) with the tokens from start to stop pooled and those around them as they are.
+
+    The tokens of a video are `frames` grids, and every frame is pooled by itself.
+    """
     start, stop = image_tokens
-    pooled = kv_downsample([x[:, start:stop] for x in xs], grid, factor, alpha)
+    images = [x[:, start:stop] for x in xs]
+    if frames == 1:
+        pooled = kv_downsample(images, grid, factor, alpha)
+    else:
+        alpha = alpha.repeat_interleave(frames) if isinstance(alpha, Tensor) else alpha
+        images = [x.unflatten(1, (frames, -1)).flatten(0, 1) for x in images]
+        pooled = tuple(x.unflatten(0, (-1, frames)).flatten(1, 2) for x in kv_downsample(images, grid, factor, alpha))
     if stop - start == xs[0].shape[1]:
         return pooled
     return tuple(torch.cat([x[:, :start], y, x[:, stop:]], dim=1) for x, y in zip(xs, pooled, strict=True))

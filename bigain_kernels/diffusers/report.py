@@ -17,11 +17,12 @@ class Decision:
         block: index of its transformer block in module order, as the configs' `blocks` counts.
         patched: whether it is compressed.
         reason: why, or why not.
-        path: how it is computed, "" where it is not compressed: "merge tokens", "merge tokens, weigh keys by size";
-            "pooled projection" (pooling and both projections in one op), "pool, then project" (its projections are
-            more than plain linear layers, or its hidden states hold text too), "project, then pool" (before norm and
-            rotation, behind fused projections), "pool keys and values" (after projection, norm and rotation). This is
-            the state when compression was applied: a layer that LoRA wraps later takes the path that is right for it.
+        path: how it is computed, "" where it is not compressed. "merge tokens" (hidden states) or "merge queries, keys
+            and values" (after norm and rotation), both perhaps with ", weigh keys by size". "pooled projection"
+            (pooling and both projections in one op), "pool, then project" (its projections are more than plain linear
+            layers, or its hidden states hold text too), "project, then pool" (before norm and rotation, behind fused
+            projections), "pool keys and values" (after projection, norm and rotation). This is the state when
+            compression was applied: a layer that LoRA wraps later takes the path that is right for it.
     """
 
     name: str

@@ -72,6 +72,11 @@ class TimestepRange:
 SIGMA = TimestepRange(0.0, 1.0)
 
 
+def sigma_steps(num_train_timesteps: int) -> TimestepRange:
+    """What flow-matching models are told that take T * sigma: from T to 0."""
+    return TimestepRange(0.0, float(num_train_timesteps))
+
+
 def numbered(num_train_timesteps: int) -> TimestepRange:
     """The range of a scheduler that numbers its steps, and of a model without one."""
     return TimestepRange(0.0, float(num_train_timesteps - 1))

@@ -47,9 +47,9 @@ class Step:
         """Attention; all tensors (B, tokens, heads, d)."""
         return processor.attend(query, key, value, mask)
 
-    def keys_of(self, tokens: int) -> int:
-        """How many keys are left of so many hidden states of the image and what stands behind it."""
-        return tokens
+    def reduce_mask(self, mask: Tensor) -> Tensor:
+        """A mask (..., queries or 1, keys) over all tokens to that of the queries and keys that `attend` leaves."""
+        return mask
 
     def leave(self, x: Tensor) -> Tensor:
         """The image's result (B, tokens, C) to all its tokens."""
@@ -79,11 +79,93 @@ class MergeStep(Step):
         bias = self.plan.sizes().to(torch.promote_types(query.dtype, torch.float32)).log()
         return attend_by_op(query, key, value, (1, self.plan.num_slots), 1, 1.0, key_bias=bias)
 
-    def keys_of(self, tokens: int) -> int:
-        return tokens - self.plan.r
-
     def leave(self, x: Tensor) -> Tensor:
         return token_unmerge(x, self.plan)
+
+
+class MergeInsideStep(Step):
+    """Queries, keys and values of the image are merged after norm and rotation, and the results copied back at once.
+
+    It saves attention alone, in any family. Text stays whole.
+
+    Args:
+        plan: which tokens become one; a row for each frame.
+        mode, weigh: see `MergeStep`.
+        image_tokens: (start, stop) of the image among all tokens.
+        frames: grids in it.
+        own_keys: keys are those of the image; otherwise only queries are merged.
+    """
+
+    def __init__(
+        self, plan: MergePlan, mode: str, weigh: bool, image_tokens: Window, frames: int, own_keys: bool
+    ) -> None:
+        self.plan, self.mode, self.weigh = plan, mode, weigh and own_keys
+        self.image_tokens, self.frames, self.own_keys = image_tokens, frames, own_keys
+
+    def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        merged = self._merge(query)
+        if self.own_keys:
+            key, value = self._merge(key), self._merge(value)
+        if self.weigh and mask is None and processor.attends_natively():
+            result = attend_by_op(merged, key, value, (1, key.shape[1]), 1, 1.0, key_bias=self._weights(merged))
+        elif self.weigh:
+            weights = self._weights(merged).to(merged.dtype)
+            weights = weights.repeat(merged.shape[0] // weights.shape[0], 1)[:, None, None]
+            mask = weights if mask is None else add_masks(weights, mask)
+            result = processor.attend(merged, key, value, mask)
+        else:
+            result = processor.attend(merged, key, value, mask)
+        return self._unmerge(result)
+
+    def reduce_mask(self, mask: Tensor) -> Tensor:
+        if self.own_keys:
+            mask = self._pick(mask)
+        if mask.shape[-2] != 1:
+            mask = self._pick(mask.transpose(-1, -2)).transpose(-1, -2)
+        return mask
+
+    def _around(self, x: Tensor, image: Tensor) -> Tensor:
+        """`image` (B, tokens, C) in the place of the image's tokens in x."""
+        start, stop = self.image_tokens
+        if (start, stop) == (0, x.shape[1]):
+            return image
+        return torch.cat([x[:, :start], image, x[:, stop:]], dim=1)
+
+    def _merge(self, x: Tensor) -> Tensor:
+        start, stop = self.image_tokens
+        merged = token_merge(fold(x[:, start:stop].flatten(2), self.frames), self.plan, self.mode)
+        return self._around(x, unfold(merged, self.frames).unflatten(2, x.shape[2:]))
+
+    def _unmerge(self, x: Tensor) -> Tensor:
+        start, slots = self.image_tokens[0], self.frames * self.plan.num_slots
+        image = token_unmerge(fold(x[:, start : start + slots].flatten(2), self.frames), self.plan)
+        image = unfold(image, self.frames).unflatten(2, x.shape[2:])
+        if (start, start + slots) == (0, x.shape[1]):
+            return image
+        return torch.cat([x[:, :start], image, x[:, start + slots :]], dim=1)
+
+    def _weights(self, merged: Tensor) -> Tensor:
+        """log(size) of each key, (P, keys), 0 of text."""
+        sizes = self.plan.sizes().to(torch.promote_types(merged.dtype, torch.float32)).log()
+        sizes = unfold(sizes[..., None], self.frames)[..., 0]
+        start = self.image_tokens[0]
+        behind = merged.shape[1] - start - sizes.shape[1]
+        return torch.nn.functional.pad(sizes, (start, behind))
+
+    def _pick(self, mask: Tensor) -> Tensor:
+        """The columns of a mask (B or 1, ..., tokens) of the tokens that are left: anchors stand for the image's."""
+        start, stop = self.image_tokens
+        tokens = torch.arange(self.frames, device=mask.device, dtype=torch.int64)[:, None] * self.plan.num_tokens
+        anchors = self.plan.anchor.long().unflatten(0, (-1, self.frames)) + tokens + start
+        rows = anchors.flatten(1)
+        lead = rows.shape[0]
+        before = torch.arange(start, device=mask.device).expand(lead, -1)
+        after = torch.arange(stop, mask.shape[-1], device=mask.device).expand(lead, -1)
+        index = torch.cat([before, rows, after], dim=1)
+        batch = max(mask.shape[0], lead)
+        index = index.repeat(batch // lead, 1).view(batch, *[1] * (mask.dim() - 2), -1)
+        mask = mask.expand(batch, *mask.shape[1:])
+        return mask.gather(-1, index.expand(*mask.shape[:-1], -1))
 
 
 class PoolStep(Step):
@@ -98,13 +180,21 @@ class PoolStep(Step):
         image_tokens: (start, stop) of the image among all keys.
         inside: the same among the hidden states, which in blocks of two streams hold no text.
         early: pool hidden states, not keys and values.
+        frames: grids among the image's tokens.
     """
 
     def __init__(
-        self, grid: Window, factor: Window, alpha: float | Tensor, image_tokens: Window, inside: Window, early: bool
+        self,
+        grid: Window,
+        factor: Window,
+        alpha: float | Tensor,
+        image_tokens: Window,
+        inside: Window,
+        early: bool,
+        frames: int = 1,
     ) -> None:
         self.grid, self.factor, self.alpha = grid, factor, alpha
-        self.image_tokens, self.inside, self.early = image_tokens, inside, early
+        self.image_tokens, self.inside, self.early, self.frames = image_tokens, inside, early, frames
 
     def project(self, processor: Attending, attn: Any, x: Tensor, keys: Tensor | None) -> States:
         if not self.early:
@@ -125,19 +215,22 @@ class PoolStep(Step):
     def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if self.early:
             return processor.attend(query, key, value, mask)
-        if mask is None and processor.attends_natively():
+        # The op pools one grid.
+        if mask is None and self.frames == 1 and processor.attends_natively():
             return attend_by_op(query, key, value, self.grid, self.factor, self.alpha, image_tokens=self.image_tokens)
         heads = key.shape[2]
         pooled = self._pool(self.alpha, key.flatten(2), value.flatten(2))
         key, value = (x.unflatten(-1, (heads, -1)) for x in pooled)
         return processor.attend(query, key, value, mask)
 
-    def keys_of(self, tokens: int) -> int:
-        (height, width), (sy, sx) = self.grid, self.factor
-        return tokens - height * width + (height // sy) * (width // sx)
+    def reduce_mask(self, mask: Tensor) -> Tensor:
+        """A pooled key is seen where the nearest token of its window is."""
+        rows = mask.flatten(0, -2)[..., None]
+        (pooled,) = self._pool(1.0, rows.to(torch.promote_types(mask.dtype, torch.float16)))
+        return pooled[..., 0].to(mask.dtype).view(*mask.shape[:-1], -1)
 
     def _pool(self, alpha: float | Tensor, *xs: Tensor) -> tuple[Tensor, ...]:
-        return pool_tokens(xs, self.image_tokens, self.grid, self.factor, alpha)
+        return pool_tokens(xs, self.image_tokens, self.grid, self.factor, alpha, self.frames)
 
 
 def attend_by_op(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -145,3 +238,20 @@ def attend_by_op(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
     in float32, and PyTorch's attention makes them what the values are."""
     query, key, value = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
     return kv_downsample_attention(query, key, value, *args, **kwargs).transpose(1, 2)
+
+
+def add_masks(weights: Tensor, mask: Tensor) -> Tensor:
+    """Additive weights and a mask, additive or boolean (True is seen), as one additive mask."""
+    if mask.dtype == torch.bool:
+        return weights.masked_fill(~mask, -torch.inf)
+    return weights + mask
+
+
+def fold(x: Tensor, frames: int) -> Tensor:
+    """(B, frames * N, C) to (B * frames, N, C): each frame a row of its own."""
+    return x if frames == 1 else x.unflatten(1, (frames, -1)).flatten(0, 1)
+
+
+def unfold(x: Tensor, frames: int) -> Tensor:
+    """The inverse of `fold`."""
+    return x if frames == 1 else x.unflatten(0, (-1, frames)).flatten(1, 2)

@@ -90,6 +90,10 @@ class MergeConfig(CompressionConfig):
             moves linearly from the first denoising step (t = T - 1) to the last (t = 0). A pair needs the timestep on
             the host (one read per forward pass) and one timestep for the whole batch, because it changes shapes.
         stride: tile with one destination, (sy, sx) tokens in (rows, columns).
+        merge: where: "hidden" merges hidden states before the projections and copies results back behind the output, so
+            that all between sees fewer tokens; "attention" merges queries, keys and values after norm and rotation,
+            which every family offers and which saves attention alone. "auto" is "hidden" where the family of the model
+            offers it.
         mode: how tokens become one: "mean", "mlerp" or "prune". See `bigain_kernels.token_merge`.
         proportional: weigh every merged key of self-attention by the number of tokens it stands for. This is
             proportional attention (Bolya et al. 2022, arXiv 2210.09461): the result is that of attention over all N
@@ -108,6 +112,7 @@ class MergeConfig(CompressionConfig):
 
     ratio: float | tuple[float, float] = option(0.5, Scheduled())
     stride: tuple[int, int] = option((2, 2), Pair())
+    merge: str = option("auto", Choice(("auto", "hidden", "attention")))
     mode: str = option("mean", Choice(MODES))
     proportional: bool = option(False, Flag())
     cached_assignment: bool = option(False, Flag())

@@ -25,6 +25,7 @@ VALUES = {
     "end": ("0.5", 0.5),
     "factor": ("2x1", (2, 1)),
     "max_downsample": ("2", 2),
+    "merge": ("hidden", "hidden"),
     "mode": ("mlerp", "mlerp"),
     "modules": ("attn1,attn2", ("attn1", "attn2")),
     "noise": ("0.3", 0.3),

@@ -110,7 +110,7 @@ def _strong(model):
     for name, parameter in model.named_parameters():
         if "norm" in name and name.endswith("weight") and parameter.dim() == 1:
             parameter.uniform_(0.5, 2.5)
-        elif name.split(".")[-2] in ("to_q", "to_k", "add_q_proj", "add_k_proj"):
+        elif name.split(".")[-2:-1] in (["to_q"], ["to_k"], ["add_q_proj"], ["add_k_proj"]):
             parameter.mul_(2.0)
     return model
 

@@ -247,11 +247,9 @@ def test_reports():
 
 
 @pytest.mark.parametrize(("build", "inputs"), MODELS)
-def test_merging_is_refused_with_a_reason(build, inputs):
-    with pytest.raises(
-        ValueError, match=r"(?s)config: got .*joint attention with text offers no merging, only pooling"
-    ):
-        apply_token_compression(build(), LGTMConfig())
+def test_merging_hidden_states_is_refused_with_a_reason(build, inputs):
+    with pytest.raises(ValueError, match=r"(?s)config: got .*merge='hidden', this model offers 'attention'"):
+        apply_token_compression(build(), LGTMConfig(merge="hidden"))
 
 
 @pytest.mark.parametrize(("build", "inputs"), MODELS)

@@ -59,7 +59,7 @@ def test_argument_names_are_those_of_diffusers():
     signatures[Transformer2DModel], signatures[BasicTransformerBlock] = unet._TRANSFORMER, unet._BLOCK
     for cls, (names, carrier) in signatures.items():
         assert tuple(inspect.signature(cls.forward).parameters)[1 : 1 + len(names)] == names
-        assert carrier in names
+        assert carrier is None or carrier in names
 
 
 def test_classes_that_were_wrapped_before_the_import():

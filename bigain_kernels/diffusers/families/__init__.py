@@ -1,7 +1,8 @@
 """The families of models whose attention can be compressed. To add one, here or in another package, see `Family`.
 
 A family is an object: `register_family(MyFamily())` makes a kind of model known to `apply_token_compression` and to all
-that stands on it. `PlainFamily` and `JointFamily` are bases for models with diffusers' usual layers. An installed
+that stands on it. `PlainFamily` and `JointFamily` are bases for models with diffusers' usual layers,
+`ReboundFamily` for all others whose processors attend by one of diffusers' two functions. An installed
 package can name its families in the entry points of the group `ENTRY_POINTS`.
 """
 
@@ -12,17 +13,42 @@ from typing import Any
 
 from torch import nn
 
+from .allegro import Allegro
+from .aura_flow import AuraFlow
+from .chroma import Chroma
+from .cogvideox import CogVideoX
+from .cogview4 import CogView4
 from .dit import DiT
 from .family import Family, Layer, Place
 from .flux import Flux
+from .flux2 import Flux2
+from .hidream import HiDream
+from .hunyuan_dit import HunyuanDiT
+from .hunyuan_video import HunyuanVideo
 from .joint import JointFamily
+from .latte import Latte
+from .ltx import LTX
+from .ltx2 import LTX2
+from .lumina2 import Lumina2
+from .pixart import PixArt
 from .plain import PlainFamily
 from .qwen import Qwen
+from .rebound import ReboundFamily
 from .sd3 import SD3
 from .unet import UNet
+from .wan import Wan
+from .z_image import ZImage
 
 # Where an installed package names its families: `name = "package.module:Family"`, the class.
 ENTRY_POINTS = "bigain_kernels.families"
+
+# Models of diffusers that people ask for and that have no attention to compress, with the reason.
+REFUSED = {
+    "AnyFlowFARTransformer3DModel": "its attention runs under the block mask of flex attention, which is of all tokens",
+    "MochiTransformer3DModel": "its attentions let nobody replace their processors",
+    "SanaTransformer2DModel": "its attention is linear: every token costs the same, and there are no pairs to save",
+    "SanaVideoTransformer3DModel": "its attention is linear: every token costs the same, and there are no pairs to save",
+}
 
 _families: dict[type[nn.Module], Family] = {}
 
@@ -81,15 +107,39 @@ def family_of(model: Any) -> Family | None:
     return next((_families[cls] for cls in type(model).__mro__ if cls in _families), None)
 
 
-for _family in (UNet(), DiT(), Flux(), SD3(), Qwen()):
-    register_family(_family)
+for _family in (
+    UNet,
+    DiT,
+    PixArt,
+    HunyuanDiT,
+    Flux,
+    Flux2,
+    Chroma,
+    SD3,
+    Qwen,
+    ZImage,
+    Lumina2,
+    AuraFlow,
+    CogView4,
+    HiDream,
+    Wan,
+    LTX,
+    LTX2,
+    HunyuanVideo,
+    CogVideoX,
+    Allegro,
+    Latte,
+):
+    register_family(_family())
 
 __all__ = [
+    "REFUSED",
     "Family",
     "JointFamily",
     "Layer",
     "Place",
     "PlainFamily",
+    "ReboundFamily",
     "family_of",
     "load_entry_points",
     "register_family",

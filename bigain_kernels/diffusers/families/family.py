@@ -46,10 +46,12 @@ class Place(NamedTuple):
     Attributes:
         grid: (H, W) that they form, in raster order.
         start: tokens in front of them, of all that attend to each other.
+        frames: how many such grids follow each other, in a video.
     """
 
     grid: Grid
     start: int = 0
+    frames: int = 1
 
 
 class Family(ABC):
@@ -57,22 +59,30 @@ class Family(ABC):
 
     Attributes:
         model: class of the model.
-        signature: the arguments of its forward method that are read, among them `sample` and "timestep".
-        sample: the argument with one row for each sample of the batch.
+        signature: the arguments of its forward method that are read, among them `sample` and `timestep`.
+        sample, timestep: the arguments with one row for each sample of the batch, and with what it is told as timestep.
         processors: the compressing processors of its layers.
         replaceable: processors of other software and of diffusers which compute one and the same attention, so that
             a compressing one can stand in for them.
         attentions: classes of the modules that are given the context, those that are not compressed too.
+        passes_on: what `signature.carrier` holds reaches the attention processors as arguments; otherwise
+            `current.py` tells them.
         needs_source: tokens are matched on the residual stream, which `hooks` hands over.
+        merges: where it can merge tokens, the best first; see `MergeConfig.merge`.
+        pools: what it can pool; see `PoolConfig.pool`.
     """
 
     model: ClassVar[type[nn.Module]]
     signature: ClassVar[Signature]
     sample: ClassVar[str] = "hidden_states"
-    processors: ClassVar[tuple[type[CompressedAttention], ...]]
-    replaceable: ClassVar[tuple[type, ...]]
+    timestep: ClassVar[str] = "timestep"
+    processors: ClassVar[tuple[type[CompressedAttention], ...]] = ()
+    replaceable: ClassVar[tuple[type, ...]] = ()
     attentions: ClassVar[tuple[type, ...]] = (Attention,)
+    passes_on: ClassVar[bool] = True
     needs_source: ClassVar[bool] = False
+    merges: ClassVar[tuple[str, ...]] = ("hidden", "attention")
+    pools: ClassVar[tuple[str, ...]] = ("keys", "hidden")
 
     @abstractmethod
     def layers(self, model: Any) -> list[Layer]:
@@ -102,9 +112,13 @@ class Family(ABC):
         """Why this attention cannot be compressed whatever its processor, or None."""
         return None
 
-    def stand_in(self, previous: Any) -> type[CompressedAttention]:
-        """The compressing processor that computes what `previous` does."""
-        return self.processors[0]
+    def stands_in(self, processor: type) -> bool:
+        """Whether a compressing processor can stand in for one of this class."""
+        return processor in self.replaceable
+
+    def stand_in(self, previous: Any) -> CompressedAttention:
+        """A compressing processor that computes what `previous` does."""
+        return self.processors[0]()
 
     def text_inside(self, layer: Layer) -> bool:
         """Whether the hidden states of this layer hold text too."""

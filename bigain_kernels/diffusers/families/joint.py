@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...methods import CompressionConfig, MergeConfig
 from .family import Family, Layer
 
 
 class JointFamily(Family):
     """Blocks of two streams, then, in some families, those of one. Joint attention counts as self-attention."""
+
+    merges = ("attention",)
 
     def layers(self, model: Any) -> list[Layer]:
         blocks = [(f"transformer_blocks.{i}", block) for i, block in enumerate(model.transformer_blocks)]
@@ -22,8 +23,3 @@ class JointFamily(Family):
             for which in ("attn", "attn2")
             if getattr(block, which, None) is not None
         ]
-
-    def refuses(self, config: CompressionConfig, layer: Layer) -> str | None:
-        if isinstance(config, MergeConfig):
-            return "joint attention with text offers no merging, only pooling (IEKVDConfig, ToDoConfig)"
-        return None

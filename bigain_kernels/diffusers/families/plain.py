@@ -77,8 +77,8 @@ class PlainFamily(Family):
     processors = (CompressedAttnProcessor, FusedCompressedAttnProcessor)
     replaceable = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 
-    def stand_in(self, previous: Any) -> type[CompressedAttention]:
-        return self.processors[isinstance(previous, FusedAttnProcessor2_0)]
+    def stand_in(self, previous: Any) -> CompressedAttention:
+        return self.processors[isinstance(previous, FusedAttnProcessor2_0)]()
 
     def refuses(self, config: CompressionConfig, layer: Layer) -> str | None:
         attn = layer.attn

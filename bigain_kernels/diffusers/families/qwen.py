@@ -46,8 +46,8 @@ class CompressedQwenAttnProcessor(Dispatching, QwenDoubleStreamAttnProcessor2_0)
         refuse_mask(attention_mask)
         if mask is not None:
             # Padding is masked among the words alone; of the image's keys all count, pooled or not.
-            images = step.keys_of(hidden_states.shape[1])
-            mask = torch.cat([mask, mask.new_ones(mask.shape[0], images)], dim=1)[:, None, None, :]
+            mask = torch.cat([mask, mask.new_ones(mask.shape[0], hidden_states.shape[1])], dim=1)
+            mask = step.reduce_mask(mask[:, None, None, :])
         rotation = None if image_rotary_emb is None else torch.cat([image_rotary_emb[1], image_rotary_emb[0]])
         x, words = self.run(step, attn, hidden_states, text=text, rotation=rotation, mask=mask)
         assert words is not None

@@ -12,7 +12,7 @@ from ...methods import CompressionConfig
 from ..attention import CompressedAttention, refuse_mask
 from ..context import Context, Grid
 from ..hooks import Signature
-from ..schedulers import TimestepRange
+from ..schedulers import TimestepRange, sigma_steps
 from .family import Place
 from .joint import JointFamily
 
@@ -70,5 +70,4 @@ class SD3(JointFamily):
         return Place((height // model.config.patch_size, width // model.config.patch_size))
 
     def told(self, config: CompressionConfig) -> TimestepRange:
-        # T * sigma, from T to 0.
-        return TimestepRange(0.0, float(config.train_timesteps))
+        return sigma_steps(config.train_timesteps)

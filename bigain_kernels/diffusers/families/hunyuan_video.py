@@ -1,0 +1,30 @@
+"""HunyuanVideo: masked text behind the video."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import HunyuanVideoTransformer3DModel
+
+from ...methods import CompressionConfig
+from ..context import Grid
+from ..hooks import Signature
+from ..schedulers import TimestepRange, sigma_steps
+from .family import Place
+from .rebound import ReboundFamily
+
+
+class HunyuanVideo(ReboundFamily):
+    """HunyuanVideoTransformer3DModel."""
+
+    model = HunyuanVideoTransformer3DModel
+    signature = Signature(("hidden_states", "timestep"))
+    layer_names = r"(single_)?transformer_blocks\.\d+\.attn"
+
+    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
+        frames, height, width = call["hidden_states"].shape[-3:]
+        size, time = model.config.patch_size, model.config.patch_size_t
+        return Place((height // size, width // size), 0, frames // time)
+
+    def told(self, config: CompressionConfig) -> TimestepRange:
+        return sigma_steps(config.train_timesteps)

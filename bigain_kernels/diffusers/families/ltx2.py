@@ -1,0 +1,39 @@
+"""LTX-2: video and sound; the self-attention of the video is compressed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers import LTX2VideoTransformer3DModel
+
+from ..context import Grid
+from ..hooks import Signature
+from .family import Place
+from .ltx import LTX
+
+
+class LTX2(LTX):
+    """LTX2VideoTransformer3DModel."""
+
+    model = LTX2VideoTransformer3DModel
+    signature = Signature(
+        (
+            "hidden_states",
+            "audio_hidden_states",
+            "encoder_hidden_states",
+            "audio_encoder_hidden_states",
+            "timestep",
+            "audio_timestep",
+            "sigma",
+            "audio_sigma",
+            "encoder_attention_mask",
+            "audio_encoder_attention_mask",
+            "num_frames",
+            "height",
+            "width",
+        )
+    )
+
+    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
+        size, time = model.config.patch_size, model.config.patch_size_t
+        return Place((call["height"] // size, call["width"] // size), 0, call["num_frames"] // time)

@@ -1,0 +1,538 @@
+"""Tiny models of the families that are compressed in the middle of their attention, and where their tokens stand."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from .models import _strong, flux_inputs, qwen_inputs, sd3_inputs, tiny_flux, tiny_qwen, tiny_sd3
+
+TEXT = 5
+
+
+class Case(NamedTuple):
+    """A family: how to build its tiny model, its inputs, and what the oracle of the tests is told of its layout.
+
+    `inputs` takes a batch size and a grid (frames, H, W) in tokens; `start` is how many tokens stand in front of the
+    image, `text` how many of these are apart from the hidden states in the layer of that name.
+    """
+
+    model: str
+    config: dict[str, Any]
+    inputs: Callable[[int, tuple[int, int, int]], dict[str, Any]]
+    start: int = 0
+    apart: Callable[[str], int] = lambda name: 0
+    frames: int = 1
+    batched_frames: bool = False
+    make: Callable[[], nn.Module] | None = None
+
+
+def noise(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def positions(grid: tuple[int, int, int], columns: int) -> Tensor:
+    axes = [torch.arange(n) for n in grid] + [torch.zeros(1).long()] * (columns - 3)
+    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, columns).float()
+
+
+def _flux2(batch, grid):
+    return {
+        "hidden_states": noise(batch, grid[1] * grid[2], 4),
+        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": positions(grid, 4)[None].expand(batch, -1, -1),
+        "txt_ids": torch.zeros(batch, TEXT, 4),
+        "guidance": torch.ones(batch),
+    }
+
+
+def _chroma(batch, grid):
+    tokens = grid[1] * grid[2]
+    mask = torch.ones(batch, TEXT + tokens)
+    mask[0, 3:TEXT] = 0  # padding of the text
+    return {
+        "hidden_states": noise(batch, tokens, 4),
+        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
+        "timestep": torch.full((batch,), 0.5),
+        "img_ids": positions(grid, 3),
+        "txt_ids": torch.zeros(TEXT, 3),
+        "attention_mask": mask,
+    }
+
+
+def _z_image(batch, grid):
+    return {
+        "x": list(noise(batch, 16, grid[0], 2 * grid[1], 2 * grid[2])),
+        "t": torch.full((batch,), 0.5),
+        "cap_feats": list(noise(batch, TEXT, 16, seed=2)),
+    }
+
+
+def _latent(batch, grid, channels=4, patch=2):
+    return noise(batch, channels, patch * grid[1], patch * grid[2])
+
+
+def _pixart(batch, grid):
+    return {
+        "hidden_states": _latent(batch, grid),
+        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
+        "timestep": torch.full((batch,), 500),
+        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
+    }
+
+
+def _hunyuan_dit(batch, grid):
+    tokens = grid[1] * grid[2]
+    angles = noise(tokens, 8, seed=3).repeat_interleave(1, 1)
+    return {
+        "hidden_states": _latent(batch, grid),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": noise(batch, 4, 8, seed=2),
+        "text_embedding_mask": torch.ones(batch, 4),
+        "encoder_hidden_states_t5": noise(batch, 4, 8, seed=4),
+        "text_embedding_mask_t5": torch.ones(batch, 4),
+        "image_meta_size": torch.ones(batch, 6),
+        "style": torch.zeros(batch, dtype=torch.int64),
+        "image_rotary_emb": [angles.cos(), angles.sin()],
+    }
+
+
+def _lumina2(batch, grid):
+    return {
+        "hidden_states": _latent(batch, grid),
+        "timestep": torch.full((batch,), 0.5),
+        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
+        "encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.bool),
+    }
+
+
+def _aura_flow(batch, grid):
+    return {
+        "hidden_states": _latent(batch, grid),
+        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
+        "timestep": torch.full((batch,), 0.5),
+    }
+
+
+def _cogview4(batch, grid):
+    sizes = torch.full((batch, 2), 64)
+    return {
+        "hidden_states": _latent(batch, grid),
+        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500),
+        "original_size": sizes,
+        "target_size": sizes,
+        "crop_coords": torch.zeros(batch, 2, dtype=torch.int64),
+    }
+
+
+def _hidream(batch, grid):
+    return {
+        "hidden_states": _latent(batch, grid),
+        "timesteps": torch.full((batch,), 500),
+        "encoder_hidden_states_t5": noise(batch, TEXT, 8, seed=2),
+        "encoder_hidden_states_llama3": noise(2, batch, TEXT, 4, seed=3),
+        "pooled_embeds": noise(batch, 8, seed=4),
+    }
+
+
+def _wan(batch, grid):
+    return {
+        "hidden_states": noise(batch, 4, grid[0], 2 * grid[1], 2 * grid[2]),
+        "timestep": torch.full((batch,), 500),
+        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
+    }
+
+
+def _ltx(batch, grid):
+    return {
+        "hidden_states": noise(batch, grid[0] * grid[1] * grid[2], 4),
+        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
+        "timestep": torch.full((batch,), 500),
+        "encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.bool),
+        "num_frames": grid[0],
+        "height": grid[1],
+        "width": grid[2],
+    }
+
+
+def _ltx2(batch, grid):
+    return {
+        **_ltx(batch, grid),
+        "audio_hidden_states": noise(batch, 9, 4, seed=5),
+        "audio_encoder_hidden_states": noise(batch, TEXT, 16, seed=6),
+        "timestep": torch.full((batch,), 500.0),
+        "audio_num_frames": 9,
+        "fps": 25.0,
+    }
+
+
+def _hunyuan_video(batch, grid):
+    mask = torch.ones(batch, TEXT)
+    mask[0, 3:] = 0
+    return {
+        "hidden_states": noise(batch, 4, *grid),
+        "timestep": torch.full((batch,), 500.0),
+        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
+        "pooled_projections": noise(batch, 8, seed=3),
+        "encoder_attention_mask": mask,
+        "guidance": torch.full((batch,), 1.0),
+    }
+
+
+def _cogvideox(batch, grid):
+    return {
+        "hidden_states": noise(batch, grid[0], 4, 2 * grid[1], 2 * grid[2]),
+        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500),
+    }
+
+
+def _allegro(batch, grid):
+    return {
+        "hidden_states": noise(batch, 4, grid[0], 2 * grid[1], 2 * grid[2]),
+        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500),
+    }
+
+
+def _latte(batch, grid):
+    return {
+        "hidden_states": noise(batch, 4, grid[0], 2 * grid[1], 2 * grid[2]),
+        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
+        "timestep": torch.full((batch,), 500),
+    }
+
+
+def _double(prefix: str = "transformer_blocks") -> Callable[[str], int]:
+    """Text is apart in the blocks of two streams."""
+    return lambda name: TEXT if name.startswith(prefix) else 0
+
+
+HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+FLUX = {"patch_size": 1, "in_channels": 4, "num_layers": 1, "num_single_layers": 1, "joint_attention_dim": 32, **HEADS}
+VIDEO = {"in_channels": 4, "out_channels": 4, "num_attention_heads": 2}
+CASES = {
+    "flux2": Case(
+        "Flux2Transformer2DModel",
+        {**FLUX, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32},
+        _flux2,
+        TEXT,
+        _double(),
+    ),
+    "chroma": Case(
+        "ChromaTransformer2DModel",
+        {
+            **FLUX,
+            "axes_dims_rope": (4, 6, 6),
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        _chroma,
+        TEXT,
+        _double(),
+    ),
+    "z_image": Case(
+        "ZImageTransformer2DModel",
+        {
+            "in_channels": 16,
+            "dim": 32,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 2,
+            "n_kv_heads": 2,
+            "cap_feat_dim": 16,
+            "axes_dims": [8, 4, 4],
+            "axes_lens": [256, 64, 64],
+        },
+        _z_image,
+    ),
+    "pixart": Case(
+        "PixArtTransformer2DModel",
+        {
+            "sample_size": 16,
+            "num_layers": 2,
+            "patch_size": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 8,
+            "cross_attention_dim": 16,
+            "caption_channels": None,
+            "norm_type": "ada_norm_single",
+            "use_additional_conditions": False,
+        },
+        _pixart,
+    ),
+    "hunyuan_dit": Case(
+        "HunyuanDiT2DModel",
+        {
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "cross_attention_dim": 8,
+            "cross_attention_dim_t5": 8,
+            "pooled_projection_dim": 4,
+            "hidden_size": 16,
+            "text_len": 4,
+            "text_len_t5": 4,
+            "activation_fn": "gelu-approximate",
+        },
+        _hunyuan_dit,
+    ),
+    "lumina2": Case(
+        "Lumina2Transformer2DModel",
+        {
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "hidden_size": 48,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "multiple_of": 2,
+            "axes_dim_rope": (8, 4, 4),
+            "axes_lens": (128, 128, 128),
+            "cap_feat_dim": 32,
+        },
+        _lumina2,
+        TEXT,
+    ),
+    "aura_flow": Case(
+        "AuraFlowTransformer2DModel",
+        {
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "caption_projection_dim": 32,
+            "joint_attention_dim": 32,
+            "out_channels": 4,
+            "pos_embed_max_size": 256,
+        },
+        _aura_flow,
+        TEXT + 8,
+        lambda name: TEXT + 8 if name.startswith("joint") else 0,
+    ),
+    "cogview4": Case(
+        "CogView4Transformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+        },
+        _cogview4,
+        TEXT,
+        _double(),
+    ),
+    "hidream": Case(
+        "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "caption_channels": [8, 4],
+            "text_emb_dim": 8,
+            "num_routed_experts": 2,
+            "num_activated_experts": 2,
+            "axes_dims_rope": (4, 2, 2),
+            "max_resolution": (32, 32),
+            "llama_layers": (0, 1),
+            "force_inference_output": True,
+        },
+        _hidream,
+    ),
+    "wan": Case(
+        "WanTransformer3DModel",
+        {
+            **VIDEO,
+            "patch_size": (1, 2, 2),
+            "attention_head_dim": 12,
+            "text_dim": 16,
+            "freq_dim": 32,
+            "ffn_dim": 32,
+            "num_layers": 2,
+            "cross_attn_norm": True,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 32,
+        },
+        _wan,
+        frames=3,
+    ),
+    "ltx": Case(
+        "LTXVideoTransformer3DModel",
+        {
+            **VIDEO,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "num_layers": 2,
+            "qk_norm": "rms_norm_across_heads",
+            "caption_channels": 16,
+        },
+        _ltx,
+        frames=3,
+    ),
+    "ltx2": Case(
+        "LTX2VideoTransformer3DModel",
+        {
+            **VIDEO,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "audio_in_channels": 4,
+            "audio_out_channels": 4,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 4,
+            "audio_cross_attention_dim": 8,
+            "num_layers": 2,
+            "qk_norm": "rms_norm_across_heads",
+            "caption_channels": 16,
+            "rope_double_precision": False,
+        },
+        _ltx2,
+        frames=3,
+    ),
+    "hunyuan_video": Case(
+        "HunyuanVideoTransformer3DModel",
+        {
+            **VIDEO,
+            "attention_head_dim": 10,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "guidance_embeds": True,
+            "text_embed_dim": 16,
+            "pooled_projection_dim": 8,
+            "rope_axes_dim": (2, 4, 4),
+        },
+        _hunyuan_video,
+        frames=3,
+    ),
+    "cogvideox": Case(
+        "CogVideoXTransformer3DModel",
+        {
+            **VIDEO,
+            "attention_head_dim": 8,
+            "time_embed_dim": 2,
+            "text_embed_dim": 8,
+            "num_layers": 2,
+            "sample_width": 16,
+            "sample_height": 12,
+            "sample_frames": 9,
+            "patch_size": 2,
+            "temporal_compression_ratio": 4,
+            "max_text_seq_length": TEXT,
+        },
+        _cogvideox,
+        TEXT,
+        _double(),
+        frames=3,
+    ),
+    "allegro": Case(
+        "AllegroTransformer3DModel",
+        {
+            **VIDEO,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "cross_attention_dim": 16,
+            "sample_width": 16,
+            "sample_height": 12,
+            "sample_frames": 3,
+            "caption_channels": 8,
+        },
+        _allegro,
+        frames=3,
+    ),
+    "latte": Case(
+        "LatteTransformer3DModel",
+        {
+            "sample_size": 16,
+            "num_layers": 2,
+            "patch_size": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "caption_channels": 8,
+            "in_channels": 4,
+            "cross_attention_dim": 16,
+            "out_channels": 8,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "video_length": 3,
+        },
+        _latte,
+        frames=3,
+        batched_frames=True,
+    ),
+}
+
+
+# Those with processors written out, whose merging inside attention is that of all others.
+JOINT = {
+    "flux": Case(
+        "FluxTransformer2DModel", {}, lambda b, grid: flux_inputs(b, grid[1:]), TEXT, _double(), make=tiny_flux
+    ),
+    "qwen": Case(
+        "QwenImageTransformer2DModel", {}, lambda b, grid: qwen_inputs(b, grid[1:]), TEXT, _double(), make=tiny_qwen
+    ),
+    "sd3": Case("SD3Transformer2DModel", {}, lambda b, grid: sd3_inputs(b, (2 * grid[1], 2 * grid[2])), make=tiny_sd3),
+}
+
+
+def case_of(name: str) -> Case:
+    return CASES[name] if name in CASES else JOINT[name]
+
+
+def build(name: str) -> nn.Module:
+    """The tiny model of a case: the same weights at every call, zero-initialised layers filled."""
+    case = case_of(name)
+    if case.make is not None:
+        return case.make()
+    torch.manual_seed(0)
+    model = getattr(diffusers, case.model)(**case.config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1 and not parameter.any():
+                parameter.normal_(std=0.1)
+    return _strong(model)
+
+
+def module_of(processor: object) -> Any:
+    """The module in which a processor looks up the function that attends."""
+    return importlib.import_module(type(processor).__module__)
+
+
+def outputs(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    with torch.no_grad():
+        found = model(**inputs, return_dict=False)[0]
+    return torch.stack(list(found)) if isinstance(found, (list, tuple)) else found
