@@ -122,9 +122,9 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     In a pipeline, the scheduler that it has at each call tells what timesteps mean; of a model alone, and with
     `num_train_timesteps` given, they are steps from T - 1 to 0 (sigma where the model is told sigma).
 
-    The grid of the tokens of Flux, Flux.2 and Chroma is read from `img_ids`, once for each such tensor, which waits for the device. To
-    avoid that, in CUDA graphs or `torch.compile(model, fullgraph=True)`, give it with the call, in tokens:
-    `joint_attention_kwargs={"bigain_grid": (H, W)}`.
+    The grid of the tokens of Flux, Flux.2 and Chroma is read from `img_ids`, once for each such tensor, which waits for
+    the device. To avoid that, in CUDA graphs or `torch.compile(model, fullgraph=True)`, give it with the call, in
+    tokens: `joint_attention_kwargs={"bigain_grid": (H, W)}`.
 
     Args:
         model_or_pipe: the model, or a pipeline with it as `unet` or `transformer`.

@@ -42,12 +42,13 @@ from .z_image import ZImage
 # Where an installed package names its families: `name = "package.module:Family"`, the class.
 ENTRY_POINTS = "bigain_kernels.families"
 
+_LINEAR = "its attention is linear: every token costs the same, and there are no pairs to save"
 # Models of diffusers that people ask for and that have no attention to compress, with the reason.
 REFUSED = {
     "AnyFlowFARTransformer3DModel": "its attention runs under the block mask of flex attention, which is of all tokens",
     "MochiTransformer3DModel": "its attentions let nobody replace their processors",
-    "SanaTransformer2DModel": "its attention is linear: every token costs the same, and there are no pairs to save",
-    "SanaVideoTransformer3DModel": "its attention is linear: every token costs the same, and there are no pairs to save",
+    "SanaTransformer2DModel": _LINEAR,
+    "SanaVideoTransformer3DModel": _LINEAR,
 }
 
 _families: dict[type[nn.Module], Family] = {}
