@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import bigain_kernels as bk
+from bigain_kernels.attention import proportional_attention
 from bigain_kernels.compat import published
 from bigain_kernels.evaluation.data import load_digits, load_photograph
 from bigain_kernels.evaluation.train_tiny import TrainConfig
@@ -221,6 +222,26 @@ WRONG_CALLS = [
         ValueError,
         "k: got shape (2, 1, 24, 4)",
     ),
+    # proportional_attention
+    (
+        "sizes of other keys",
+        lambda: proportional_attention(Q, Q, Q, DST),
+        ValueError,
+        "sizes: got shape (2, 6), expected 24 keys",
+    ),
+    ("sizes rows", lambda: proportional_attention(Q, Q, Q, torch.ones(3, 24)), ValueError, "sizes: got 3 rows"),
+    ("sizes dtype", lambda: proportional_attention(Q, Q, Q, torch.ones(2, 24) > 0), TypeError, "sizes: got dtype bool"),
+    ("v shape", lambda: proportional_attention(Q, Q, Q[:, :, :9], MATCH), ValueError, "v: got shape (2, 2, 9, 4)"),
+    ("k dtype", lambda: proportional_attention(Q, Q.half(), Q, MATCH), TypeError, "k: got torch.float16, expected"),
+    ("scale of text", lambda: proportional_attention(Q, Q, Q, MATCH, "x"), TypeError, "scale: got 'x'"),
+    ("route", lambda: proportional_attention(Q, Q, Q, MATCH, route="flash"), ValueError, "route: got 'flash'"),
+    (
+        "scale of channels",
+        lambda: proportional_attention(Q, Q, Q, MATCH, 0.0, "channels"),
+        ValueError,
+        "scale: got 0.0 with route='channels'",
+    ),
+    # kv_downsample_attention
     ("v dtype", lambda: bk.kv_downsample_attention(Q, Q, Q.half(), GRID, 2, 0.9), TypeError, "v: got torch.float16"),
     ("q rank", lambda: bk.kv_downsample_attention(X, Q, Q, GRID, 2, 0.9), ValueError, "q: got shape (2, 24, 8)"),
     ("scale", lambda: bk.kv_downsample_attention(Q, Q, Q, GRID, 2, 0.9, scale="x"), TypeError, "scale: got 'x'"),

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..declaration import Tables
 from ..tokens import share_mean
 from .backend import Implementation
+from .key_bias import attend_with_bias
 
 
 def lgtm_plan(
@@ -94,11 +95,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None, key_bias: Tenso
     if key_bias is None:
         out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     else:
-        # Biases count in their own precision: log(5) in bfloat16 would be off by 0.2 %, and so would every weight.
-        wide = torch.promote_types(q.dtype, torch.float32)
-        mask = key_bias.to(wide).repeat(q.shape[0] // max(key_bias.shape[0], 1), 1)[:, None, None, :]
-        x = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), attn_mask=mask, scale=scale)
-        out = x.to(q.dtype)
+        out = attend_with_bias(q, k, v, key_bias, scale)
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
