@@ -77,7 +77,11 @@ def options():
 
 setup(
     # The folder triton_kernels is installed inside the package: the Triton project has a module of that name.
-    packages=[*find_packages(include=["bigain_kernels*"]), "bigain_kernels.triton_kernels"],
+    packages=[
+        *find_packages(include=["bigain_kernels*"]),
+        "bigain_kernels.triton_kernels",
+        "bigain_kernels.triton_kernels.report",
+    ],
     package_dir={"bigain_kernels.triton_kernels": "triton_kernels"},
     py_modules=["bigain_command"],
     # The libraries use no Python at all, so the wheel fits every Python from the oldest supported on.

@@ -11,6 +11,8 @@ registers, spills, shared memory and the kinds of instructions. Exits with 1 whe
 * the memory-bound kernels load and store 16 bytes at a time;
 * no double-precision arithmetic.
 
+With `--report`, says instead what the machine code makes of the design's shapes: see report/ and docs/performance.md.
+
 The launches are the real ones: the launchers run on meta tensors and a recorder takes down what they would launch, with
 the same argument specializations (pointer alignment, divisible strides) that Triton derives from a call.
 """
@@ -21,6 +23,7 @@ import argparse
 import hashlib
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import triton
@@ -29,6 +32,7 @@ from . import configs
 from .aot_recipes import GRID, SHAPE, recipes
 from .launching import record_launches
 from .machine_code import MULTIPLIES, TYPES, Case, Result, examine, specialize, summary
+from .report import table
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -61,14 +65,33 @@ def cases(
                 yield Case(name, TYPES[dtype], text, launch)
 
 
+def report(out: Path | None = None, against: Path | None = None) -> int:
+    """Print what is predicted of every launch, and write it to a file."""
+    found = list(table.rows())
+    print(f"PREDICTED for {table.ARCHITECTURE} with triton {triton.__version__}; nothing here was measured\n")
+    print("\n".join(table.markdown(found)))
+    if against is not None:
+        print(f"\n{against} -> now\n")
+        print("\n".join(table.side_by_side(table.read(against), found)))
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(table.dump(table.document(found)))
+    return 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; 1 when a rule is broken."""
     parser = argparse.ArgumentParser(prog="python -m bigain_kernels.aot", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--architecture", action="append", choices=ARCHITECTURES, help="default: all")
     parser.add_argument("--default-only", action="store_true", help="only the config chosen for large calls")
+    parser.add_argument("--report", action="store_true", help="predict the launches at the design's shapes, for sm_90")
+    parser.add_argument("--out", type=Path, help="with --report: a file of predictions to write")
+    parser.add_argument("--against", type=Path, help="with --report: an older file of predictions to compare with")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET: is set, expected unset: the interpreter compiles nothing")
+    if options.report:
+        return report(options.out, options.against)
     print(f"triton {triton.__version__}, torch {torch.__version__}; x is {SHAPE} on a {GRID} grid")
     failures = 0
     seen: dict[str, Result] = {}

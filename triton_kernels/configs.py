@@ -60,8 +60,7 @@ def architecture(device: torch.device) -> str:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """How many programs run side by side at least; 1 for the interpreter."""
+def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -84,7 +83,10 @@ def _pick(op: str, architecture_name: str, size: str) -> Config:
 
 
 class Chooser:
-    """Chooses what the tables say. `tune` puts others in its place for a while, with `use_chooser`."""
+    """Chooses what the tables say. `tune` and the report put others in its place for a while, with `use_chooser`."""
+
+    def multiprocessors(self, device: torch.device) -> int:
+        return _multiprocessors(device)
 
     def route(self, op: str, device: torch.device, size: str) -> str:
         return table(architecture(device))["routes"][op][size]
@@ -104,6 +106,11 @@ def use_chooser(chooser: Chooser) -> Iterator[None]:
         yield
     finally:
         _chooser.reset(token)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side at least; 1 for the interpreter."""
+    return _chooser.get().multiprocessors(device)
 
 
 def _size(work: int) -> str:

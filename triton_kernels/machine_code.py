@@ -23,7 +23,6 @@ SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120":
 STREAMS_IN = ("laplacian_score", "row_stats", "match_prepare", "token_merge", "token_unmerge", "kv_downsample")
 MULTIPLIES = ("bipartite_match", "kv_downsample_attention", "pooled_kv_projection")
 STREAMS_OUT = ("token_merge", "token_unmerge", "kv_downsample")
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
@@ -83,7 +82,8 @@ def compile_case(launch: Launch, architecture: str) -> Any:
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
     signature, constants, attributes = specialize(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {key: launch.arguments[key] for key in _OPTIONS if key in launch.arguments}
+    # What a launch is given beyond the kernel's own arguments.
+    options = {key: value for key, value in launch.arguments.items() if key not in launch.kernel.arg_names}
     return triton.compile(source, target=target, options=options)
 
 
@@ -97,7 +97,8 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
     return done.stdout
 
 
-def _read_nvidia(compiled: Any) -> tuple[int, int, int, Counter[str]]:
+def read_nvidia(compiled: Any) -> tuple[int, int, int, Counter[str]]:
+    """Registers, bytes of local memory, bytes of shared memory, and how often each opcode stands in the code."""
     usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     sass = _cuobjdump(compiled.asm["cubin"], "-sass")
@@ -176,7 +177,7 @@ def row_order(ttgir: str) -> str:
 def examine(case: Case, architecture: str) -> Result:
     """Compile a case and judge the machine code."""
     compiled = compile_case(case.launch, architecture)
-    read = _read_amd if architecture.startswith("gfx") else _read_nvidia
+    read = _read_amd if architecture.startswith("gfx") else read_nvidia
     registers, spills, shared, instructions = read(compiled)
     broken = broken_rules(case, architecture, spills, shared, instructions)
     return Result(registers, spills, shared, instructions, row_order(compiled.asm["ttgir"]), broken)

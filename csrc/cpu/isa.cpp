@@ -61,7 +61,7 @@ Isa best_isa() {
 #ifdef BIGAIN_X86_ISAS
   __builtin_cpu_init();
   // What build_native.py compiles the objects for.
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   if (avx512) return has_amx() ? Isa::kAmx : Isa::kAvx512;

@@ -25,7 +25,6 @@ void pool(const Tensor& x, const Windows& windows, double alpha, const float* ro
   const int64_t size = windows.sy * windows.sx;
   for_each_task(x.size(0) * rows, columns * size * channels, [&](int64_t begin, int64_t end) {
     std::vector<const T*> window(size);
-    std::vector<A> sum(channels);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t b = task / rows, i = task % rows;
       const A nearest_weight = static_cast<A>(row_alpha == nullptr ? alpha : row_alpha[b]);
@@ -44,9 +43,7 @@ void pool(const Tensor& x, const Windows& windows, double alpha, const float* ro
           window[k] = tokens.row(b, first + k / windows.sx * windows.width + k % windows.sx);
         }
         if (nearest_weight == 0) {
-          std::fill(sum.begin(), sum.end(), A(0));
-          for (const T* token : window) kernels.add(token, A(1), channels, sum.data());
-          kernels.divide_narrow(sum.data(), static_cast<A>(size), channels, target);
+          kernels.mean(window.data(), nullptr, size, static_cast<A>(size), channels, target);
           continue;
         }
         kernels.pool(window.data(), size, nearest, nearest_weight, window_weight, channels, target);

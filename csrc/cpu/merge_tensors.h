@@ -57,4 +57,28 @@ struct Merge : PlanSizes {
   }
 };
 
+// The members of one slot in ascending order of tokens, their weights (one if none are given) and the sum of those.
+template <typename T>
+struct SlotMembers {
+  using A = accumulate_t<T>;
+  std::vector<const T*> rows;
+  std::vector<A> weights;
+  A total = 0;
+
+  void find(const Tokens<T>& tokens, const MergeArguments& arguments, int64_t b, int64_t slot, int64_t count) {
+    const int64_t p = b % arguments.rows;
+    const int32_t* const bounds = arguments.offsets + p * (arguments.slots + 1) + slot;
+    const int32_t* const members = arguments.members + p * count;
+    const A* const given = static_cast<const A*>(arguments.weights);
+    rows.clear();
+    weights.clear();
+    total = 0;
+    for (int32_t i = bounds[0]; i < bounds[1]; ++i) {
+      rows.push_back(tokens.row(b, members[i]));
+      weights.push_back(given == nullptr ? A(1) : given[b * count + members[i]]);
+      total += weights.back();
+    }
+  }
+};
+
 }  // namespace bigain

@@ -26,14 +26,19 @@ struct RowKernels {
   void (*divide)(const T* x, A divisor, int64_t channels, A* out);
   void (*divide_narrow)(const A* x, A divisor, int64_t channels, T* out);
 
-  // out = x / divisor * factor + offset.
-  void (*divide_affine)(const A* x, A divisor, const A* factor, const A* offset, int64_t channels, T* out);
-
   // sum += weight * x.
   void (*add)(const T* x, A weight, int64_t channels, A* sum);
 
-  // sum += weight * (x - mean(x)) / sqrt(variance(x) + eps).
-  void (*add_normalized)(const T* x, A eps, A weight, int64_t channels, A* sum);
+  // out = sum over `count` tokens of weights[i] * rows[i], / total; without weights all are one.
+  void (*mean)(const T* const* rows, const A* weights, int64_t count, A total, int64_t channels, T* out);
+
+  // The mean over channels, and 1 / sqrt(variance + eps).
+  void (*moments)(const T* x, int64_t channels, A eps, A* mean, A* inverse);
+
+  // out = sum over `count` tokens of weights[i] * (rows[i] - means[i]), / total * factor + offset; factor and offset
+  // may both be null.
+  void (*mean_normalized)(const T* const* rows, const A* means, const A* weights, int64_t count, A total,
+                          const A* factor, const A* offset, int64_t channels, T* out);
 
   // out = gate * y + residual; either may be null, not both. The residual has the type of y, or is wide.
   void (*affine)(const T* y, const A* gate, const T* residual, int64_t channels, T* out);

@@ -15,32 +15,31 @@ void merge_mean(const Tensor& x, const MergeArguments& arguments, T* out) {
   const int64_t count = x.size(1), channels = x.size(2), slots = arguments.slots;
   const A* const weights = static_cast<const A*>(arguments.weights);
   for_each_task(x.size(0) * slots, channels, [&](int64_t begin, int64_t end) {
-    std::vector<A> sum(channels);
+    SlotMembers<T> slot;
+    std::vector<A> sum(arguments.mlerp ? channels : 0);
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / slots, p = b % arguments.rows;
-      const int32_t* const bounds = arguments.offsets + p * (slots + 1) + task % slots;
-      const int32_t* const members = arguments.members + p * count;
+      slot.find(tokens, arguments, task / slots, task % slots, count);
       T* const target = out + task * channels;
-      if (bounds[1] - bounds[0] == 1 && weights == nullptr && !arguments.mlerp) {
-        std::memcpy(target, tokens.row(b, members[bounds[0]]), channels * sizeof(T));
+      if (slot.rows.size() == 1 && weights == nullptr && !arguments.mlerp) {
+        std::memcpy(target, slot.rows[0], channels * sizeof(T));
+        continue;
+      }
+      const int64_t size = static_cast<int64_t>(slot.rows.size());
+      if (!arguments.mlerp) {
+        kernels.mean(slot.rows.data(), weights == nullptr ? nullptr : slot.weights.data(), size, slot.total, channels,
+                     target);
         continue;
       }
       std::fill(sum.begin(), sum.end(), A(0));
-      A total = 0, largest = 0;
-      for (int32_t i = bounds[0]; i < bounds[1]; ++i) {
-        const T* const token = tokens.row(b, members[i]);
-        const A weight = weights == nullptr ? A(1) : weights[b * count + members[i]];
-        kernels.add(token, weight, channels, sum.data());
-        total += weight;
-        if (arguments.mlerp) largest = std::max(largest, kernels.norm(token, channels));
+      A largest = 0;
+      for (int64_t i = 0; i < size; ++i) {
+        kernels.add(slot.rows[i], slot.weights[i], channels, sum.data());
+        largest = std::max(largest, kernels.norm(slot.rows[i], channels));
       }
-      if (arguments.mlerp) {
-        // The mean first: |sum| of large or tiny weights would over- or underflow. A mean without a length stays zero.
-        for (A& value : sum) value /= total;
-        const A length = wide.norm(sum.data(), channels);
-        total = length != 0 ? length / largest : A(1);
-      }
-      kernels.divide_narrow(sum.data(), total, channels, target);
+      // The mean first: |sum| of large or tiny weights would over- or underflow. A mean without a length stays zero.
+      for (A& value : sum) value /= slot.total;
+      const A length = wide.norm(sum.data(), channels);
+      kernels.divide_narrow(sum.data(), length != 0 ? length / largest : A(1), channels, target);
     }
   });
 }

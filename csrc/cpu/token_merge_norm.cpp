@@ -39,8 +39,8 @@ struct NormAffine {
   }
 };
 
-// merge_mean of normalized tokens. Each token is in one slot, so its statistics are computed where it is added, while
-// it is in the cache.
+// merge_mean of normalized tokens. Each token is in one slot, so its statistics are computed where it is added: it is
+// read once for them, and once more, from the cache, for the sum.
 template <typename T>
 void merge_normalized(const Merge& merge, accumulate_t<T> eps, const NormAffine<accumulate_t<T>>& affine, T* out) {
   using A = accumulate_t<T>;
@@ -48,27 +48,23 @@ void merge_normalized(const Merge& merge, accumulate_t<T> eps, const NormAffine<
   const RowKernels<T>& kernels = row_kernels<T>();
   const MergeArguments arguments = merge.arguments(false);
   const int64_t slots = merge.slots, channels = merge.channels;
-  const A* const weights = static_cast<const A*>(arguments.weights);
   for_each_task(merge.batch * slots, channels, [&](int64_t begin, int64_t end) {
-    std::vector<A> sum(channels);
+    SlotMembers<T> slot;
+    std::vector<A> means;
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t b = task / slots, p = b % merge.rows;
-      const int32_t* const bounds = arguments.offsets + p * (slots + 1) + task % slots;
-      const int32_t* const members = arguments.members + p * merge.tokens;
-      std::fill(sum.begin(), sum.end(), A(0));
-      A total = 0;
-      for (int32_t i = bounds[0]; i < bounds[1]; ++i) {
-        const A weight = weights == nullptr ? A(1) : weights[b * merge.tokens + members[i]];
-        kernels.add_normalized(tokens.row(b, members[i]), eps, weight, channels, sum.data());
-        total += weight;
+      const int64_t b = task / slots;
+      slot.find(tokens, arguments, b, task % slots, merge.tokens);
+      means.resize(slot.rows.size());
+      for (size_t i = 0; i < means.size(); ++i) {
+        A inverse;
+        kernels.moments(slot.rows[i], channels, eps, &means[i], &inverse);
+        slot.weights[i] *= inverse;
       }
+      const bool plain = affine.factor.empty();
       const int64_t row = b * affine.batch_stride;
-      if (affine.factor.empty()) {
-        kernels.divide_narrow(sum.data(), total, channels, out + task * channels);
-      } else {
-        kernels.divide_affine(sum.data(), total, affine.factor.data() + row, affine.offset.data() + row, channels,
-                              out + task * channels);
-      }
+      kernels.mean_normalized(slot.rows.data(), means.data(), slot.weights.data(), static_cast<int64_t>(means.size()),
+                              slot.total, plain ? nullptr : affine.factor.data() + row,
+                              plain ? nullptr : affine.offset.data() + row, channels, out + task * channels);
     }
   });
 }

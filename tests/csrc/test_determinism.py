@@ -16,7 +16,7 @@ from tests.shapes import DTYPES, tokens
 
 pytestmark = pytest.mark.usefixtures("cpp")
 GRID = (48, 40)
-CONTRACT = ("tests/contract", "--backend", "cpp")
+CASES = ("tests/csrc/test_conversions.py", "tests/contract", "--backend", "cpp")
 NORM = tokens(2, 1, 100, seed=5)[:, 0]
 
 
@@ -75,13 +75,13 @@ def test_address_and_batch(dtype):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_lower_instruction_sets_agree_with_the_reference(isa, request):
-    """One machine tests what older ones will run: contract cases on a lower instruction set."""
+    """One machine tests what older ones will run: cases of theirs on a lower instruction set."""
     names = ("baseline", "avx2", "avx512", "amx")
     best = names.index(re.match(r"\w+", native.report())[0])
     if names.index(isa) > best:
         pytest.skip(f"this machine has no {isa}")
     run = subprocess.run(
-        [*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), *CONTRACT, "-k", "72"],
+        [*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), *CASES, "-k", "72"],
         env={**os.environ, "BIGAIN_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         cwd=request.config.rootpath,
         capture_output=True,

@@ -1,0 +1,74 @@
+"""The report of predictions: what it reads, what it counts and what it makes of it."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton")
+
+from bigain_kernels.triton_kernels.report import capture, model, sass, trips
+
+# Two loads in flight, a wait for the second alone, and a loop of two instructions.
+LISTING = """
+.text.some_kernel:
+	//## File "/x/inner.py", line 7 inlined at "/x/outer.py", line 9
+	//## File "/x/outer.py", line 9
+        /*0000*/                   LDG.E.128 R4, desc[UR4][R2.64] ;  /* 0x0000000402047981 */
+                                                                     /* 0x000ea2000c1e1d00 */
+        /*0010*/                   LDG.E.64 R8, desc[UR4][R2.64+0x10] ; /* 0x0000100402087981 */
+                                                                     /* 0x000ee2000c1e1d00 */
+.L_x_0:
+        /*0020*/              @!P0 FADD R4, R4, R9 ;                 /* 0x0000000904047221 */
+                                                                     /* 0x008fc80000000000 */
+        /*0030*/               @P1 BRA `(.L_x_0) ;                   /* 0xfffffffc00000947 */
+                                                                     /* 0x000fea000383ffff */
+        /*0040*/                   EXIT ;                            /* 0x000000000000794d */
+                                                                     /* 0x000fea0003800000 */
+.L_x_1:
+        /*0050*/                   BRA `(.L_x_1);                    /* 0xfffffffc00fc7947 */
+                                                                     /* 0x000fc0000383ffff */
+"""
+
+
+def test_a_listing_is_read():
+    (function,) = sass.parse(LISTING).values()
+    first, second, add, branch, *_ = function.instructions
+    assert (first.opcode, first.sets, first.stall, first.waits) == ("LDG.E.128", 2, 1, ())
+    assert first.place == (("inner.py", 7), ("outer.py", 9))
+    assert (second.sets, model.width(first), model.width(second)) == (3, 16, 8)
+    assert (add.predicate, add.opcode, add.waits, add.stall) == ("@!P0", "FADD", (3,), 4)
+    assert (branch.target, branch.stall) == (0x20, 5)
+    (loop,) = sass.loops(function.code)
+    assert loop.body == [add, branch]
+    assert loop.branch is branch
+
+
+@pytest.fixture(scope="module")
+def captured():
+    return list(capture.capture(capture.SHAPES[:1]))
+
+
+def test_loops_run_as_often_as_the_numbers_say(captured):
+    score = next(each.launch for each in captured if each.launch.name == "laplacian_score")
+    counted = trips.count(score)
+    # 320 channels in steps of 64.
+    assert list(counted.iterations.values()) == [5]
+    assert list(counted.entries.values()) == [1]
+    merge = next(each.launch for each in captured if each.launch.name == "token_merge")
+    assert trips.count(merge).assumed
+
+
+def test_programs_of_a_multiprocessor():
+    assert model.resident(registers=32, shared=0, warps=4) == 16
+    assert model.resident(registers=185, shared=0, warps=8) == 1
+    assert model.resident(registers=168, shared=0, warps=4) == 3
+    assert model.resident(registers=32, shared=100_000, warps=4) == 2
+
+
+def test_the_launches_are_those_of_a_gpu(captured):
+    """Matching splits its tiles over 132 multiprocessors, as it would on an H200."""
+    names = [each.launch.name for each in captured if each.op in ("lgtm_plan", "token_merge", "token_unmerge")]
+    assert names[0] == "laplacian_score"
+    assert names[-1] == "token_unmerge"
+    match = next(each.launch for each in captured if each.launch.name == "bipartite_match")
+    assert match.grid[0] * match.grid[1] * match.grid[2] >= capture.MULTIPROCESSORS
