@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 import triton.language as tl
-from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
 
 def _to_float32(handle):
@@ -37,8 +38,34 @@ def _cast_impl(self, src, dst_type):
     return _cast(self, src, dst_type)
 
 
+_run = InterpretedFunction.run
+_ready: set[str] = set()
+
+
+def _launch(self, *args, **kwargs):
+    _ready.clear()
+    return _run(self, *args, **kwargs)
+
+
+def _call_device_function(self, *args, **kwargs):
+    """Triton puts the interpreter's functions into tl at every call, which takes longer than most functions do.
+
+    Once in a launch is enough for the functions of a module.
+    """
+    if self.fn.__module__ not in _ready:
+        interpreter._patch_lang(self.fn)
+        _ready.add(self.fn.__module__)
+    function = self.rewrite()
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        raise interpreter.InterpreterError(repr(error)) from error
+
+
 def as_exact_as_a_gpu(monkeypatch):
     """Patch the interpreter for one test."""
+    monkeypatch.setattr(InterpretedFunction, "run", _launch)
+    monkeypatch.setattr(InterpretedFunction, "__call__", _call_device_function)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
     monkeypatch.setattr(InterpreterBuilder, "cast_impl", _cast_impl)
     for name in ("create_fp_trunc", "create_fp_ext"):
