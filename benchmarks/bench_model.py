@@ -50,6 +50,15 @@ SDXL: dict[str, Any] = {
 }
 
 
+# A small latent U-Net: the attention levels of SD at half its widths.
+SMALL: dict[str, Any] = {
+    "block_out_channels": (160, 320, 640, 640),
+    "layers_per_block": 1,
+    "attention_head_dim": (4, 8, 16, 16),
+    "cross_attention_dim": 512,
+}
+
+
 def _unet_inputs(batch: int, latent: int, text: int, pooled: int | None = None) -> Callable[[str, torch.dtype], Inputs]:
     def make(device: str, dtype: torch.dtype) -> Inputs:
         def noise(*shape: int) -> Tensor:
@@ -113,9 +122,11 @@ def _methods(max_downsample: int = 1, share: int | None = None) -> dict[str, Any
 
 MODELS = {
     "sd2_512": Model(_unet(64, **SD2), _unet_inputs(2, 64, 1024), _methods()),
+    "unet_small": Model(_unet(64, **SMALL), _unet_inputs(2, 64, 512), _methods()),
     "sd2_768": Model(_unet(96, **SD2), _unet_inputs(2, 96, 1024), _methods()),
     # Its attention begins at half the latent's resolution; 4 takes in both levels.
     "sdxl_1024": Model(_unet(128, **SDXL), _unet_inputs(2, 128, 2048, 1280), _methods(4)),
+    "dit_256": Model(_dit(28, 16, 72, 32), _dit_inputs(2, 32), _methods()),
     "dit_512": Model(_dit(28, 16, 72, 64), _dit_inputs(2, 64), _methods()),
     "dit_512_b32": Model(_dit(28, 16, 72, 64), _dit_inputs(32, 64), _methods(share=32)),
     # Flux's widths, with 4 + 8 of its 19 + 38 blocks: all blocks of a kind are alike.
@@ -124,9 +135,23 @@ MODELS = {
         _flux_inputs,
         {"iekvd": IEKVDConfig(factor=2, alpha=0.9)},
     ),
-    # For trying the program out.
+    # For trying the programs out.
     "dit_tiny": Model(_dit(2, 2, 16, 16), _dit_inputs(2, 16), _methods()),
+    "unet_tiny": Model(
+        _unet(
+            16,
+            block_out_channels=(32, 32),
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=16,
+        ),
+        _unet_inputs(2, 16, 16),
+        _methods(),
+    ),
 }
+TINY = ("dit_tiny", "unet_tiny")
 
 
 def instances(model: Model, device: str, dtype: torch.dtype) -> dict[str, nn.Module]:
@@ -169,14 +194,14 @@ def build(model: Model, device: str, dtype: torch.dtype, compiled: bool) -> harn
 
 def main() -> int:
     options = harness.parser(__doc__)
-    options.add_argument("--model", action="append", choices=tuple(MODELS), help="default: all but dit_tiny")
+    options.add_argument("--model", action="append", choices=tuple(MODELS), help="default: all but the tiny ones")
     options.add_argument("--compile", action="store_true", help="time the models under torch.compile as well")
     arguments = options.parse_args()
     torch.set_grad_enabled(False)
     torch.manual_seed(0)
     session = harness.session_of(arguments)
     harness.print_heading(session)
-    for name in arguments.model or [name for name in MODELS if name != "dit_tiny"]:
+    for name in arguments.model or [name for name in MODELS if name not in TINY]:
         if session.is_late("model", name):
             continue
         torch.compiler.reset()

@@ -10,7 +10,6 @@ import argparse
 import csv
 import functools
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -29,6 +28,7 @@ import bigain_kernels as bk
 from bigain_kernels import backends, native
 from bigain_kernels.timing import MODES, Call, Timing, time_cpu, time_cuda
 
+from . import machine
 from .problems import DEFAULT, PROBLEMS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -236,10 +236,7 @@ def device_name(device: str) -> str:
     """The GPU, or the processor with its threads and the instruction set of our library."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads, {native.report()}"
+    return f"{machine.cpu_name()}, {torch.get_num_threads()} threads, {native.report()}"
 
 
 def commit() -> str:
@@ -305,9 +302,12 @@ def session_of(arguments: argparse.Namespace) -> Session:
 
 
 def print_heading(session: Session) -> None:
-    """Machine, versions and measured ceilings."""
-    bandwidth, rate = ceilings(session.device, DTYPES[session.dtype])
+    """Machine, versions, whether it is left alone, and measured ceilings."""
     print(f"{device_name(session.device)}; torch {torch.__version__}; {session.dtype}; commit {commit()}")
+    if session.device == "cpu":
+        print(f"{os.cpu_count()} cores with {' '.join(machine.cpu_flags()) or 'flags that are not listed'}")
+        print(machine.spin())
+    bandwidth, rate = ceilings(session.device, DTYPES[session.dtype])
     print(f"measured here: copy {bandwidth / 1e9:.1f} GB/s, matrix product {rate / 1e12:.3f} TFLOP/s\n", flush=True)
 
 

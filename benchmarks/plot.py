@@ -19,7 +19,14 @@ import matplotlib.pyplot as plt
 COLOURS = {
     **{"cpp": "#d1495b", "triton": "#d1495b", "cuda": "#8d2f5f", "fused": "#c77dff", "pool": "#f4a261"},
     **{"pooled": "#2a9d8f", "full": "#264653", "unpatched": "#264653"},
-    **{"reference": "#7d8597", "compiled": "#b8bfcc", "eager": "#30638e", "conv2d": "#00798c", "tomesd": "#edae49"},
+    **{
+        "reference": "#7d8597",
+        "compiled": "#b8bfcc",
+        "eager": "#30638e",
+        "conv2d": "#00798c",
+        "bmm": "#00798c",
+        "tomesd": "#edae49",
+    },
 }
 
 

@@ -59,13 +59,25 @@ def select_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[int,
     return (row * width + column).flatten(1)
 
 
-def match(x: Tensor, destinations: Tensor) -> Match:
-    """Sources and destinations split by an argsort, and the best of the whole similarity matrix."""
+def split(x: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices of sources (B, N - D, 1) and destinations (B, D, 1), by an argsort."""
     batch, n, _ = x.shape
     count = destinations.shape[1]
     marks = torch.zeros(batch, n, 1, dtype=torch.int64, device=x.device).scatter_(1, destinations[..., None], -1)
     order = marks.argsort(dim=1)
-    destination_index, source_index = order[:, :count], order[:, count:]
+    return order[:, count:], order[:, :count]
+
+
+def gathered(x: Tensor, destinations: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit sources (B, N - D, C) and destinations (B, C, D): the operands of the matrix product."""
+    sources, chosen = split(x, destinations)
+    unit = x / x.norm(dim=-1, keepdim=True)
+    return _take(unit, sources), _take(unit, chosen).transpose(1, 2)
+
+
+def match(x: Tensor, destinations: Tensor) -> Match:
+    """The best of the whole similarity matrix."""
+    source_index, destination_index = split(x, destinations)
     unit = x / x.norm(dim=-1, keepdim=True)
     similarity = _take(unit, source_index) @ _take(unit, destination_index).transpose(1, 2)
     best, position = similarity.max(dim=-1)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import bench_memory, harness
+from . import bench_memory, harness, machine
 
 MODULES = (
     "bench_lgtm",
@@ -52,6 +52,8 @@ def main() -> int:
         harness.run(import_module(f"benchmarks.{name}"), session)
     if session.device == "cpu" and arguments.module is None:
         session.failures += bench_memory.compare()
+    if session.device == "cpu":
+        print(f"at the end: {machine.spin()}")
     status = harness.finish(session)
     print(f"{len(session.rows)} rows in {table}")
     if arguments.no_plots or find_spec("matplotlib") is None:
