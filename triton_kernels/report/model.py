@@ -71,7 +71,8 @@ class Facts:
     Attributes:
         registers, spills, shared: a thread's registers and bytes of local memory, a program's bytes of shared memory.
         warps, programs, resident: warps of a program, programs of the launch, programs of a multiprocessor at a time.
-        waves, wave_efficiency: rounds that the launch takes, and the share of them that is filled.
+        waves: rounds that the launch takes.
+        wave_efficiency: the share of the multiprocessors' time that is filled, as programs side by side share one.
         instructions: that a warp issues in all.
         issue_cycles: in which the schedulers issue one program.
         depth: loads that wait for one another, one after the other.
@@ -119,6 +120,9 @@ class Compiled(NamedTuple):
     warps: int
     # Bytes that tensor copies (TMA) of a launch move, which their instructions do not tell.
     tma_bytes: float = 0.0
+    # The compiler's own intermediate texts.
+    ttgir: str = ""
+    ptx: str = ""
 
 
 def resident(registers: int, shared: int, warps: int) -> int:
@@ -296,9 +300,7 @@ def examine(launch: Launch, compiled: Compiled, trips: Trips) -> Facts:
     facts.assumed = bool(trips.assumed)
     facts.waves = programs / (MULTIPROCESSORS * facts.resident)
     on_one = math.ceil(programs / MULTIPROCESSORS)
-    facts.wave_efficiency = (
-        facts.waves / math.ceil(facts.waves) if facts.waves > 1 else programs / (MULTIPROCESSORS * on_one)
-    )
+    facts.wave_efficiency = programs / (MULTIPROCESSORS * on_one)
     tensors = {id(t): t for t in launch.arguments.values() if isinstance(t, torch.Tensor)}
     facts.hbm_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
     warp = _Warp(compiled.function, trips, compiled.warps, FROM_HBM if facts.hbm_bytes > L2_KEEPS else FROM_L2)
@@ -368,3 +370,14 @@ def _loops(code: Code, warp: _Warp, warps: int, times: float) -> Any:
             slow=number("MUFU", "I2F", "F2I"),
         )
         yield from _loops(each.body, warp, warps, times * repeats)
+
+
+def loads_ahead(loop: Loop) -> bool:
+    """Whether a loop has data on its way from one step to the next: copies, or a load that the next step waits for."""
+    body = list(flat(loop.body))
+    for i, each in enumerate(body):
+        if each.kind in ("LDGSTS", "UTMALDG"):
+            return True
+        if each.kind == "LDG" and not any(each.sets in other.waits for other in body[i + 1 :]):
+            return True
+    return False

@@ -41,7 +41,9 @@ class Compiler:
             compiled = machine_code.compile_case(launch, self.architecture)
             registers, spills, shared, _ = machine_code.read_nvidia(compiled)
             (function,) = disassemble(compiled.asm["cubin"]).values()
-            self._found[key] = Compiled(function, registers, spills, shared, compiled.metadata.num_warps)
+            texts = compiled.asm["ttgir"], compiled.asm["ptx"]
+            warps = compiled.metadata.num_warps
+            self._found[key] = Compiled(function, registers, spills, shared, warps, 0.0, *texts)
         return self._found[key]
 
     def facts(self, launch: Launch) -> Facts:

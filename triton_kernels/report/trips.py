@@ -160,6 +160,7 @@ def heads_loop(name: str, line: int, *words: str) -> bool:
     return text.split(" (", 1)[0].lstrip().startswith(words or ("for ", "while "))
 
 
+@functools.cache
 def statement(place: Place) -> Place:
     """A place with lines brought to the heads of their statements; files that are not ours are left out."""
     own = [(name, line) for name, line in place if (Path(_OURS) / name).exists()]
