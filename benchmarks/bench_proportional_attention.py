@@ -51,9 +51,10 @@ def check(name: str, out: Tensor, q: Tensor, k: Tensor, v: Tensor, sizes: Tensor
     """The first row of `out` errs at most twice as much as PyTorch's attention over one copy of a key per token."""
     if name == "plain":
         return
-    few, copies = q[:1, :, :CHECKED], [x[:1].repeat_interleave(sizes[0].long(), dim=2) for x in (k, v)]
-    exact = F.scaled_dot_product_attention(few.double(), *(x.double() for x in copies))
-    assert_attention(out[:1, :, :CHECKED], exact, F.scaled_dot_product_attention(few, *copies))
+    keys, values = (x[:1].repeat_interleave(sizes[0].long(), dim=2) for x in (k, v))
+    few = q[:1, :, :CHECKED]
+    exact = F.scaled_dot_product_attention(few.double(), keys.double(), values.double())
+    assert_attention(out[:1, :, :CHECKED], exact, F.scaled_dot_product_attention(few, keys, values))
 
 
 def fastest(calls: dict[str, harness.Call], seconds: float, device: str) -> dict[str, float]:
