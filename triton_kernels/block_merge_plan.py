@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +21,7 @@ from .plan_tables import (
     options,
     order_of,
     parts_of,
-    scratch_words,
+    scratch,
     threshold,
     write_tables,
 )
@@ -162,7 +161,7 @@ def launch_block_merge_plan(
     if rows * n:
         constants = options(n, score.device, config)
         parts, own = parts_of(n, rows, score.device, constants)
-        work = torch.empty((scratch_words(rows, n, parts, constants),), dtype=torch.int32, device=score.device)
+        work = scratch(rows, n, parts, constants, score.device)
         constants.pop("PARTS", None)
         programs(block_merge_plan_kernel, parts, rows)(
             p_score=score,

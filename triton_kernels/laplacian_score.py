@@ -20,7 +20,7 @@ from ._common import (
     unit_last_stride,
     unpack_index,
 )
-from .launching import programs
+from .launching import programs, workspace
 
 
 @triton.jit
@@ -99,7 +99,8 @@ def laplacian_score_kernel(
     b_score = tree_sum(b_response_sum, LOG2_CHANNELS)
     if L2:
         b_score = tl.sqrt_rn(b_score)
-    tl.store(p_score + i_b * n + o_n, b_score, mask=m_t)
+    if not SELECT:
+        tl.store(p_score + i_b * n + o_n, b_score, mask=m_t)
 
     if SELECT:
         tl.store(p_inverse_norm + i_b * n + o_n, inverse_norm(tree_sum(b_squares, LOG2_CHANNELS)), mask=m_t)
@@ -191,7 +192,7 @@ def launch_score_and_select(
     """The first launch of L-GTM: everything that matching needs, from one pass over x (k * P, N, C), k = share.
 
     Returns:
-        score (P, N) float32; inverse_norm (P, N) float32, 0 for a token without direction; destinations (P, D) int32
+        inverse_norm (P, N) float32, 0 for a token without direction; destinations (P, D) int32
         in the order of the tiles (ascending from one row of tiles to the next); sources (P, N - D) int32; packed
         (P, N) int64, `pack(-inf, itself)` at destinations and less than any similarity at sources; mean (P, N, C), the
         tokens averaged over the rows that share (x itself when k = 1).
@@ -200,16 +201,20 @@ def launch_score_and_select(
     rows, n, channels = x.shape[0] // share, x.shape[1], x.shape[2]
     d = (grid[0] // stride[0]) * (grid[1] // stride[1])
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=x.device)
-
+    inverse_norm, destinations, sources, packed = workspace(
+        x.device,
+        ((rows, n), torch.float32),
+        ((rows, d), torch.int32),
+        ((rows, n - d), torch.int32),
+        ((rows, n), torch.int64),
+    )
     outputs = {
-        "score": empty(rows, n),
-        "inverse_norm": empty(rows, n),
-        "destinations": empty(rows, d, dtype=torch.int32),
-        "sources": empty(rows, n - d, dtype=torch.int32),
-        "packed": empty(rows, n, dtype=torch.int64),
-        "mean": x if share == 1 else empty(rows, n, channels, dtype=x.dtype),
+        "score": x,  # not written
+        "inverse_norm": inverse_norm,
+        "destinations": destinations,
+        "sources": sources,
+        "packed": packed,
+        "mean": x if share == 1 else torch.empty((rows, n, channels), dtype=x.dtype, device=x.device),
     }
     _launch(x, grid, stride, False, share, {f"p_{k}": v for k, v in outputs.items()}, True, config)
     return outputs

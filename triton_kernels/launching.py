@@ -11,6 +11,34 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up. Triton's own is made for kernels as well and takes ten times as long on the host."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The lowest power of two that is at least n, 1 for 0."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def workspace(device: torch.device, *shapes: tuple[tuple[int, int], torch.dtype]) -> list[Tensor]:
+    """Empty tensors of int32, float32 or int64 that share one allocation, each aligned to 16 bytes.
+
+    For what lives no longer than a call: results of an op may not share memory with one another.
+    """
+    places, words = [], 0
+    for (rows, columns), dtype in shapes:
+        width = columns * dtype.itemsize // 4
+        places.append((rows, width, words, dtype))
+        words += (rows * width + 3) & ~3
+    block = torch.empty((words,), dtype=torch.int32, device=device)
+    views = [block.as_strided((rows, width), (width, 1), at) for rows, width, at, _ in places]
+    return [view if dtype == torch.int32 else view.view(dtype) for view, (*_, dtype) in zip(views, places, strict=True)]
+
 
 class Launch(NamedTuple):
     """One recorded launch: the kernel, its grid of programs and its arguments by name (options included)."""

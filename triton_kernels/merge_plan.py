@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -21,7 +20,7 @@ from .plan_tables import (
     options,
     order_of,
     parts_of,
-    scratch_words,
+    scratch,
     threshold,
     write_tables,
 )
@@ -131,7 +130,9 @@ def _launch_merge_plan(
     if rows * n:
         constants = options(n, device, config)  # type: ignore[arg-type]
         parts, own = parts_of(n, rows, device, constants)
-        work = torch.empty((scratch_words(rows, n, parts, constants),), dtype=torch.int32, device=device)
+        # Packed rows that fit into registers and are counted in shared memory need no scratch.
+        spare = packed and constants["SINGLE"] and constants["HISTOGRAM"]
+        work = tables[0] if spare else scratch(rows, n, parts, constants, device)
         constants.pop("PARTS", None)
         programs(merge_plan_kernel, parts, rows)(
             **inputs,

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from bigain_kernels.declaration import Tables
 
 from . import configs
 from ._common import EXACT, INT_MAX
+from .launching import cdiv, power_of_2
 
 # From this version on Triton counts with atomics in shared memory; before, with ballots, a pass costs five times that.
 HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
@@ -246,21 +248,22 @@ def empty_tables(rows: int, n: int, num_slots: int, device: torch.device) -> Tab
 
 def parts_of(n: int, rows: int, device: torch.device, config: configs.Config) -> tuple[int, int]:
     """(programs of a row, tokens of a program): enough programs to fill the chip, where rows have tokens for them."""
-    chunks = triton.cdiv(n, config["TOKENS"])
+    chunks = cdiv(n, config["TOKENS"])
     parts = config.get("PARTS") or max(configs.multiprocessors(device) // rows, 1)
-    each = triton.cdiv(chunks, min(parts, chunks, MOST_PARTS))
-    return triton.cdiv(chunks, each), each * config["TOKENS"]
+    each = cdiv(chunks, min(parts, chunks, MOST_PARTS))
+    return cdiv(chunks, each), each * config["TOKENS"]
 
 
-def scratch_words(rows: int, n: int, parts: int, config: configs.Config) -> int:
+def scratch(rows: int, n: int, parts: int, config: configs.Config, device: torch.device) -> Tensor:
     """int32 words that the programs of a launch have for themselves: SCRATCH for each token of whole blocks."""
-    return rows * parts * SCRATCH.value * triton.cdiv(n, config["BLOCK"]) * config["BLOCK"]
+    words = rows * parts * SCRATCH.value * cdiv(n, config["BLOCK"]) * config["BLOCK"]
+    return torch.empty((words,), dtype=torch.int32, device=device)
 
 
 def options(n: int, device: torch.device, config: configs.Config | None) -> dict[str, Any]:
     """The constants and options of a launch that plans rows of n tokens."""
     config = {"HISTOGRAM": HISTOGRAM, **(config or configs.pick("merge_plan", device, n << 10))}
-    block = min(config["BLOCK"], max(triton.next_power_of_2(n), 32))
+    block = min(config["BLOCK"], max(power_of_2(n), 32))
     return {
         **config,
         "SINGLE": n <= block,

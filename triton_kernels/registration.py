@@ -6,8 +6,7 @@ choice among them, `run_<op>`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -26,22 +25,23 @@ MOST_TOKENS = 1_000_000
 MOST_ROWS = 16_383
 
 
-def _tensors(args: tuple[Any, ...]) -> Iterator[Tensor]:
-    for arg in args:
-        yield from (each for each in (arg if isinstance(arg, (list, tuple)) else [arg]) if isinstance(each, Tensor))
-
-
 def refusal(op: str, args: tuple[Any, ...]) -> str:
     """Why the kernels cannot run a call; empty when they can."""
-    tensors = list(_tensors(args))
-    for tensor in tensors:
-        if tensor.is_floating_point() and tensor.dtype not in FLOAT_DTYPES:
-            return f"does not compute in {str(tensor.dtype).removeprefix('torch.')}"
-    rows, tokens = tensors[0].shape[0], max(tensor.shape[1] for tensor in tensors if tensor.dim() > 1)
+    first, tokens = None, 0
+    for arg in args:
+        for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
+            if isinstance(tensor, Tensor):
+                first = tensor if first is None else first
+                if tensor.dtype not in FLOAT_DTYPES and tensor.is_floating_point():
+                    return f"does not compute in {str(tensor.dtype).removeprefix('torch.')}"
+                if tensor.dim() > 1 and tensor.shape[1] > tokens:
+                    tokens = tensor.shape[1]
+    assert first is not None
+    rows = first.shape[0]
     if rows > MOST_ROWS or tokens > MOST_TOKENS:
         return f"launches at most {MOST_ROWS} rows of {MOST_TOKENS} tokens, got {rows} of {tokens}"
-    if op in _PLANS and tensors[0].shape[1] > MAX_TOKENS:
-        return f"plans rows of at most {MAX_TOKENS} tokens, got {tensors[0].shape[1]}"
+    if op in _PLANS and first.shape[1] > MAX_TOKENS:
+        return f"plans rows of at most {MAX_TOKENS} tokens, got {first.shape[1]}"
     return ""
 
 
@@ -54,9 +54,10 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device: `launch` with that of its tensors for the current one."""
 
     def run(*args: Any) -> Any:
-        device = next(_tensors(args)).device
-        elsewhere = device.index is not None and device.index != torch.cuda.current_device()
-        with torch.cuda.device(device) if elsewhere else nullcontext():
+        device = (args[0][0] if isinstance(args[0], (list, tuple)) else args[0]).device
+        if device.index is None or device.index == torch.cuda.current_device():
+            return launch(*args)
+        with torch.cuda.device(device):
             return launch(*args)
 
     return run

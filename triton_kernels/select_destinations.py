@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import EXACT, INT_MIN, ordered_key, pack, unit_last_stride, unpack_index
-from .launching import programs
+from .launching import power_of_2, programs
 
 
 @triton.jit(do_not_specialize=["height", "width"])
@@ -62,8 +62,8 @@ def launch_select_destinations(score: Tensor, grid: tuple[int, int], stride: tup
             s_sb=score.stride(0),
             SY=sy,
             SX=sx,
-            TILE=triton.next_power_of_2(sy * sx),
-            BLOCK_X=triton.next_power_of_2(tiles_x),
+            TILE=power_of_2(sy * sx),
+            BLOCK_X=power_of_2(tiles_x),
             num_warps=4,
             **EXACT,
         )

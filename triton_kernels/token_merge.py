@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum, unit_last_stride
-from .launching import programs
+from .launching import cdiv, programs
 from .row_stats import launch_row_stats
 from .segment_mean import HUGE, HUGE_CHANNELS, POSITIONS, huge_mean, huge_slots, largest_norm, segment_mean
 
@@ -266,12 +266,12 @@ def launch(
     weights = x if weights is None else unit_last_stride(weights)
     config = config or configs.pick("token_merge", x.device, x.numel() * x.element_size())
     # The largest slot has at most N - M + 1 members.
-    groups = triton.cdiv(n, HUGE.value * POSITIONS.value) if n - num_slots + 1 >= HUGE.value else 0
+    groups = cdiv(n, HUGE.value * POSITIONS.value) if n - num_slots + 1 >= HUGE.value else 0
     spread = groups * PARTS.value if mode == "mean" else 0
     huge = mean
     if mode == "mlerp" and groups:
-        huge = torch.empty((batch, triton.cdiv(n, HUGE.value), channels), dtype=torch.float32, device=x.device)
-        programs(huge_mean_kernel, triton.cdiv(channels, HUGE_CHANNELS.value), groups, batch)(
+        huge = torch.empty((batch, cdiv(n, HUGE.value), channels), dtype=torch.float32, device=x.device)
+        programs(huge_mean_kernel, cdiv(channels, HUGE_CHANNELS.value), groups, batch)(
             p_x=x,
             p_slot=slot,
             p_offsets=offsets,
@@ -290,8 +290,8 @@ def launch(
             **configs.pick("huge_mean", x.device, x.numel() * x.element_size()),
             **EXACT,
         )
-    blocks = 1 if mode == "mlerp" else triton.cdiv(channels, CHANNELS.value)
-    programs(token_merge_kernel, blocks, spread + triton.cdiv(num_slots, config["BLOCK_M"]), batch)(
+    blocks = 1 if mode == "mlerp" else cdiv(channels, CHANNELS.value)
+    programs(token_merge_kernel, blocks, spread + cdiv(num_slots, config["BLOCK_M"]), batch)(
         p_x=x,
         p_slot=slot,
         p_offsets=offsets,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import EXACT, unit_last_stride
-from .launching import programs
+from .launching import cdiv, programs
 
 
 @triton.jit(do_not_specialize=["n", "plan_rows"])
@@ -78,7 +78,7 @@ def launch_token_unmerge(
     config = config or configs.pick("token_unmerge", y.device, out.numel() * out.element_size())
     own_residual = y if residual is None else unit_last_stride(residual)
     own_gate = y if gate is None else unit_last_stride(gate)
-    programs(token_unmerge_kernel, triton.cdiv(channels, config["BLOCK_C"]), triton.cdiv(n, config["BLOCK_T"]), batch)(
+    programs(token_unmerge_kernel, cdiv(channels, config["BLOCK_C"]), cdiv(n, config["BLOCK_T"]), batch)(
         p_y=y,
         p_slot=slot,
         p_residual=own_residual,
