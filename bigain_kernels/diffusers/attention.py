@@ -119,7 +119,7 @@ class CompressedAttention:
         return query if norm_q is None else norm_q(query), key if norm_k is None else norm_k(key), value
 
     def turn(self, x: Tensor, rotation: Rotation) -> Tensor:
-        """Queries or keys, turned by position."""
+        """Queries or keys, turned by position: by a table for all rows of the batch, or one for each."""
         raise NotImplementedError(f"{type(self).__name__}.turn")
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -167,9 +167,8 @@ class CompressedAttention:
             plan = plan_of_call(config, context, source, getattr(attn, "bigain_block", None))
             if plan is None:
                 return None
-            if layer.merge == "hidden":
-                return MergeStep(plan, config.mode, config.proportional and own_keys)
-            return MergeInsideStep(plan, config.mode, config.proportional, (start, stop), context.frames, own_keys)
+            step = MergeStep if layer.merge == "hidden" else MergeInsideStep
+            return step(plan, config.mode, config.proportional, (start, stop), inside, context.frames, own_keys)
         assert isinstance(config, PoolConfig)
         factor = config.factor
         assert isinstance(factor, tuple)  # whatever was given, the config made it a pair
@@ -213,7 +212,8 @@ class CompressedAttention:
             words = self.heads(attn, self.project_text(attn, text), attn.norm_added_q, attn.norm_added_k)
             query, key, value = (self._join(a, b) for a, b in zip((query, key, value), words, strict=True))
         if rotation is not None:
-            query, key = self.turn(query, rotation), self.turn(key, step.of_keys(rotation))
+            turned = step.turned(rotation, query.shape[0])
+            query, key = self.turn(query, turned), self.turn(key, step.of_keys(rotation, turned))
         result = step.attend(self, query, key, value, mask).flatten(2).to(query.dtype)
         if text is None:
             return result, None

@@ -39,9 +39,16 @@ class Step:
         """Queries, keys and values, each (B, tokens, inner), of hidden states, or keys and values of `keys`."""
         return processor.project(attn, x, keys)
 
-    def of_keys(self, rotation: Rotation) -> Rotation:
-        """The rotation of the keys, from that of all tokens."""
+    def turned(self, rotation: Rotation, rows: int) -> Rotation:
+        """The rotation of the queries, from that of all tokens, for a batch of so many rows.
+
+        Tables become (B, T, ...) where rows differ.
+        """
         return rotation
+
+    def of_keys(self, rotation: Rotation, turned: Rotation) -> Rotation:
+        """The rotation of the keys, from that of all tokens and that of the queries."""
+        return turned
 
     def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         """Attention; all tensors (B, tokens, heads, d)."""
@@ -56,66 +63,31 @@ class Step:
         return x
 
 
-class MergeStep(Step):
-    """Tokens are merged before the projections and copied back behind the output: all between sees N - r of them.
-
-    Source of the scheme: Bolya and Hoffman 2023.
+class Merging(Step):
+    """What both ways of merging tokens share.
 
     Args:
-        plan: which tokens become one.
+        plan: which tokens of the image become one; a row for each frame.
         mode: see `token_merge`.
         weigh: each key counts as often as the tokens it stands for: log(size) joins its scores.
-    """
-
-    def __init__(self, plan: MergePlan, mode: str, weigh: bool) -> None:
-        self.plan, self.mode, self.weigh = plan, mode, weigh
-
-    def enter(self, x: Tensor) -> Tensor:
-        return token_merge(x, self.plan, self.mode)
-
-    def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        if not self.weigh:
-            return processor.attend(query, key, value, mask)
-        bias = self.plan.sizes().to(torch.promote_types(query.dtype, torch.float32)).log()
-        return attend_by_op(query, key, value, (1, self.plan.num_slots), 1, 1.0, key_bias=bias)
-
-    def leave(self, x: Tensor) -> Tensor:
-        return token_unmerge(x, self.plan)
-
-
-class MergeInsideStep(Step):
-    """Queries, keys and values of the image are merged after norm and rotation, and the results copied back at once.
-
-    It saves attention alone, in any family. Text stays whole.
-
-    Args:
-        plan: which tokens become one; a row for each frame.
-        mode, weigh: see `MergeStep`.
-        image_tokens: (start, stop) of the image among all tokens.
+        image_tokens: (start, stop) of the image among all tokens that attend to each other.
+        inside: the same among the hidden states, which in blocks of two streams hold no text.
         frames: grids in it.
-        own_keys: keys are those of the image; otherwise only queries are merged.
+        own_keys: keys are those of the image and of text that joins it; otherwise only queries are merged.
     """
 
     def __init__(
-        self, plan: MergePlan, mode: str, weigh: bool, image_tokens: Window, frames: int, own_keys: bool
+        self,
+        plan: MergePlan,
+        mode: str,
+        weigh: bool,
+        image_tokens: Window,
+        inside: Window,
+        frames: int = 1,
+        own_keys: bool = True,
     ) -> None:
         self.plan, self.mode, self.weigh = plan, mode, weigh and own_keys
-        self.image_tokens, self.frames, self.own_keys = image_tokens, frames, own_keys
-
-    def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        merged = self._merge(query)
-        if self.own_keys:
-            key, value = self._merge(key), self._merge(value)
-        if self.weigh and mask is None and processor.attends_natively():
-            result = attend_by_op(merged, key, value, (1, key.shape[1]), 1, 1.0, key_bias=self._weights(merged))
-        elif self.weigh:
-            weights = self._weights(merged).to(merged.dtype)
-            weights = weights.repeat(merged.shape[0] // weights.shape[0], 1)[:, None, None]
-            mask = weights if mask is None else add_masks(weights, mask)
-            result = processor.attend(merged, key, value, mask)
-        else:
-            result = processor.attend(merged, key, value, mask)
-        return self._unmerge(result)
+        self.image_tokens, self.inside, self.frames, self.own_keys = image_tokens, inside, frames, own_keys
 
     def reduce_mask(self, mask: Tensor) -> Tensor:
         if self.own_keys:
@@ -124,48 +96,95 @@ class MergeInsideStep(Step):
             mask = self._pick(mask.transpose(-1, -2)).transpose(-1, -2)
         return mask
 
-    def _around(self, x: Tensor, image: Tensor) -> Tensor:
-        """`image` (B, tokens, C) in the place of the image's tokens in x."""
-        start, stop = self.image_tokens
-        if (start, stop) == (0, x.shape[1]):
-            return image
-        return torch.cat([x[:, :start], image, x[:, stop:]], dim=1)
+    def _attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention over what is left, weighed or not."""
+        if not self.weigh:
+            return processor.attend(query, key, value, mask)
+        if mask is None and processor.attends_natively():
+            return attend_by_op(query, key, value, (1, key.shape[1]), 1, 1.0, key_bias=self._weights(key))
+        weights = self._weights(key).to(query.dtype)
+        weights = weights.repeat(query.shape[0] // weights.shape[0], 1)[:, None, None]
+        return processor.attend(query, key, value, weights if mask is None else add_masks(weights, mask))
 
-    def _merge(self, x: Tensor) -> Tensor:
-        start, stop = self.image_tokens
-        merged = token_merge(fold(x[:, start:stop].flatten(2), self.frames), self.plan, self.mode)
-        return self._around(x, unfold(merged, self.frames).unflatten(2, x.shape[2:]))
+    def _merge(self, x: Tensor, window: Window) -> Tensor:
+        """(B, T, C) with the tokens of the window merged."""
+        start, stop = window
+        image = unfold(token_merge(fold(x[:, start:stop], self.frames), self.plan, self.mode), self.frames)
+        return image if stop - start == x.shape[1] else torch.cat([x[:, :start], image, x[:, stop:]], dim=1)
 
-    def _unmerge(self, x: Tensor) -> Tensor:
-        start, slots = self.image_tokens[0], self.frames * self.plan.num_slots
-        image = token_unmerge(fold(x[:, start : start + slots].flatten(2), self.frames), self.plan)
-        image = unfold(image, self.frames).unflatten(2, x.shape[2:])
-        if (start, start + slots) == (0, x.shape[1]):
-            return image
-        return torch.cat([x[:, :start], image, x[:, start + slots :]], dim=1)
+    def _unmerge(self, x: Tensor, start: int) -> Tensor:
+        """The inverse: the slots that stand from `start` on become all the tokens that they stand for."""
+        stop = start + self.frames * self.plan.num_slots
+        image = unfold(token_unmerge(fold(x[:, start:stop], self.frames), self.plan), self.frames)
+        return image if stop - start == x.shape[1] else torch.cat([x[:, :start], image, x[:, stop:]], dim=1)
 
-    def _weights(self, merged: Tensor) -> Tensor:
-        """log(size) of each key, (P, keys), 0 of text."""
-        sizes = self.plan.sizes().to(torch.promote_types(merged.dtype, torch.float32)).log()
+    def _weights(self, key: Tensor) -> Tensor:
+        """log(size) of each key (P, keys), 0 of text."""
+        sizes = self.plan.sizes().to(torch.promote_types(key.dtype, torch.float32)).log()
         sizes = unfold(sizes[..., None], self.frames)[..., 0]
         start = self.image_tokens[0]
-        behind = merged.shape[1] - start - sizes.shape[1]
-        return torch.nn.functional.pad(sizes, (start, behind))
+        return torch.nn.functional.pad(sizes, (start, key.shape[1] - start - sizes.shape[1]))
+
+    def _left(self, tokens: int) -> Tensor:
+        """Which of all tokens are left, (P, left) int64: of the image's, the anchor of each slot."""
+        start, stop = self.image_tokens
+        anchors = self.plan.anchor.long().unflatten(0, (-1, self.frames))
+        first = torch.arange(self.frames, device=anchors.device)[:, None] * self.plan.num_tokens + start
+        image = (anchors + first).flatten(1)
+        before, after = (
+            torch.arange(*ends, device=image.device).expand(image.shape[0], -1) for ends in ((0, start), (stop, tokens))
+        )
+        return torch.cat([before, image, after], dim=1)
 
     def _pick(self, mask: Tensor) -> Tensor:
-        """The columns of a mask (B or 1, ..., tokens) of the tokens that are left: anchors stand for the image's."""
-        start, stop = self.image_tokens
-        tokens = torch.arange(self.frames, device=mask.device, dtype=torch.int64)[:, None] * self.plan.num_tokens
-        anchors = self.plan.anchor.long().unflatten(0, (-1, self.frames)) + tokens + start
-        rows = anchors.flatten(1)
-        lead = rows.shape[0]
-        before = torch.arange(start, device=mask.device).expand(lead, -1)
-        after = torch.arange(stop, mask.shape[-1], device=mask.device).expand(lead, -1)
-        index = torch.cat([before, rows, after], dim=1)
-        batch = max(mask.shape[0], lead)
-        index = index.repeat(batch // lead, 1).view(batch, *[1] * (mask.dim() - 2), -1)
+        """The columns of a mask (B or 1, ..., tokens) of the tokens that are left."""
+        left = self._left(mask.shape[-1])
+        batch = max(mask.shape[0], left.shape[0])
+        left = left.repeat(batch // left.shape[0], 1).view(batch, *[1] * (mask.dim() - 2), -1)
         mask = mask.expand(batch, *mask.shape[1:])
-        return mask.gather(-1, index.expand(*mask.shape[:-1], -1))
+        return mask.gather(-1, left.expand(*mask.shape[:-1], -1))
+
+
+class MergeStep(Merging):
+    """Tokens are merged before the projections and copied back behind the output: all between sees fewer of them.
+
+    A merged token is turned as its anchor is. Source of the scheme: Bolya and Hoffman 2023.
+    """
+
+    def enter(self, x: Tensor) -> Tensor:
+        return self._merge(x, self.inside)
+
+    def turned(self, rotation: Rotation, rows: int) -> Rotation:
+        tables = rotation if isinstance(rotation, tuple) else (rotation,)
+        left = self._left(tables[0].shape[0])
+        if left.shape[0] == 1:
+            picked = tuple(table[left[0]] for table in tables)
+        else:
+            picked = tuple(table[left].repeat(rows // left.shape[0], 1, 1) for table in tables)
+        return (picked[0], picked[1]) if isinstance(rotation, tuple) else picked[0]
+
+    def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return self._attend(processor, query, key, value, mask)
+
+    def leave(self, x: Tensor) -> Tensor:
+        return self._unmerge(x, self.inside[0])
+
+
+class MergeInsideStep(Merging):
+    """Queries, keys and values of the image are merged after norm and rotation, and the results copied back at once.
+
+    It saves attention alone, in any family. Text stays whole.
+    """
+
+    def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        merged = self._merge_heads(query)
+        if self.own_keys:
+            key, value = self._merge_heads(key), self._merge_heads(value)
+        result = self._attend(processor, merged, key, value, mask)
+        return self._unmerge(result.flatten(2), self.image_tokens[0]).unflatten(2, result.shape[2:])
+
+    def _merge_heads(self, x: Tensor) -> Tensor:
+        return self._merge(x.flatten(2), self.image_tokens).unflatten(2, x.shape[2:])
 
 
 class PoolStep(Step):
@@ -202,7 +221,7 @@ class PoolStep(Step):
         fused = processor.uses_fused(attn)
         return project_pooled(attn, x, self.grid, self.factor, self.alpha, fused, self.inside)
 
-    def of_keys(self, rotation: Rotation) -> Rotation:
+    def of_keys(self, rotation: Rotation, turned: Rotation) -> Rotation:
         """Of keys that were pooled before it: that of each window's nearest token, which alpha = 1 picks."""
         if not self.early:
             return rotation

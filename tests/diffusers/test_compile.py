@@ -98,7 +98,8 @@ def test_dit_blocks_compile_to_as_many_graphs_as_without_compression():
 )
 def test_joint_blocks_compile_to_as_many_graphs_as_without_compression(build, inputs):
     counts = []
-    for config in (None, IEKVDConfig(alpha=(0.8, 1.2)), IEKVDConfig(pool="hidden")):
+    pooled = (IEKVDConfig(alpha=(0.8, 1.2)), IEKVDConfig(pool="hidden"))
+    for config in (None, *pooled, LGTMConfig(proportional=True)):
         torch._dynamo.reset()
         model, graphs = build(), Graphs()
         if config is not None:
@@ -111,7 +112,7 @@ def test_joint_blocks_compile_to_as_many_graphs_as_without_compression(build, in
         for call, wanted in zip(calls, eager, strict=True):
             torch.testing.assert_close(run(model, call), wanted, atol=1e-5, rtol=1e-5)
         counts.append(graphs.count)
-    assert counts[1:] == counts[:1] * 2
+    assert counts[1:] == counts[:1] * 3
 
 
 @pytest.mark.parametrize("pool", ["keys", "hidden"])

@@ -18,6 +18,7 @@ from bigain_kernels.diffusers import (
     IEKVDConfig,
     LGTMConfig,
     ToDoConfig,
+    ToMeConfig,
     apply_token_compression,
     attention,
     grids,
@@ -191,6 +192,93 @@ def test_every_layer_equals_attention_written_out(family, size, config):
     assert (run(model, inputs) - plain).abs().max() > 1e-3
 
 
+def _merged(attn, call, grid, window, config):
+    """As `_plain`, of hidden states of the image that are merged before the projections, row by row of the batch."""
+    x, text, rotation = call["hidden_states"], call.get("encoder_hidden_states"), call.get("image_rotary_emb")
+    if rotation is not None and rotation[0].is_complex():
+        turns = torch.cat(rotation[::-1])
+        rotation = turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
+    heads = lambda y: y.unflatten(-1, (attn.heads, -1))  # noqa: E731
+    start, stop = window
+    count = 0 if text is None else text.shape[1]
+    inside = (start, stop) if text is None or start == 0 else (start - count, stop - count)
+    plan = config.plan(x[:, inside[0] : inside[1]], grid, config.ratio)
+    images, texts = [], []
+    for row in range(x.shape[0]):
+        one = plan.slot[row % plan.num_rows].long()
+        sizes = torch.bincount(one, minlength=plan.num_slots).float()
+        image = torch.zeros(plan.num_slots, x.shape[2]).index_add_(0, one, x[row, inside[0] : inside[1]])
+        hidden = torch.cat([x[row, : inside[0]], image / sizes[:, None], x[row, inside[1] :]])[None]
+        query, key, value = (
+            _rms(attn.norm_q, heads(attn.to_q(hidden))),
+            _rms(attn.norm_k, heads(attn.to_k(hidden))),
+            heads(attn.to_v(hidden)),
+        )
+        if text is not None:
+            words = text[row : row + 1]
+            added = (
+                _rms(attn.norm_added_q, heads(attn.add_q_proj(words))),
+                _rms(attn.norm_added_k, heads(attn.add_k_proj(words))),
+                heads(attn.add_v_proj(words)),
+            )
+            order = (lambda i, w: [w, i]) if start else (lambda i, w: [i, w])
+            query, key, value = (torch.cat(order(a, b), dim=1) for a, b in zip((query, key, value), added, strict=True))
+        if rotation is not None:
+            anchors = plan.anchor[row % plan.num_rows].long() + start
+            rows = torch.cat([torch.arange(start), anchors, torch.arange(stop, rotation[0].shape[0])])
+            query, key = (_rotate(y, (rotation[0][rows], rotation[1][rows])) for y in (query, key))
+        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
+        if config.proportional:
+            scores[..., start : start + plan.num_slots] += sizes.log()
+        if call.get("encoder_hidden_states_mask") is not None:
+            padding = ~call["encoder_hidden_states_mask"][row].bool()
+            scores[..., :count].masked_fill_(padding, -torch.inf)
+        y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
+        image = y[:, start : start + plan.num_slots][:, one]
+        if text is None:
+            y = torch.cat([y[:, :start], image, y[:, start + plan.num_slots :]], dim=1)
+            images.append(y if getattr(attn, "to_out", None) is None else attn.to_out[0](y))
+            continue
+        images.append(attn.to_out[0](image))
+        words = y[:, :count] if start else y[:, plan.num_slots :]
+        texts.append(words if attn.context_pre_only else attn.to_add_out(words))
+    return torch.cat(images) if text is None else (torch.cat(images), torch.cat(texts))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LGTMConfig(),
+        LGTMConfig(ratio=0.7, proportional=True),
+        LGTMConfig(share_plan=2),
+        ToMeConfig(destinations="first"),
+    ],
+    ids=["own", "weighed", "shared", "tome"],
+)
+@pytest.mark.parametrize("size", [(6, 10), (7, 5)])
+@pytest.mark.parametrize("family", ["flux", "qwen", "qwen with padding", "sd3", "sd3 without norm"])
+def test_merged_hidden_states_equal_attention_written_out(family, size, config):
+    window = (5, 5 + size[0] * size[1])
+    if family == "flux":
+        model, inputs = tiny_flux(), flux_inputs(size=size)
+    elif family.startswith("qwen"):
+        model, inputs = tiny_qwen(), qwen_inputs(size=size)
+        if family == "qwen with padding":
+            inputs["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 1, 1, 1], [1, 0, 1, 0, 0]])
+    else:
+        model = tiny_sd3() if family == "sd3" else tiny_sd3(qk_norm=None)
+        inputs, window = sd3_inputs(size=(2 * size[0], 2 * size[1])), (0, size[0] * size[1])
+    plain = run(model, inputs)
+    with token_compression(model, LGTMConfig(ratio=0.0)):
+        assert torch.equal(run(model, inputs), plain)
+    report = apply_token_compression(model, config)
+    assert all(row.path.startswith("merge tokens") for row in report.patched)
+    with torch.no_grad():
+        for attn, call, output in _recorded(model, inputs):
+            torch.testing.assert_close(output, _merged(attn, call, size, window, config), **CLOSE)
+    assert (run(model, inputs) - plain).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize(("build", "inputs"), MODELS)
 @pytest.mark.parametrize("pool", ["keys", "hidden"])
 def test_nothing_to_pool_is_the_unpatched_model(build, inputs, pool):
@@ -244,12 +332,6 @@ def test_reports():
     assert [(row.name, row.path) for row in report.patched][2:] == [("transformer_blocks.2.attn", "pooled projection")]
     report = apply_token_compression(tiny_sd3(qk_norm=None), IEKVDConfig())
     assert {row.path for row in report.patched} == {"pooled projection"}
-
-
-@pytest.mark.parametrize(("build", "inputs"), MODELS)
-def test_merging_hidden_states_is_refused_with_a_reason(build, inputs):
-    with pytest.raises(ValueError, match=r"(?s)config: got .*merge='hidden', this model offers 'attention'"):
-        apply_token_compression(build(), LGTMConfig(merge="hidden"))
 
 
 @pytest.mark.parametrize(("build", "inputs"), MODELS)

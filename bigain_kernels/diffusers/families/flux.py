@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -56,7 +57,12 @@ class CompressedFluxAttnProcessor(Dispatching, FluxAttnProcessor):
         return attn.to_added_qkv(text).chunk(3, dim=-1) if attn.fused_projections else super().project_text(attn, text)
 
     def turn(self, x: Tensor, rotation: Rotation) -> Tensor:
-        return apply_rotary_emb(x, rotation, sequence_dim=1)
+        cos, sin = rotation
+        if cos.dim() == 2:
+            return apply_rotary_emb(x, (cos, sin), sequence_dim=1)
+        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        across = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+        return (x.float() * cos[:, :, None] + across * sin[:, :, None]).to(x.dtype)
 
 
 class Flux(JointFamily):

@@ -10,8 +10,6 @@ from .family import Family, Layer
 class JointFamily(Family):
     """Blocks of two streams, then, in some families, those of one. Joint attention counts as self-attention."""
 
-    merges = ("attention",)
-
     def layers(self, model: Any) -> list[Layer]:
         blocks = [(f"transformer_blocks.{i}", block) for i, block in enumerate(model.transformer_blocks)]
         single = getattr(model, "single_transformer_blocks", ())

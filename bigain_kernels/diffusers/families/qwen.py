@@ -54,7 +54,11 @@ class CompressedQwenAttnProcessor(Dispatching, QwenDoubleStreamAttnProcessor2_0)
         return step.leave(self.output(attn, x.contiguous())), self.output_text(attn, words.contiguous())
 
     def turn(self, x: Tensor, rotation: Rotation) -> Tensor:
-        return apply_rotary_emb_qwen(x, rotation, use_real=False)
+        assert isinstance(rotation, Tensor)
+        if rotation.dim() == 2:
+            return apply_rotary_emb_qwen(x, rotation, use_real=False)
+        pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * rotation[:, :, None]).flatten(3).to(x.dtype)
 
 
 class Qwen(JointFamily):
