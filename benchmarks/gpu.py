@@ -10,6 +10,8 @@ process with a time limit; what does not fit into --minutes is left out and name
     sanitizer.txt    of compute-sanitizer: memcheck, racecheck, initcheck
     tuned.json       the configs that tuning chose, with --tune
     rows.csv         of the benchmarks, for benchmarks/results/; benchmarks.txt is what they printed
+    predicted.json   what the machine code lets expect at the same shapes; predicted.txt, to read
+    measured_over_predicted.txt   the two side by side, per op and shape
 
 The status is 1 when a part did not pass.
 """
@@ -63,12 +65,17 @@ def parts(out: Path, tune: bool, models: bool, minutes: float) -> list[Part]:
     if tune:
         command = [python, "-m", "bigain_kernels.tune", "--out", str(out / "tuned.json")]
         found.append(Part("tune", "tune.txt", command, 150))
+    # What the machine code of this Triton promises, and how far from it the times are.
+    report = [python, "-m", "bigain_kernels.aot", "--report", "--out", str(out / "predicted.json")]
+    found.append(Part("predict", "predicted.txt", report, 120))
     rows = ["--device", "cuda", "--csv", str(out / "rows.csv")]
     ceilings = [python, "-m", "benchmarks.bench_ceilings", *rows]
     found.append(Part("ceilings", "benchmarks.txt", ceilings, 60))
     found.append(
         Part("benchmarks", "benchmarks.txt", [python, "-m", "benchmarks.run", "--no-plots", *rows], 60 * minutes)
     )
+    files = ["--rows", str(out / "rows.csv"), "--predicted", str(out / "predicted.json")]
+    found.append(Part("compare", "measured_over_predicted.txt", [python, "-m", "benchmarks.predictions", *files], 30))
     if models:
         models_command = [python, "-m", "benchmarks.bench_model", *rows]
         found.append(Part("models", "benchmarks.txt", models_command, 60 * minutes))
@@ -127,6 +134,8 @@ def main() -> int:
         passed &= result == "passed"
         lines.append(f"{part.name:22} {result} ({time.monotonic() - begin:.0f} s, see {part.log})")
         print(lines[-1], flush=True)
+        if part.name == "compare" and result == "passed":
+            print((out / part.log).read_text(), flush=True)
         (out / "summary.txt").write_text("\n".join(lines) + "\n")
     return 0 if passed else 1
 

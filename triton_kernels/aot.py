@@ -12,6 +12,7 @@ registers, spills, shared memory and the kinds of instructions. Exits with 1 whe
 * no double-precision arithmetic.
 
 With `--report`, says instead what the machine code makes of the design's shapes: see report/ and docs/performance.md.
+With `--choose`, configs that were never measured are chosen by that.
 
 The launches are the real ones: the launchers run on meta tensors and a recorder takes down what they would launch, with
 the same argument specializations (pointer alignment, divisible strides) that Triton derives from a call.
@@ -32,7 +33,8 @@ from . import configs
 from .aot_recipes import GRID, SHAPE, recipes
 from .launching import record_launches
 from .machine_code import MULTIPLIES, TYPES, Case, Result, examine, specialize, summary
-from .report import table
+from .report import choose, table
+from .tune import dump
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -87,9 +89,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="predict the launches at the design's shapes, for sm_90")
     parser.add_argument("--out", type=Path, help="with --report: a file of predictions to write")
     parser.add_argument("--against", type=Path, help="with --report: an older file of predictions to compare with")
+    parser.add_argument("--choose", action="store_true", help="write what the model likes best into tuned/, for sm_90")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET: is set, expected unset: the interpreter compiles nothing")
+    if options.choose:
+        configs.path_of(table.ARCHITECTURE).write_text(dump(choose.improved(table.Compiler())))
+        return 0
     if options.report:
         return report(options.out, options.against)
     print(f"triton {triton.__version__}, torch {torch.__version__}; x is {SHAPE} on a {GRID} grid")

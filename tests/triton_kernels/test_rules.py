@@ -12,7 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-from bigain_kernels.triton_kernels.report import capture, model, sass, table
+from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels.report import capture, choose, model, sass, table
 from bigain_kernels.triton_kernels.report.capture import SHAPES, Captured, Shape
 from bigain_kernels.triton_kernels.report.model import Facts
 
@@ -29,6 +30,10 @@ BROKEN: dict[tuple[str, str], str] = {
     ("issue per byte", "token_merge"): "slots of any size side by side, full divisions",
     ("filled", "laplacian_score"): "64 programs at small grids",
     ("filled", "bipartite_match"): "48 programs at small grids, 2.2 rounds with three rows",
+    ("best config", "laplacian_score"): "the larger tile was a rule of thumb",
+    ("best config", "bipartite_match"): "the tile of 64 by 128 was a rule of thumb",
+    ("best config", "row_stats"): "the smaller block was a rule of thumb",
+    ("best config", "kv_downsample"): "the smaller block was a rule of thumb",
     ("buffers", "bipartite_match"): "two of five stages go to indices and scales",
     ("one binary", "bipartite_match"): "the split is a constant",
     **{("72 channels", kernel): _NARROW for kernel in (*STREAMS, "bipartite_match")},
@@ -162,3 +167,12 @@ def test_planning_stays_within_its_cycles(known):
     for each in launches("merge_plan"):
         found = COMPILER.facts(each.launch)
         assert found.issue_cycles <= 10_500 * max(each.shape.tokens / 4096, 1.0), each.shape.name
+
+
+@pytest.mark.parametrize("op", choose.OPS)
+def test_until_a_config_is_measured_the_best_of_the_model_is_chosen(op, known):
+    """`python -m bigain_kernels.aot --choose` writes it down."""
+    if configs.table(table.ARCHITECTURE)["tuned"]:
+        return
+    known("best config", op)
+    assert choose.better(op, COMPILER) == {}
