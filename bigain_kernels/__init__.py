@@ -23,6 +23,7 @@ from .ops import (
     token_unmerge,
 )
 from .plan import MergePlan
+from .warming import WarmedUp, warm_up
 
 if TYPE_CHECKING:
     from .methods import abm_plan, alpha_schedule, lgtm_plan, sito_plan, tome_plan
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MergePlan",
+    "WarmedUp",
     "abm_plan",
     "alpha_schedule",
     "backends",
@@ -49,6 +51,7 @@ __all__ = [
     "token_unmerge",
     "tome_plan",
     "use_backend",
+    "warm_up",
 ]
 
 # Imported when they are asked for: with their configs they would take as long to import as all the rest.

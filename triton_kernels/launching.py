@@ -5,9 +5,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -52,25 +51,42 @@ class Launch(NamedTuple):
         return self.kernel.__name__.removesuffix("_kernel")
 
 
-_record: ContextVar[list[Launch] | None] = ContextVar("bigain_launches", default=None)
-
-
-def _take_down(launches: list[Launch], kernel: Any, grid: tuple[int, ...], *args: Any, **kwargs: Any) -> None:
-    launches.append(Launch(kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+# What stands in for launching in this thread or task: given a kernel and its grid, it returns what is called.
+_instead: ContextVar[Callable[[Any, tuple[int, ...]], Callable[..., Any]] | None] = ContextVar(
+    "bigain_launches", default=None
+)
 
 
 def programs(kernel: Any, *grid: int) -> Callable[..., Any]:
     """What launches `kernel` on a grid of programs when it is called with the arguments of the kernel."""
-    launches = _record.get()
-    return kernel[grid] if launches is None else functools.partial(_take_down, launches, kernel, grid)
+    instead = _instead.get()
+    return kernel[grid] if instead is None else instead(kernel, grid)
 
 
 @contextmanager
-def record_launches() -> Iterator[list[Launch]]:
-    """Take down the launches of the block instead of running them; works on meta tensors."""
+def _taking_down(run: bool) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
-    token = _record.set(launches)
+
+    def instead(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+        def take_down(*args: Any, **kwargs: Any) -> None:
+            launches.append(Launch(kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
+            if run:
+                kernel[grid](*args, **kwargs)
+
+        return take_down
+
+    token = _instead.set(instead)
     try:
         yield launches
     finally:
-        _record.reset(token)
+        _instead.reset(token)
+
+
+def record_launches() -> AbstractContextManager[list[Launch]]:
+    """Take down the launches of the block instead of running them; works on meta tensors."""
+    return _taking_down(False)
+
+
+def observe_launches() -> AbstractContextManager[list[Launch]]:
+    """Take down the launches of the block and run them."""
+    return _taking_down(True)
