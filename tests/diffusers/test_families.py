@@ -28,7 +28,7 @@ from bigain_kernels.diffusers import (
 from bigain_kernels.diffusers.families import REFUSED, registered
 from bigain_kernels.methods import PoolConfig
 
-from .family_models import CASES, JOINT, build, case_of, module_of, outputs
+from .family_models import CASES, JOINT, build, case_of, module_of, noise, outputs
 
 SIZES = [(6, 8), (5, 9)]
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}
@@ -207,7 +207,14 @@ def test_the_model_equals_the_oracle(name, config, monkeypatch):
         assert (wanted - outputs(model, inputs)).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("config", [IEKVDConfig(), LGTMConfig(), LGTMConfig(proportional=True)])
+class Decided(LGTMConfig):
+    """L-GTM of tokens that have nothing to do with the model's, so that rounding decides nothing."""
+
+    def plan(self, x, grid, ratio, timestep=None):
+        return super().plan(noise(x.shape[0], x.shape[1], 8), grid, ratio, timestep)
+
+
+@pytest.mark.parametrize("config", [IEKVDConfig(), Decided(), Decided(proportional=True)], ids=["pool", "own", "size"])
 @pytest.mark.parametrize("name", CASES)
 def test_bfloat16_is_close_to_float32(name, config):
     model, case = build(name), CASES[name]
@@ -226,8 +233,7 @@ def test_bfloat16_is_close_to_float32(name, config):
     with token_compression(model, config):
         found = outputs(model, {key: value if key in kept else narrow(value) for key, value in inputs.items()})
     assert found.dtype == torch.bfloat16
-    # Merging decides on rounded hidden states, so some tokens go elsewhere.
-    assert (found.float() - wanted).abs().mean() < 0.05 * wanted.abs().mean() + 0.02
+    assert (found.float() - wanted).abs().mean() < 0.04 * wanted.abs().mean()
 
 
 class Graphs:
