@@ -39,7 +39,10 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
     match_op = "bipartite_match_fp32" if dtype == torch.float32 else "bipartite_match"
     window_op = "bipartite_match_fp32" if dtype == torch.float32 else "bipartite_match_window"
 
-    def match(window: int | None, split: int) -> Callable[[dict[str, Any] | None], Any]:
+    # Wide enough that sums are promoted, and no multiple of a step of channels.
+    wide = torch.empty((batch, n, 648), dtype=dtype, device="meta")
+
+    def match(window: int | None, split: int, x: torch.Tensor = x) -> Callable[[dict[str, Any] | None], Any]:
         return lambda config: bipartite_match.launch_bipartite_match(
             x, destinations, window, GRID, (2, 2), config=None if config is None else {**config, "SPLIT": split}
         )
@@ -68,7 +71,8 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
         ("match_prepare", "", "match_prepare", match(None, 1)),
         ("bipartite_match", "", match_op, match(None, 1)),
         ("bipartite_match", "split", match_op, match(None, 4)),
-        ("bipartite_match", "window", window_op, match(1, 1)),
+        ("bipartite_match", "split, C=648", match_op, match(None, 4, wide)),
+        ("bipartite_match", "window, C=648", window_op, match(1, 1, wide)),
         ("token_merge", "mean", "token_merge", lambda c: merging.launch_token_merge(x, **tables, config=c)),
         (
             "token_merge",

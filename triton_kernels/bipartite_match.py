@@ -3,11 +3,21 @@
 A program multiplies a tile of sources with one tile of destinations after another on the tensor cores, scales by the
 inverse norms of the destinations, and keeps a running (similarity, lowest index) maximum of each source in registers.
 When there are too few tiles of sources to fill the chip, several programs share one, each with a part of the
-destinations; they combine through a 64-bit atomic maximum, which is the same in any order.
+destinations; they combine through a 64-bit atomic maximum, which is the same in any order. How many they are is the
+grid of the launch and no constant of the kernel: one binary serves every batch.
 
-The same bits under every config: the channels are always summed in steps of BLOCK_K, in order, into float32, so that
-BLOCK_M, BLOCK_N, the split and the number of warps decide only which program computes a similarity. On tensor cores
-this holds among configs that use one kind of instruction; the shipped ones all have BLOCK_M >= 64 and at least 4 warps.
+The step over channels holds the loads and the product alone. Row addresses, masks and scales are made once a tile, and
+channels are masked only when BLOCK_K does not divide them.
+
+Tensor cores align products to the largest, drop what lies two bits below float32, and round towards zero: each step
+loses up to that much, always downwards for similar tokens, in proportion to the sum so far. With 16-bit inputs the
+products of PART channels are therefore summed there, and the sums of parts outside, in float32 that rounds to nearest;
+tests/tensor_core.py models the error. float32 goes through tf32x3, which adds up outside of the tensor cores anyway.
+
+The same bits under every config: the channels are always summed in steps of BLOCK_K, in order, in the same parts, so
+that BLOCK_M, BLOCK_N, the split and the number of warps decide only which program computes a similarity. On tensor
+cores this holds among configs that use one kind of instruction; the shipped ones all have BLOCK_M >= 64 and at least 4
+warps.
 
 float32 input uses three TF32 products per product ("tf32x3"): plain TF32 is off by 3e-4 and would change matches, and
 "ieee" does not use the tensor cores. What tf32x3 drops is below 2^-21 of a product, the size of float32 rounding. AMD
@@ -15,6 +25,9 @@ GPUs multiply float32 natively, and take "ieee".
 """
 
 from __future__ import annotations
+
+import functools
+from typing import Any
 
 import torch
 import triton
@@ -41,7 +54,15 @@ from .launching import programs
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
 BLOCK_K = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
-_INTEGERS = ["n", "num_destinations", "num_sources", "num_first", "height", "width", "window"]
+# Channels whose products are summed inside the tensor cores; up to LONGEST_PART, all of them.
+PART = 256
+LONGEST_PART = 320
+# Elements in 16 bytes of a 16-bit row. Strides and channels that it divides reach the kernel in this unit, so that the
+# compiler sees the alignment: by itself Triton notices multiples of 16 only.
+UNIT = 8
+# What a similarity counts in the measure of configs.pick: a match is "large" from 2^18 similarities on.
+_WORK = configs.LARGE >> 18
+_INTEGERS = ["n", "num_destinations", "num_sources", "num_first", "height", "width", "window", "s_xb", "s_db"]
 
 
 @triton.jit
@@ -57,7 +78,7 @@ def _lower_bound(p_list, count, value):
     return low
 
 
-@triton.jit(do_not_specialize=["n", "num_destinations"])
+@triton.jit(do_not_specialize=["n", "num_destinations", "s_xb", "s_db"])
 def match_prepare_kernel(
     p_x,
     p_destinations,
@@ -67,11 +88,12 @@ def match_prepare_kernel(
     p_similarity,
     p_match,
     n,
-    channels,
+    units,
     num_destinations,
     s_xb,
     s_xn,
     s_db,
+    UNIT: tl.constexpr,
     PACKED: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -80,7 +102,8 @@ def match_prepare_kernel(
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.arange(0, CHANNELS)
     m_t = o_t < n
-    p_rows = p_x + i_b * s_xb + o_t.to(tl.int64)[:, None] * s_xn + o_c[None, :]
+    channels = units * UNIT
+    p_rows = p_x + i_b * s_xb * UNIT + o_t.to(tl.int64)[:, None] * (tl.cast(s_xn, tl.int64) * UNIT) + o_c[None, :]
     b_squares = tl.zeros((BLOCK_T, CHANNELS), tl.float32)
     for i_c in range(0, channels, CHANNELS):
         b_x = tl.load(p_rows + i_c, mask=m_t[:, None] & (i_c + o_c < channels)[None, :], other=0.0).to(tl.float32)
@@ -113,6 +136,19 @@ def match_prepare_kernel(
         tl.store(p_match + o_out, o_t, mask=m_t & m_done)
 
 
+@triton.jit
+def _load_tiles(p_a, p_b, m_a, m_b, i_k, o_k, channels, EVEN: tl.constexpr):
+    """Channels i_k + o_k of a tile of sources and of one of destinations; zeros where there are none."""
+    if EVEN:
+        b_a = tl.load(p_a + i_k, mask=m_a[:, None], other=0.0)
+        b_b = tl.load(p_b + i_k, mask=m_b[None, :], other=0.0)
+    else:
+        m_k = i_k + o_k < channels
+        b_a = tl.load(p_a + i_k, mask=m_a[:, None] & m_k[None, :], other=0.0)
+        b_b = tl.load(p_b + i_k, mask=m_b[None, :] & m_k[:, None], other=0.0)
+    return b_a, b_b
+
+
 @triton.jit(do_not_specialize=_INTEGERS)
 def bipartite_match_kernel(
     p_x,
@@ -123,7 +159,7 @@ def bipartite_match_kernel(
     p_similarity,
     p_match,
     n,
-    channels,
+    units,
     num_destinations,
     num_sources,
     num_first,
@@ -133,10 +169,13 @@ def bipartite_match_kernel(
     s_xb,
     s_xn,
     s_db,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    PART: tl.constexpr,
+    NEST: tl.constexpr,
     WINDOW: tl.constexpr,
     SY: tl.constexpr,
     SX: tl.constexpr,
-    SPLIT: tl.constexpr,
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -144,12 +183,16 @@ def bipartite_match_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """Program (tile of sources, part of the destinations, batch row). The lowest destination is among the first
-    num_first of the list. With WINDOW, the destinations of each row of tiles stand together, rows ascending."""
+    num_first of the list. With WINDOW, the destinations of each row of tiles stand together, rows ascending. Strides of
+    x and its channels count UNIT elements; EVEN says that BLOCK_K divides the channels; PART is 0 when they are one
+    part; NEST takes a loop for each part, where the compiler cannot put an accumulator aside within a loop over all."""
     i_m, i_s, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    p_x += i_b * s_xb
+    p_x += i_b * s_xb * UNIT
     p_inverse_norm += i_b * n
     p_sources += i_b * num_sources
     p_destinations += i_b * s_db
+    channels = units * UNIT
+    s_row = tl.cast(s_xn, tl.int64) * UNIT
     o_k, o_j = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < num_sources
@@ -158,7 +201,7 @@ def bipartite_match_kernel(
     # Rows without a direction are read as zeros: no NaN enters the products.
     m_a = b_inverse > 0.0
     b_row_scale = tl.where(m_a, b_inverse, 1.0)
-    p_a = p_x + b_source.to(tl.int64)[:, None] * s_xn
+    p_a = p_x + b_source.to(tl.int64)[:, None] * s_row + o_k[None, :]
 
     lowest = INT_MAX
     for i_n in range(0, num_first, BLOCK_N):
@@ -175,54 +218,61 @@ def bipartite_match_kernel(
         begin = _lower_bound(p_destinations, num_destinations, top * SY * width)
         if bottom < last_y:
             end = _lower_bound(p_destinations, num_destinations, (bottom + 1) * SY * width)
-    if SPLIT > 1:
-        part = tl.cdiv(tl.cdiv(end - begin, SPLIT), BLOCK_N) * BLOCK_N
+    if PACKED:
+        part = tl.cdiv(end - begin, tl.num_programs(1))
         begin = begin + i_s * part
         end = tl.minimum(begin + part, end)
 
     b_best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_best_token = tl.zeros((BLOCK_M,), tl.int32) + lowest
-    b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # One loop over (tile of destinations, step of channels), so that loads run ahead across tiles as well.
-    steps = tl.cdiv(channels, BLOCK_K)
-    for i in range(0, tl.cdiv(tl.maximum(end - begin, 0), BLOCK_N) * steps):
-        i_k = i % steps
-        o_n = begin + i // steps * BLOCK_N + o_j
-        m_n = o_n < end
-        b_destination = tl.load(p_destinations + o_n, mask=m_n, other=0)
+    for i_n in range(begin, end, BLOCK_N):
+        m_n = i_n + o_j < end
+        b_destination = tl.load(p_destinations + i_n + o_j, mask=m_n, other=0)
         b_scale = tl.load(p_inverse_norm + b_destination, mask=m_n, other=0.0)
-        m_k = i_k * BLOCK_K + o_k < channels
-        b_a = tl.load(p_a + i_k * BLOCK_K + o_k[None, :], mask=m_a[:, None] & m_k[None, :], other=0.0)
-        p_b = p_x + b_destination.to(tl.int64)[None, :] * s_xn + i_k * BLOCK_K + o_k[:, None]
-        b_b = tl.load(p_b, mask=(b_scale > 0.0)[None, :] & m_k[:, None], other=0.0)
-        b_dot = tl.dot(b_a, b_b, b_dot, input_precision=PRECISION)
-        if i_k == steps - 1:
-            # -inf for what cannot be matched; adding zero also makes -0 and 0 one similarity. The row's own scale is
-            # applied before comparing: it can round two values to one, and parts of a split compare what is rounded.
-            b_bias = tl.where(b_scale > 0.0, 0.0, float("-inf"))
-            b_cosine = tl.fma(b_dot * b_scale[None, :], b_row_scale[:, None], b_bias[None, :])
-            if WINDOW:
-                b_away_y = tl.abs(b_tile_y[:, None] - tl.minimum(b_destination // width // SY, last_y)[None, :])
-                b_away_x = tl.abs(b_tile_x[:, None] - tl.minimum(b_destination % width // SX, last_x)[None, :])
-                b_cosine = tl.where(tl.maximum(b_away_y, b_away_x) <= window, b_cosine, float("-inf"))
-            b_high = tl.max(b_cosine, axis=1)
-            b_token = tl.where(m_n, b_destination, INT_MAX)
-            b_high_token = tl.min(tl.where(b_cosine == b_high[:, None], b_token[None, :], INT_MAX), axis=1)
-            m_better = (b_high > b_best) | ((b_high == b_best) & (b_high_token < b_best_token))
-            b_best_token = tl.where(m_better, b_high_token, b_best_token)
-            b_best = tl.where(m_better, b_high, b_best)
-            b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        m_b = b_scale > 0.0
+        p_b = p_x + b_destination.to(tl.int64)[None, :] * s_row + o_k[:, None]
+        b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # Adding a part after its last product would let the compiler make one accumulator of the two.
+        if PART and NEST:
+            for i_part in range(0, channels, PART):
+                b_part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                for i_k in range(i_part, tl.minimum(i_part + PART, channels), BLOCK_K):
+                    b_a, b_b = _load_tiles(p_a, p_b, m_a, m_b, i_k, o_k, channels, EVEN)
+                    b_part = tl.dot(b_a, b_b, b_part, input_precision=PRECISION)
+                b_dot += b_part
+        else:
+            b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for i_k in range(0, channels, BLOCK_K):
+                b_a, b_b = _load_tiles(p_a, p_b, m_a, m_b, i_k, o_k, channels, EVEN)
+                if PART:
+                    if i_k % PART == 0:
+                        b_sum += b_dot
+                        b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+                b_dot = tl.dot(b_a, b_b, b_dot, input_precision=PRECISION)
+            if PART:
+                b_dot += b_sum
+
+        # -inf for what cannot be matched; adding zero also makes -0 and 0 one similarity. The row's own scale is
+        # applied before comparing: it can round two values to one, and parts of a split compare what is rounded.
+        b_bias = tl.where(m_b, 0.0, float("-inf"))
+        b_cosine = tl.fma(b_dot * b_scale[None, :], b_row_scale[:, None], b_bias[None, :])
+        if WINDOW:
+            b_away_y = tl.abs(b_tile_y[:, None] - tl.minimum(b_destination // width // SY, last_y)[None, :])
+            b_away_x = tl.abs(b_tile_x[:, None] - tl.minimum(b_destination % width // SX, last_x)[None, :])
+            b_cosine = tl.where(tl.maximum(b_away_y, b_away_x) <= window, b_cosine, float("-inf"))
+        b_high = tl.max(b_cosine, axis=1)
+        b_token = tl.where(m_n, b_destination, INT_MAX)
+        b_high_token = tl.min(tl.where(b_cosine == b_high[:, None], b_token[None, :], INT_MAX), axis=1)
+        m_better = (b_high > b_best) | ((b_high == b_best) & (b_high_token < b_best_token))
+        b_best_token = tl.where(m_better, b_high_token, b_best_token)
+        b_best = tl.where(m_better, b_high, b_best)
 
     m_matched = m_a & (b_best > float("-inf"))
     b_similarity = tl.where(m_matched, b_best, float("-inf"))
     b_match = tl.where(m_matched, b_best_token, lowest)
     o_out = i_b * n + b_source
     if PACKED:
-        b_packed = pack(ordered_key(b_similarity), b_match)
-        if SPLIT > 1:
-            tl.atomic_max(p_packed + o_out, b_packed, mask=m_m, sem="relaxed")
-        else:
-            tl.store(p_packed + o_out, b_packed, mask=m_m)
+        tl.atomic_max(p_packed + o_out, pack(ordered_key(b_similarity), b_match), mask=m_m, sem="relaxed")
     else:
         tl.store(p_similarity + o_out, b_similarity, mask=m_m)
         tl.store(p_match + o_out, b_match, mask=m_m)
@@ -237,16 +287,35 @@ def match_unpack_kernel(p_packed, p_similarity, p_match, count, BLOCK: tl.conste
     tl.store(p_match + o_t, unpack_index(b_packed), mask=m_t)
 
 
+@functools.cache
+def _split(tiles: int, num_destinations: int, block_m: int, block_n: int, multiprocessors: int) -> int:
+    """How many programs share each of the tiles, so that the busiest multiprocessor reads the fewest rows of tokens."""
+
+    def busiest(split: int) -> int:
+        part = triton.cdiv(num_destinations, split)
+        return triton.cdiv(tiles * split, multiprocessors) * (triton.cdiv(part, block_n) * block_m + part)
+
+    most = max(1, triton.cdiv(num_destinations, block_n // 2))
+    return min(range(1, min(most, multiprocessors) + 1), key=lambda split: (busiest(split), split))
+
+
 def split_of(x: Tensor, num_sources: int, num_destinations: int, window: int | None, config: configs.Config) -> int:
-    """How many programs share a tile of sources, a power of two: enough of them to fill the chip twice."""
+    """How many programs share a tile of sources; those of a window are few enough for one."""
     if "SPLIT" in config:
         return config["SPLIT"]
-    tiles = triton.cdiv(num_sources, config["BLOCK_M"]) * x.shape[0]
-    blocks = triton.cdiv(num_destinations, config["BLOCK_N"])
-    split = 1
-    while window is None and tiles * split < 2 * configs.multiprocessors(x.device) and split * 2 <= blocks:
-        split *= 2
-    return split
+    if window is not None:
+        return 1
+    block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
+    tiles = triton.cdiv(num_sources, block_m) * x.shape[0]
+    return _split(tiles, num_destinations, block_m, block_n, configs.multiprocessors(x.device))
+
+
+def layout_arguments(x: Tensor) -> dict[str, Any]:
+    """Strides and channels of x (P, N, C) in units that keep 16-byte accesses, and what follows from the channels."""
+    rows, _, channels = x.shape
+    s_xb, s_xn = x.stride(0) if rows > 1 else 0, x.stride(1)
+    unit = UNIT if s_xb % UNIT == s_xn % UNIT == channels % UNIT == 0 else 1
+    return {"units": channels // unit, "s_xb": s_xb // unit, "s_xn": s_xn // unit, "UNIT": unit}
 
 
 def launch_match(
@@ -265,7 +334,9 @@ def launch_match(
 ) -> None:
     """The matching launch alone; x (P, N, C), inverse_norm (P, N), sources (P, S), destinations (P, D)."""
     rows, n, channels = x.shape
-    (height, width), (sy, sx) = grid or (1, n), stride or (1, 1)
+    # Read only with a window: without one, a binary for each stride would be the same.
+    (height, width), (sy, sx) = (grid, stride) if window is not None and grid and stride else ((1, n), (1, 1))
+    block_k = BLOCK_K[x.dtype]
     programs(bipartite_match_kernel, triton.cdiv(sources.shape[1], config["BLOCK_M"]), split, rows)(
         p_x=x,
         p_inverse_norm=inverse_norm,
@@ -273,25 +344,25 @@ def launch_match(
         p_destinations=destinations,
         **outputs,
         n=n,
-        channels=channels,
         num_destinations=destinations.shape[1],
         num_sources=sources.shape[1],
         num_first=num_first,
         height=height,
         width=width,
         window=window or 0,
-        s_xb=x.stride(0),
-        s_xn=x.stride(1),
         s_db=destinations.stride(0),
+        **layout_arguments(x),
+        EVEN=channels % block_k == 0,
+        PART=PART if x.dtype != torch.float32 and channels > LONGEST_PART else 0,
+        NEST=config.get("NEST", False),
         WINDOW=window is not None,
         SY=sy,
         SX=sx,
-        SPLIT=split,
         PACKED=packed,
         PRECISION="tf32x3" if x.dtype == torch.float32 and not torch.version.hip else "ieee",
         BLOCK_M=config["BLOCK_M"],
         BLOCK_N=config["BLOCK_N"],
-        BLOCK_K=BLOCK_K[x.dtype],
+        BLOCK_K=block_k,
         num_warps=config["num_warps"],
         num_stages=config["num_stages"],
         **EXACT,
@@ -299,11 +370,14 @@ def launch_match(
 
 
 def pick_match(x: Tensor, num_sources: int, num_destinations: int, window: int | None) -> configs.Config:
-    """The config for a match of this size. float32 tiles take twice the bytes, a window takes registers."""
+    """The config for a match of this size. float32 tiles take twice the bytes, a window takes registers.
+
+    Up to 16 rows count as one, so that all such batches run the same binary.
+    """
     op = "bipartite_match" if window is None else "bipartite_match_window"
     if x.dtype == torch.float32:
         op = "bipartite_match_fp32"
-    return configs.pick(op, x.device, x.shape[0] * num_sources * num_destinations)
+    return configs.pick(op, x.device, max(1, x.shape[0] // 16) * num_sources * num_destinations * _WORK)
 
 
 def launch_bipartite_match(
@@ -319,7 +393,7 @@ def launch_bipartite_match(
     Two launches (norms and lists, matching); a third unpacks when programs share tiles of sources.
     """
     x, destinations = unit_last_stride(x), unit_last_stride(destinations)
-    rows, n, channels = x.shape
+    rows, n, _ = x.shape
     d = destinations.shape[1]
     similarity = torch.empty((rows, n), dtype=torch.float32, device=x.device)
     match = torch.empty((rows, n), dtype=torch.int32, device=x.device)
@@ -327,11 +401,14 @@ def launch_bipartite_match(
         return similarity, match
     config = config or pick_match(x, n - d, d, window)
     split = split_of(x, n - d, d, window, config)
+    # Where one row has too few tiles, larger batches take the same kernels, split or not.
+    packs = split_of(x[:1], n - d, d, window, config) > 1
     inverse_norm = torch.empty_like(similarity)
     sources = torch.empty((rows, n - d), dtype=torch.int32, device=x.device)
-    packed = torch.empty((rows, n), dtype=torch.int64, device=x.device) if split > 1 else match
-    outputs = {"p_packed": packed, "p_similarity": similarity, "p_match": match}
-    prepare = configs.pick("match_prepare", x.device, x.numel() * x.element_size())
+    outputs = {"p_packed": match, "p_similarity": similarity, "p_match": match}
+    if packs:
+        outputs = dict.fromkeys(outputs, torch.empty((rows, n), dtype=torch.int64, device=x.device))
+    prepare = configs.pick("match_prepare", x.device, max(1, rows // 16) * x[0].numel() * x.element_size())
     programs(match_prepare_kernel, triton.cdiv(n, prepare["BLOCK_T"]), rows)(
         p_x=x,
         p_destinations=destinations,
@@ -339,19 +416,23 @@ def launch_bipartite_match(
         p_sources=sources,
         **outputs,
         n=n,
-        channels=channels,
         num_destinations=d,
-        s_xb=x.stride(0),
-        s_xn=x.stride(1),
         s_db=destinations.stride(0),
-        PACKED=split > 1,
+        **layout_arguments(x),
+        PACKED=packs,
         **prepare,
         **EXACT,
     )
     if 0 < d < n:
-        launch_match(x, inverse_norm, sources, destinations, 1, grid, stride, window, split, outputs, split > 1, config)
-    if split > 1:
+        launch_match(x, inverse_norm, sources, destinations, 1, grid, stride, window, split, outputs, packs, config)
+    if packs:
         programs(match_unpack_kernel, triton.cdiv(rows * n, 1024))(
-            p_packed=packed, p_similarity=similarity, p_match=match, count=rows * n, BLOCK=1024, num_warps=4, **EXACT
+            p_packed=outputs["p_packed"],
+            p_similarity=similarity,
+            p_match=match,
+            count=rows * n,
+            BLOCK=1024,
+            num_warps=4,
+            **EXACT,
         )
     return similarity, match

@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 from bigain_kernels.testing import Inputs, samples
 from bigain_kernels.triton_kernels import configs
 from bigain_kernels.triton_kernels.launching import record_launches
+from bigain_kernels.triton_kernels.machine_code import specialize
 from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
 
 BATCH, GRID, CHANNELS = 2, (64, 64), 320
@@ -49,8 +50,27 @@ def test_lgtm_is_five_launches(window, share):
 def test_splitting_the_match_adds_no_launch(monkeypatch):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
     launches = run_lgtm()
-    assert launches[1].arguments["SPLIT"] > 1
+    assert launches[1].grid[1] > 1
     assert len(launches) == 5
+
+
+@pytest.mark.parametrize(("grid", "channels"), [(GRID, CHANNELS), ((32, 32), 1152), (GRID, 72)])
+def test_one_binary_matches_every_batch(monkeypatch, grid, channels):
+    """The grid of the launch differs, and nothing that Triton compiles for: constants or what it specializes."""
+    monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
+    n = grid[0] * grid[1]
+    with record_launches() as launches:
+        for batch in range(1, 17):
+            x = meta(batch, n, channels)
+            IMPLEMENTATIONS["lgtm_plan"](x, *grid, 2, 2, n // 2, -1, 1)
+            IMPLEMENTATIONS["bipartite_match"](x, meta(batch, n // 4, dtype=torch.int32), -1, *grid, 2, 2)
+    matches = [launch for launch in launches if launch.name in ("bipartite_match", "match_prepare")]
+    options = ("num_warps", "num_stages")
+    binaries = {repr([each.name, specialize(each), [each.arguments.get(o) for o in options]]) for each in matches}
+    assert len(matches) == 3 * 16
+    assert len({launch.grid[1:] for launch in matches}) > 16
+    # The op prepares what the plan has from its score; both match with the same.
+    assert len(binaries) == 2
 
 
 def test_lgtm_moves_little_more_than_the_tokens():

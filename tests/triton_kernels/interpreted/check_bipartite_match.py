@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from bigain_kernels import reference
 from bigain_kernels.testing import assert_match_is_best
-from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels import bipartite_match, configs
 from bigain_kernels.triton_kernels.aot import ARCHITECTURES
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
+from tests import tensor_core
 
 from .inputs import DTYPES, INTERPRETED, candidates, odd_tokens, on_device
 
@@ -81,3 +83,41 @@ def test_the_split_does_not_decide_between_destinations_that_round_to_one_simila
     for similarity, match in (other, third):
         assert torch.equal(similarity, one[0])
         assert torch.equal(match, one[1])
+
+
+# The channels of the models there are (U-Nets, DiT, PixArt, SD 3, Flux, video), the most that stay one part, and 4,096.
+WIDTHS = [320, 384, 640, 1152, 1280, 1536, 2432, 3072, 4096]
+
+
+def similar_tokens(channels, cosine, dtype, n=24):
+    """(1, n, channels) tokens any two of which have about that cosine."""
+    generator = torch.Generator().manual_seed(channels)
+    common, own = torch.randn(channels, generator=generator), torch.randn(1, n, channels, generator=generator)
+    return (cosine**0.5 * common + (1 - cosine) ** 0.5 * own).to(dtype)
+
+
+def error_on_tensor_cores(monkeypatch, x):
+    """The largest error of a similarity when the kernel's products are summed as tensor cores sum."""
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def create_dot(self, a, b, total, *precision):
+        a, b = ((each.data.view(np.uint16).astype(np.uint32) << 16).view(np.float32) for each in (a, b))
+        return TensorHandle(tensor_core.dot(a, b, total.data), total.dtype.scalar)
+
+    destinations = torch.arange(0, x.shape[1], 2, dtype=torch.int32)[None]
+    with monkeypatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "create_dot", create_dot)
+        similarity, _ = launch_bipartite_match(x, destinations, config=SMALL)
+    expected, _ = reference.bipartite_match(x.double(), destinations)
+    return (similarity - expected)[:, 1::2].abs().max().item()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="replaces the products of the interpreter")
+@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize("cosine", [0.95, 0.999])
+def test_similarities_survive_sums_that_are_cut_off(monkeypatch, channels, cosine):
+    x = similar_tokens(channels, cosine, torch.bfloat16)
+    assert error_on_tensor_cores(monkeypatch, x) <= 1e-6
+    monkeypatch.setattr(bipartite_match, "LONGEST_PART", 10_000)
+    if channels >= 1152:
+        assert error_on_tensor_cores(monkeypatch, x) > 1e-6
