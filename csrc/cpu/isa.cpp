@@ -44,7 +44,7 @@ enum class Isa { kBaseline, kAvx2, kAvx512, kAmx };
 
 // Whether the machine has AMX for bfloat16, and the kernel lets this process use it: its registers are so large that
 // Linux gives room for them only to those who ask (Documentation/arch/x86/xstate.rst).
-bool has_amx() {
+[[maybe_unused]] bool has_amx() {
 #ifdef BIGAIN_AMX
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
