@@ -11,8 +11,8 @@ import pytest
 from .builds import ROOT
 
 sys.path.insert(0, str(ROOT / "csrc"))
-import build_native  # noqa: E402
-from build_tools import torch_flags  # noqa: E402
+import build_native
+from build_tools import torch_flags
 
 pytestmark = pytest.mark.skipif(find_spec("ziglang") is None, reason="needs ziglang, a compiler for other machines")
 
