@@ -33,7 +33,7 @@ from . import configs
 from .aot_recipes import GRID, SHAPE, recipes
 from .launching import record_launches
 from .machine_code import MULTIPLIES, TYPES, Case, Result, examine, specialize, summary
-from .report import choose, table
+from .report import choose, library, table
 from .tune import dump
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -89,12 +89,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--report", action="store_true", help="predict the launches at the design's shapes, for sm_90")
     parser.add_argument("--out", type=Path, help="with --report: a file of predictions to write")
     parser.add_argument("--against", type=Path, help="with --report: an older file of predictions to compare with")
+    parser.add_argument("--library", type=Path, help="read the loops of a built CUDA library instead")
     parser.add_argument("--choose", action="store_true", help="write what the model likes best into tuned/, for sm_90")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
         raise SystemExit("TRITON_INTERPRET: is set, expected unset: the interpreter compiles nothing")
     if options.choose:
         configs.path_of(table.ARCHITECTURE).write_text(dump(choose.improved(table.Compiler())))
+        return 0
+    if options.library:
+        kernels = list(library.rows(options.library))
+        print("\n".join(library.markdown(kernels)))
+        if options.out:
+            options.out.write_text(table.dump(table.document(kernels, "nvcc")))
         return 0
     if options.report:
         return report(options.out, options.against)

@@ -87,13 +87,19 @@ def compile_case(launch: Launch, architecture: str) -> Any:
     return triton.compile(source, target=target, options=options)
 
 
+def tool(name: str) -> Path:
+    """A program of the CUDA toolkit that comes in the Triton wheel."""
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
 def _cuobjdump(cubin: bytes, flag: str) -> str:
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
-        done = subprocess.run([str(tool), flag, file.name], capture_output=True, text=True, check=True, env=environment)
+        environment = {**os.environ, "PATH": f"{tool('cuobjdump').parent}{os.pathsep}{os.environ['PATH']}"}
+        done = subprocess.run(
+            [str(tool("cuobjdump")), flag, file.name], capture_output=True, text=True, check=True, env=environment
+        )
     return done.stdout
 
 

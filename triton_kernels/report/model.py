@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -153,7 +154,7 @@ def width(each: Instruction) -> int:
     return 4
 
 
-class _Warp:
+class Walk:
     """One warp's way through a program, its fellow warps in step with it.
 
     `weigh` goes through the code and says how often each instruction runs; `time` goes through it once more as a warp
@@ -161,7 +162,7 @@ class _Warp:
     what it waits for.
     """
 
-    def __init__(self, function: Function, trips: Trips, warps: int, latency: int) -> None:
+    def __init__(self, function: Function, trips: Trips, warps: int, latency: int = FROM_L2) -> None:
         self.function, self.trips, self.latency = function, trips, latency
         self.pace = max(warps / SCHEDULERS, 1.0)
         self.skippable = self._skippable()
@@ -303,7 +304,7 @@ def examine(launch: Launch, compiled: Compiled, trips: Trips) -> Facts:
     facts.wave_efficiency = programs / (MULTIPROCESSORS * on_one)
     tensors = {id(t): t for t in launch.arguments.values() if isinstance(t, torch.Tensor)}
     facts.hbm_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    warp = _Warp(compiled.function, trips, compiled.warps, FROM_HBM if facts.hbm_bytes > L2_KEEPS else FROM_L2)
+    warp = Walk(compiled.function, trips, compiled.warps, FROM_HBM if facts.hbm_bytes > L2_KEEPS else FROM_L2)
     code = compiled.function.code
     weighed = warp.weigh(code)
     # After the last EXIT comes a jump to itself and padding.
@@ -320,7 +321,7 @@ def examine(launch: Launch, compiled: Compiled, trips: Trips) -> Facts:
     facts.l1_bytes = moved("LDG", "STG", "LDGSTS", least=_WIDE) + compiled.tma_bytes
     facts.shared_bytes = moved("LDS", "STS", "LDSM", "STSM", "LDGSTS") + compiled.tma_bytes
     tensor_cycles = sum(times * multiply_adds(each) for each, times in weighed) * compiled.warps
-    facts.loops = list(_loops(code, warp, compiled.warps, 1.0))
+    facts.loops = list(loop_facts(code, warp, compiled.warps, 1.0))
     warp.time(code)
     facts.depth = warp.depth
     rounds = math.ceil(facts.waves)
@@ -338,7 +339,8 @@ def examine(launch: Launch, compiled: Compiled, trips: Trips) -> Facts:
     return facts
 
 
-def _loops(code: Code, warp: _Warp, warps: int, times: float) -> Any:
+def loop_facts(code: Code, warp: Walk, warps: int, times: float = 1.0) -> Iterator[LoopFacts]:
+    """The loops that run, those inside others after them."""
     for each in code:
         if not isinstance(each, Loop):
             continue
@@ -369,7 +371,7 @@ def _loops(code: Code, warp: _Warp, warps: int, times: float) -> Any:
             barriers=number("BAR"),
             slow=number("MUFU", "I2F", "F2I"),
         )
-        yield from _loops(each.body, warp, warps, times * repeats)
+        yield from loop_facts(each.body, warp, warps, times * repeats)
 
 
 def loads_ahead(loop: Loop) -> bool:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import triton
+from ..machine_code import tool
 
 # Where a line of source stands, the innermost call first: (file name, line).
 Place = tuple[tuple[str, int], ...]
@@ -186,9 +186,8 @@ def is_innermost(loop: Loop) -> bool:
 
 def disassemble(cubin: bytes) -> dict[str, Function]:
     """The functions of a cubin, by name, read by the nvdisasm in the Triton wheel."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [str(tool), "-gi", "-hex", "-c", file.name]
+        command = [str(tool("nvdisasm")), "-gi", "-hex", "-c", file.name]
         return parse(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
