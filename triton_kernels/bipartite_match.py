@@ -50,7 +50,7 @@ from ._common import (
     unpack_index,
     unpack_key,
 )
-from .launching import programs
+from .launching import cdiv, programs
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
 BLOCK_K = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
@@ -292,10 +292,10 @@ def _split(tiles: int, num_destinations: int, block_m: int, block_n: int, multip
     """How many programs share each of the tiles, so that the busiest multiprocessor reads the fewest rows of tokens."""
 
     def busiest(split: int) -> int:
-        part = triton.cdiv(num_destinations, split)
-        return triton.cdiv(tiles * split, multiprocessors) * (triton.cdiv(part, block_n) * block_m + part)
+        part = cdiv(num_destinations, split)
+        return cdiv(tiles * split, multiprocessors) * (cdiv(part, block_n) * block_m + part)
 
-    most = max(1, triton.cdiv(num_destinations, block_n // 2))
+    most = max(1, cdiv(num_destinations, block_n // 2))
     return min(range(1, min(most, multiprocessors) + 1), key=lambda split: (busiest(split), split))
 
 
@@ -306,7 +306,7 @@ def split_of(x: Tensor, num_sources: int, num_destinations: int, window: int | N
     if window is not None:
         return 1
     block_m, block_n = config["BLOCK_M"], config["BLOCK_N"]
-    tiles = triton.cdiv(num_sources, block_m) * x.shape[0]
+    tiles = cdiv(num_sources, block_m) * x.shape[0]
     return _split(tiles, num_destinations, block_m, block_n, configs.multiprocessors(x.device))
 
 
@@ -337,7 +337,7 @@ def launch_match(
     # Read only with a window: without one, a binary for each stride would be the same.
     (height, width), (sy, sx) = (grid, stride) if window is not None and grid and stride else ((1, n), (1, 1))
     block_k = BLOCK_K[x.dtype]
-    programs(bipartite_match_kernel, triton.cdiv(sources.shape[1], config["BLOCK_M"]), split, rows)(
+    programs(bipartite_match_kernel, cdiv(sources.shape[1], config["BLOCK_M"]), split, rows)(
         p_x=x,
         p_inverse_norm=inverse_norm,
         p_sources=sources,
@@ -409,7 +409,7 @@ def launch_bipartite_match(
     if packs:
         outputs = dict.fromkeys(outputs, torch.empty((rows, n), dtype=torch.int64, device=x.device))
     prepare = configs.pick("match_prepare", x.device, max(1, rows // 16) * x[0].numel() * x.element_size())
-    programs(match_prepare_kernel, triton.cdiv(n, prepare["BLOCK_T"]), rows)(
+    programs(match_prepare_kernel, cdiv(n, prepare["BLOCK_T"]), rows)(
         p_x=x,
         p_destinations=destinations,
         p_inverse_norm=inverse_norm,
@@ -426,7 +426,7 @@ def launch_bipartite_match(
     if 0 < d < n:
         launch_match(x, inverse_norm, sources, destinations, 1, grid, stride, window, split, outputs, packs, config)
     if packs:
-        programs(match_unpack_kernel, triton.cdiv(rows * n, 1024))(
+        programs(match_unpack_kernel, cdiv(rows * n, 1024))(
             p_packed=outputs["p_packed"],
             p_similarity=similarity,
             p_match=match,
