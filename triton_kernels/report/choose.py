@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .. import configs
 from ..launching import Launch, record_launches
 from .capture import SHAPES, OnPaper, Shape, calls
+from .model import Facts
 from .table import ARCHITECTURE, Compiler
 
 # What the calls of the report pick a config for.
@@ -20,6 +21,8 @@ OPS = (
 )
 # Predictions this close to one another are equal.
 EQUAL = 1.05
+# What fills less is chosen only where nothing fills more.
+FILLED = 0.85
 
 
 class _Asked(OnPaper):
@@ -38,9 +41,21 @@ class _Asked(OnPaper):
         return self.config
 
 
-def predictions(op: str, compiler: Compiler, shapes: Iterable[Shape] = SHAPES) -> dict[str, list[float]]:
-    """By size class, the geometric mean of what each candidate is predicted to take, in microseconds."""
-    logs: dict[str, list[list[float]]] = {}
+class Promise(NamedTuple):
+    """What a candidate is predicted to do in a size class.
+
+    Attributes:
+        time: geometric mean over the launches, in microseconds.
+        filled: the least share of the multiprocessors' time that programs fill.
+    """
+
+    time: float
+    filled: float
+
+
+def predictions(op: str, compiler: Compiler, shapes: Iterable[Shape] = SHAPES) -> dict[str, list[Promise]]:
+    """By size class, what each candidate promises."""
+    found: dict[str, list[list[Facts]]] = {}
     candidates = configs.candidates(op, ARCHITECTURE)
     for i, config in enumerate(candidates):
         for shape in shapes:
@@ -49,9 +64,14 @@ def predictions(op: str, compiler: Compiler, shapes: Iterable[Shape] = SHAPES) -
                 with configs.use_chooser(asked), record_launches() as asked.launches:
                     call()
                 for size, place in asked.found:
-                    each = logs.setdefault(size, [[] for _ in candidates])
-                    each[i].append(math.log(compiler.facts(asked.launches[place]).predicted))
-    return {size: [math.exp(sum(each) / len(each)) for each in found] for size, found in logs.items()}
+                    each = found.setdefault(size, [[] for _ in candidates])
+                    each[i].append(compiler.facts(asked.launches[place]))
+    return {size: [_promise(facts) for facts in each] for size, each in found.items()}
+
+
+def _promise(facts: list[Facts]) -> Promise:
+    mean = math.exp(sum(math.log(each.predicted) for each in facts) / len(facts))
+    return Promise(mean, min(each.wave_efficiency for each in facts))
 
 
 def improved(compiler: Compiler) -> dict[str, Any]:
@@ -67,8 +87,11 @@ def better(op: str, compiler: Compiler, shapes: Iterable[Shape] = SHAPES) -> dic
     """By size class, the candidate that is predicted to be faster than the chosen one, where there is one."""
     choice = configs.table(ARCHITECTURE)["ops"][op]["choice"]
     found = {}
-    for size, times in predictions(op, compiler, shapes).items():
-        best = min(range(len(times)), key=times.__getitem__)
-        if times[choice[size]] > EQUAL * times[best]:
+    for size, promises in predictions(op, compiler, shapes).items():
+        # The model knows little of what an empty multiprocessor costs beside others that share one memory.
+        full = [i for i, each in enumerate(promises) if each.filled >= FILLED] or list(range(len(promises)))
+        best = min(full, key=[each.time for each in promises].__getitem__)
+        chosen = choice[size]
+        if chosen not in full or promises[chosen].time > EQUAL * promises[best].time:
             found[size] = best
     return found

@@ -20,6 +20,8 @@ from .trips import Trips
 
 # One type stands for all: bfloat16, on aligned tensors where a kernel makes the difference.
 _SHOWN = re.compile(r"BFloat16|merge_plan|pack|tables|select")
+# Loops of fewer instructions search tables or fold a few sums.
+_SHORT = 40
 _NAME = re.compile(r"\d([a-z]+(?:_[a-z0-9]+)*_kernel)(.*)")
 
 
@@ -44,15 +46,19 @@ def _usage(cubin: bytes) -> dict[str, tuple[int, int, int]]:
 
 def rows(library: Path) -> Iterator[dict[str, Any]]:
     """A row for every kernel of the library for sm_90, in bfloat16."""
+    # Several files may have the same kernel.
+    seen: set[str] = set()
     for cubin in _cubins(library):
         usage = _usage(cubin)
         for name, function in disassemble(cubin).items():
             short = _NAME.search(name)
-            if short is None or not _SHOWN.search(name):
+            if short is None or not _SHOWN.search(name) or name in seen:
                 continue
+            seen.add(name)
             walk = Walk(function, Trips(Counter(), Counter(), Counter(), {}, set()), SCHEDULERS)
             walk.time(function.code)
             registers, spills, shared = usage[name]
+            facts = loop_facts(function.code, walk, SCHEDULERS)
             yield {
                 "kernel": short[1],
                 "variant": short[2],
@@ -61,7 +67,7 @@ def rows(library: Path) -> Iterator[dict[str, Any]]:
                 "static_shared": shared,
                 "instructions": len(function.instructions),
                 "depth": walk.depth,
-                "loops": [vars(each) for each in loop_facts(function.code, walk, SCHEDULERS)],
+                "loops": [vars(each) for each in facts if each.instructions >= _SHORT],
             }
 
 
