@@ -10,7 +10,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from .models import _strong, flux_inputs, qwen_inputs, sd3_inputs, tiny_flux, tiny_qwen, tiny_sd3
+from .models import _strong, dit_inputs, flux_inputs, qwen_inputs, sd3_inputs, tiny_dit, tiny_flux, tiny_qwen, tiny_sd3
 
 TEXT = 5
 
@@ -498,19 +498,25 @@ CASES = {
 
 
 # Those with processors written out, whose merging inside attention is that of all others.
-JOINT = {
+WRITTEN_OUT = {
     "flux": Case(
         "FluxTransformer2DModel", {}, lambda b, grid: flux_inputs(b, grid[1:]), TEXT, _double(), make=tiny_flux
     ),
     "qwen": Case(
         "QwenImageTransformer2DModel", {}, lambda b, grid: qwen_inputs(b, grid[1:]), TEXT, _double(), make=tiny_qwen
     ),
+    "dit": Case(
+        "DiTTransformer2DModel",
+        {},
+        lambda b, grid: {**dit_inputs(b), "hidden_states": _latent(b, grid)},
+        make=tiny_dit,
+    ),
     "sd3": Case("SD3Transformer2DModel", {}, lambda b, grid: sd3_inputs(b, (2 * grid[1], 2 * grid[2])), make=tiny_sd3),
 }
 
 
 def case_of(name: str) -> Case:
-    return CASES[name] if name in CASES else JOINT[name]
+    return CASES[name] if name in CASES else WRITTEN_OUT[name]
 
 
 def build(name: str) -> nn.Module:

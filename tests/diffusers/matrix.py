@@ -1,0 +1,144 @@
+"""The table of docs/models.md, written from what a test run showed: `python -m tests.diffusers.matrix`.
+
+A cell is the number of tests that passed for a family, or the reason why there are none. A test that failed ends the
+program. `test_models_page.py` holds the page to the registry and to the tests that there are.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from bigain_kernels.diffusers.families import REFUSED, registered
+
+from .family_models import CASES, WRITTEN_OUT
+
+HERE = Path(__file__).parent
+PAGE = HERE.parents[1] / "docs" / "models.md"
+MARK = "<!-- written by `python -m tests.diffusers.matrix` -->"
+NAMES = {case.model: name for name, case in (*CASES.items(), *WRITTEN_OUT.items())} | {"UNet2DConditionModel": "unet"}
+MODELS = {
+    "unet": "Stable Diffusion 1.5, 2.x, SDXL",
+    "dit": "DiT",
+    "pixart": "PixArt alpha, sigma",
+    "hunyuan_dit": "HunyuanDiT",
+    "flux": "Flux.1 dev, schnell, Fill, Kontext",
+    "flux2": "Flux.2",
+    "chroma": "Chroma",
+    "sd3": "Stable Diffusion 3, 3.5",
+    "qwen": "Qwen-Image, Qwen-Image-Edit",
+    "z_image": "Z-Image",
+    "lumina2": "Lumina Image 2",
+    "aura_flow": "AuraFlow",
+    "cogview4": "CogView4",
+    "hidream": "HiDream-I1",
+    "wan": "Wan 2.1, 2.2 (video)",
+    "ltx": "LTX-Video",
+    "ltx2": "LTX-2 (video)",
+    "hunyuan_video": "HunyuanVideo",
+    "cogvideox": "CogVideoX (video)",
+    "allegro": "Allegro (video)",
+    "latte": "Latte (video)",
+}
+NO_HIDDEN = "attention only"
+AS_DIT = "one code with DiT"
+
+
+class Shown(NamedTuple):
+    """The tests whose ids begin with `test` and whose parameters hold one of the words."""
+
+    test: str
+    words: tuple[str, ...]
+
+    def holds(self, test_id: str) -> bool:
+        name, _, parameters = test_id.partition("[")
+        return name.endswith("::" + self.test) and any(word in parameters for word in self.words)
+
+
+def row(name: str) -> dict[str, Shown | str]:
+    """What shows each column for a family."""
+    tiny = "tiny_" + name
+    own = (name + "-",)
+    cells: dict[str, Shown | str] = {
+        "exact": Shown("test_nothing_to_do_is_the_unpatched_model", own),
+        "pool": Shown("test_the_model_equals_the_oracle", (name + "-iekvd", name + "-todo")),
+        "merge hidden": NO_HIDDEN,
+        "merge attention": Shown("test_the_model_equals_the_oracle", (name + "-lgtm", name + "-tome")),
+        "one graph": Shown("test_the_whole_model_compiles_as_one_graph", own),
+        "16 bits": Shown("test_bfloat16_is_close_to_float32", own),
+    }
+    if name == "pixart":
+        cells |= {"pool": AS_DIT, "merge hidden": AS_DIT}
+    if name in ("unet", "dit"):
+        golden = "test_model_reproduces_published_outputs_and_decisions"
+        cells |= {
+            "exact": Shown("test_nothing_to_remove_is_the_unpatched_model", (tiny,)),
+            "pool": Shown(golden, (name + "_tiny-iekvd", name + "_tiny-todo")),
+            "merge hidden": Shown(golden, (name + "_tiny-lgtm", name + "_tiny-tome", name + "_tiny-abm")),
+            "one graph": "blocks, not the whole" if name == "unet" else Shown("test_whole_model_compiles", ("",)),
+            "16 bits": Shown("test_half_precision", (tiny,)),
+        }
+    if name == "unet":
+        cells |= {"merge attention": AS_DIT}
+    if name in ("flux", "sd3", "qwen"):
+        cells |= {
+            "exact": Shown("test_nothing_to_pool_is_the_unpatched_model", (tiny,)),
+            "pool": Shown("test_every_layer_equals_attention_written_out", (name,)),
+            "merge hidden": Shown("test_merged_hidden_states_equal_attention_written_out", (name,)),
+            "one graph": Shown("test_whole_joint_models_compile", ("",)),
+            "16 bits": Shown("test_half_precision", (tiny,)),
+        }
+    if name in ("hidream", "lumina2"):
+        cells |= {"one graph": "reads numbers on the host, unpatched too"}
+    return cells
+
+
+class Outcomes:
+    """A plugin that keeps which tests passed and which did not."""
+
+    def __init__(self) -> None:
+        self.passed: set[str] = set()
+        self.failed: set[str] = set()
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.add(report.nodeid)
+        elif report.when == "call" and report.passed:
+            self.passed.add(report.nodeid)
+
+
+def table(passed: set[str]) -> str:
+    """The table of all registered families."""
+    names = [NAMES[family.model.__name__] for family in registered()]
+    columns = list(row(names[0]))
+    lines = [
+        "| family | models | class | " + " | ".join(columns) + " |",
+        "|" + " --- |" * (len(columns) + 3),
+    ]
+    for family, name in zip(registered(), names, strict=True):
+        shown = []
+        for column, cell in row(name).items():
+            count = cell if isinstance(cell, str) else sum(map(cell.holds, passed))
+            if count == 0:
+                raise SystemExit(f"{name}, {column}: no test of it passed")
+            shown.append(str(count))
+        lines.append(f"| `{name}` | {MODELS[name]} | `{family.model.__name__}` | " + " | ".join(shown) + " |")
+    refused = "".join(f"* `{model}`: {reason}.\n" for model, reason in REFUSED.items())
+    return "\n".join(lines) + f"\n\nRefused by name, with the reason:\n\n{refused}"
+
+
+def main() -> None:
+    outcomes = Outcomes()
+    files = ("families", "joint", "behaviour", "goldens", "compile", "proportional")
+    pytest.main(["-q", "-p", "no:cacheprovider", *(str(HERE / f"test_{name}.py") for name in files)], [outcomes])
+    if outcomes.failed:
+        raise SystemExit(f"{len(outcomes.failed)} tests failed")
+    before, _, _ = PAGE.read_text().partition(MARK)
+    PAGE.write_text(f"{before}{MARK}\n\n{table(outcomes.passed)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""docs/models.md names every family, and what its table says was shown by tests that there are."""
+
+from __future__ import annotations
+
+from bigain_kernels.diffusers.families import REFUSED, registered
+
+from . import matrix, test_behaviour, test_compile, test_families, test_goldens, test_joint
+
+
+def test_the_page_has_every_family_and_every_refusal():
+    page = matrix.PAGE.read_text()
+    rows = [line for line in page.splitlines() if line.startswith("| `")]
+    assert [line.split("`")[3] for line in rows] == [family.model.__name__ for family in registered()]
+    assert all(f"`{model}`: {reason}." in page for model, reason in REFUSED.items())
+    columns = len(matrix.row("wan")) + 3
+    assert all(line.count("|") == columns + 1 for line in rows)
+
+
+def test_its_cells_are_shown_by_tests_that_there_are():
+    modules = (test_behaviour, test_compile, test_families, test_goldens, test_joint)
+    for family in registered():
+        for cell in matrix.row(matrix.NAMES[family.model.__name__]).values():
+            assert isinstance(cell, str) or any(hasattr(module, cell.test) for module in modules), cell
