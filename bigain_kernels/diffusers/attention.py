@@ -154,6 +154,8 @@ class CompressedAttention:
         if not forward.active or _is_perturbed(attn):
             return None
         start, stop = context.image_tokens
+        if stop - start < config.min_tokens:
+            return None
         inside = (start - text, stop - text) if self.text_first else (start, stop)
         if isinstance(config, MergeConfig):
             source = x

@@ -26,6 +26,8 @@ class CompressionConfig:
     Args:
         max_downsample: deepest resolution level of a U-Net to compress: 1 is that of its latents, 2 half of it too,
             then 4 and 8. Transformers have one level and ignore it.
+        min_tokens: image tokens, of all frames of a video, from which on a layer is compressed. Fewer run as they are:
+            the first pass of a picture that is enlarged later can stay whole.
         blocks: indices of the transformer blocks to compress, counted in module order; by default all. The report of
             `apply_token_compression` lists them. A U-Net block must also pass `max_downsample`.
         start: fraction of the noise schedule at which compression begins: 0 is the noisiest timestep. For flow-matching
@@ -45,6 +47,7 @@ class CompressionConfig:
     method: ClassVar[str] = ""
 
     max_downsample: int = option(1, Level((1, 2, 4, 8)))
+    min_tokens: int = option(1, Count(1))
     blocks: tuple[int, ...] | None = option(None, Indices())
     start: float = option(0.0, Number(0.0, 1.0))
     end: float = option(1.0, Number(0.0, 1.0))

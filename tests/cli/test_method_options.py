@@ -26,6 +26,7 @@ VALUES = {
     "factor": ("2x1", (2, 1)),
     "max_downsample": ("2", 2),
     "merge": ("hidden", "hidden"),
+    "min_tokens": ("40", 40),
     "mode": ("mlerp", "mlerp"),
     "modules": ("attn1,attn2", ("attn1", "attn2")),
     "noise": ("0.3", 0.3),

@@ -87,6 +87,19 @@ def test_odd_and_oblong_grids(size, config, monkeypatch):
     assert grids == ([size, half, half, half, half, size, size] if records else [])
 
 
+@pytest.mark.parametrize("config", [LGTMConfig(max_downsample=2), IEKVDConfig(max_downsample=2)])
+def test_small_grids_are_left_alone(config):
+    model, small, large = tiny_unet(), unet_inputs(), unet_inputs(size=(24, 24))
+    plain = [run(model, inputs) for inputs in (small, large)]
+    with token_compression(model, replace(config, min_tokens=257)):
+        assert torch.equal(run(model, small), plain[0])
+        found = run(model, large)
+        assert not torch.equal(found, plain[1])
+    # 24 x 24 tokens are compressed, and the 12 x 12 of the level below are not.
+    with token_compression(model, replace(config, max_downsample=1)):
+        assert torch.equal(run(model, large), found)
+
+
 def test_resolution_may_change_between_calls():
     changing, inputs = tiny_dit(), [dit_inputs(size=size) for size in (16, 24, 8, 16)]
     apply_token_compression(changing, LGTMConfig())
