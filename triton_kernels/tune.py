@@ -25,19 +25,13 @@ from . import bipartite_match, configs, kv_downsample, laplacian_score, merge_pl
 from . import kv_downsample_attention as attention
 from .lgtm_plan import launch_lgtm_plan
 from .registration import IMPLEMENTATIONS
+from .report.capture import ALPHA, FACTOR, RATIO, STRIDE
+from .report.capture import SHAPES as DESIGN
 from .token_merge import launch_token_merge
 from .token_unmerge import launch_token_unmerge
 
-# (batch, grid, channels, heads): SD 2 at 512 and 768, SDXL at 1024, DiT-XL/2 at 512 with 2 and 32 rows, Flux-class.
-SHAPES = (
-    (2, (64, 64), 320, 5),
-    (2, (96, 96), 320, 5),
-    (2, (64, 64), 640, 10),
-    (2, (32, 32), 1152, 16),
-    (32, (32, 32), 1152, 16),
-    (1, (64, 64), 3072, 24),
-)
-RATIO, STRIDE, FACTOR, ALPHA = 0.7, (2, 2), (2, 2), 0.9
+# (batch, grid, channels, heads) of the design's shapes; rows of video models would take most of the time.
+SHAPES = tuple(shape[1:] for shape in DESIGN if shape.tokens < 16_384)
 
 Call = Callable[[], Any]
 # Pool inside the kernel, or before it.

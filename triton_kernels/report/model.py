@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -166,6 +166,9 @@ class Walk:
         self.function, self.trips, self.latency = function, trips, latency
         self.pace = max(warps / SCHEDULERS, 1.0)
         self.skippable = self._skippable()
+        self.heads: Counter[tuple[str, int]] = Counter()
+        for place, ran in trips.statements.items():
+            self.heads.update({place[0]: ran} if place else {})
         self.now = 0.0
         self.free = 0.0
         self.ready: dict[int, float] = {}
@@ -217,7 +220,9 @@ class Walk:
         place = statement(each.place)
         if each.address not in self.skippable or not place or times == 0:
             return 1.0
-        return min(self.trips.statements[place] / times, 1.0)
+        # Triton 3.6 forgets who called, of loads that it moves ahead.
+        ran = self.trips.statements[place] or (self.heads[place[0]] if len(place) == 1 else 0)
+        return min(ran / times, 1.0)
 
     def time(self, code: Code, times: float = 1.0) -> None:
         for each in code:
