@@ -269,6 +269,20 @@ def test_the_whole_model_compiles_as_one_graph(name, config):
     torch.testing.assert_close(found, wanted, **CLOSE)
 
 
+@pytest.mark.parametrize("config", [IEKVDConfig(), LGTMConfig()], ids=["pool", "merge"])
+@pytest.mark.parametrize("name", ["wan", "flux", "dit", "cogview4"])
+def test_a_patched_model_can_be_exported(name, config):
+    model, case = build(name), case_of(name)
+    inputs = case.inputs(1, (case.frames, 6, 6))
+    apply_token_compression(model, config)
+    if name == "flux":
+        inputs["joint_attention_kwargs"] = {"bigain_grid": (6, 6)}
+    wanted = outputs(model, inputs)
+    with torch.no_grad():
+        program = torch.export.export(model, (), {**inputs, "return_dict": False}, strict=False)
+    assert torch.equal(program.module()(**inputs, return_dict=False)[0], wanted)
+
+
 @pytest.mark.parametrize("name", ["wan", "flux2", "cogview4"])
 def test_blocks_compile_to_as_many_graphs_as_without_compression(name):
     case, counts = CASES[name], []
