@@ -209,12 +209,13 @@ def launch_score_and_select(
         ((rows, n), torch.int64),
     )
     outputs = {
-        "score": x,  # not written
         "inverse_norm": inverse_norm,
         "destinations": destinations,
         "sources": sources,
         "packed": packed,
         "mean": x if share == 1 else torch.empty((rows, n, channels), dtype=x.dtype, device=x.device),
     }
-    _launch(x, grid, stride, False, share, {f"p_{k}": v for k, v in outputs.items()}, True, config)
+    # Nobody reads the score itself: this launch does not write it.
+    pointers = {"p_score": x, **{f"p_{k}": v for k, v in outputs.items()}}
+    _launch(x, grid, stride, False, share, pointers, True, config)
     return outputs
