@@ -23,7 +23,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from . import ops as _ops  # noqa: F401 - defines torch.ops.bigain
 
 _aten, _bigain = torch.ops.aten, torch.ops.bigain
-_convert = torch.ops.prims.convert_element_type.default
+# Calls that leave the values of a tensor as they are, but for a rounding between dtypes.
+_SAME_VALUES = (torch.ops.prims.convert_element_type.default, _aten.alias.default)
 
 
 class _Norm(NamedTuple):
@@ -51,8 +52,8 @@ def _has_shape(node: Any, shape: tuple[Any, ...]) -> bool:
 
 
 def _unconverted(node: Any) -> Any:
-    """What a chain of conversions between floating dtypes starts from."""
-    while isinstance(node, fx.Node) and node.target == _convert:
+    """What a chain of conversions between dtypes starts from."""
+    while isinstance(node, fx.Node) and node.target in _SAME_VALUES:
         node = node.args[0]
     return node
 
@@ -143,7 +144,7 @@ def _fuse_norm(graph: fx.Graph, merge: fx.Node) -> bool:
     if mode != "mean" or value is None:
         return False
     node: Any = tokens
-    while isinstance(node, fx.Node) and _only_user(node) is not None and node.target == _convert:
+    while isinstance(node, fx.Node) and _only_user(node) is not None and node.target in _SAME_VALUES:
         node = node.args[0]
     if _only_user(node) is None:
         return False
