@@ -354,17 +354,13 @@ def launch_match(
         **layout_arguments(x),
         EVEN=channels % block_k == 0,
         PART=PART if x.dtype != torch.float32 and channels > LONGEST_PART else 0,
-        NEST=config.get("NEST", False),
         WINDOW=window is not None,
         SY=sy,
         SX=sx,
         PACKED=packed,
         PRECISION="tf32x3" if x.dtype == torch.float32 and not torch.version.hip else "ieee",
-        BLOCK_M=config["BLOCK_M"],
-        BLOCK_N=config["BLOCK_N"],
         BLOCK_K=block_k,
-        num_warps=config["num_warps"],
-        num_stages=config["num_stages"],
+        **{"NEST": False, **{key: value for key, value in config.items() if key != "SPLIT"}},
         **EXACT,
     )
 
