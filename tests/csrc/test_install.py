@@ -45,9 +45,8 @@ def sdist(tmp_path_factory) -> Path:
     run(sys.executable, "-c", "from setuptools.build_meta import build_sdist; build_sdist('..')", cwd=copy)
     (archive,) = folder.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
-        if hasattr(
-            tarfile, "data_filter"
-        ):  # from Python 3.11.4 on; without one, an archive of our own is taken as it is
+        # From Python 3.11.4 on; before, an archive of our own is taken as it is.
+        if hasattr(tarfile, "data_filter"):
             tar.extraction_filter = tarfile.data_filter
         tar.extractall(folder / "it's an äöü $HOME")
     (unpacked,) = (folder / "it's an äöü $HOME").iterdir()
