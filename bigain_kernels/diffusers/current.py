@@ -17,11 +17,21 @@ from .context import Context, Forward, PlanSlot
 
 
 class Running(NamedTuple):
-    """A forward pass in progress. `sizes` is shaped (tokens in front of the image, frames, height, width)."""
+    """A forward pass in progress.
 
+    Attributes:
+        owner: what began it, the patch of the model.
+        forward: what was decided for it.
+        sizes: a tensor shaped (tokens in front of the image, frames, height, width).
+        slot: of cached assignment, or None.
+        outer: the pass of another model that this one interrupts, or None.
+    """
+
+    owner: object
     forward: Forward
     sizes: Tensor
     slot: PlanSlot | None
+    outer: Running | None
 
 
 # Holds `running`. A plain one without a default in its class, which torch.compile would take for what it holds.
@@ -32,17 +42,17 @@ def _running() -> Running | None:
     return getattr(_current, "running", None)
 
 
-def begin(context: Context) -> Running | None:
-    """Make `context` that of the thread; returns what was before it, for `end`."""
-    before = _running()
+def begin(owner: object, context: Context) -> None:
+    """Make `context` that of the thread until `owner` ends its pass."""
     sizes = torch.empty((context.image_tokens[0], context.frames, *context.grid), device="meta")
-    _current.running = Running(context.forward, sizes, context.slot)
-    return before
+    _current.running = Running(owner, context.forward, sizes, context.slot, _running())
 
 
-def end(before: Running | None) -> None:
-    """Make what `begin` returned that of the thread again."""
-    _current.running = before
+def end(owner: object) -> None:
+    """Go back to what was before the pass of `owner`; a pass that failed before it began has nothing to end."""
+    running = _running()
+    if running is not None and running.owner is owner:
+        _current.running = running.outer
 
 
 def current() -> Context | None:

@@ -92,16 +92,17 @@ def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     if family.passes_on:
         return with_context(family.signature, args, kwargs, context)
     assert isinstance(context, Context)
-    patch.outer = begin(context)
+    begin(patch, context)
     return with_context(family.signature, args, kwargs, None)
 
 
 def leave_model(model: Any, args: tuple[Any, ...], output: Any) -> None:
-    """Forward hook of a patched model, called after an exception too."""
+    """Forward hook of a patched model, called after an exception too, then without an output."""
     patch = model._bigain
     if not patch.family.passes_on:
-        end(patch.outer)
-    patch.look_back(model)
+        end(patch)
+    if output is not None:
+        patch.look_back(model)
 
 
 def skip_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

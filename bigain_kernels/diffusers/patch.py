@@ -15,7 +15,6 @@ from torch.utils.hooks import RemovableHandle
 from ..methods import CompressionConfig
 from .attention import CompressedAttention
 from .context import Forward, Pass, make_forward
-from .current import Running
 from .families import Family
 from .grids import GridReader
 from .hooks import skip_attention
@@ -47,7 +46,6 @@ class Patch:
         idle: layers that run another processor for now, by name: its class and a hook that keeps the context from it.
         last_pass, watching: the forward pass in progress, until one was looked back at.
         known: the scheduler asked last, and its range.
-        outer: the forward pass, of another model, that the one in progress interrupts; see `current.py`.
     """
 
     family: Family
@@ -61,7 +59,6 @@ class Patch:
     last_pass: Pass | None = None
     watching: bool = True
     known: tuple[Any, TimestepRange] | None = None
-    outer: Running | None = None
 
     def install(self, layer: PatchedLayer) -> None:
         """Replace the processor of a layer by the one that compresses the same kind of projections."""

@@ -373,6 +373,35 @@ def test_a_model_inside_another_ones_pass():
     assert len(called) == 1
 
 
+def test_a_refused_call_inside_another_pass_leaves_that_one_as_it_is():
+    outer, inner = build("wan"), build("z_image")
+    for model in (outer, inner):
+        apply_token_compression(model, LGTMConfig())
+    call, inside = CASES["wan"].inputs(1, (3, 6, 8)), CASES["z_image"].inputs(2, (1, 6, 8))
+    inside["x"][1] = inside["x"][1][:, :, :8]
+    wanted, refused = outputs(outer, call), []
+
+    def refuse(*_):
+        with pytest.raises(ValueError, match="x: got pictures of shapes"):
+            outputs(inner, inside)
+        refused.append(True)
+
+    outer.blocks[0].register_forward_hook(refuse)
+    assert torch.equal(outputs(outer, call), wanted)
+    assert refused
+
+
+@pytest.mark.parametrize("name", ["wan", "dit"])
+def test_a_failed_pass_says_nothing_of_layers_that_were_not_reached(name, caplog):
+    model, inputs = build(name), case_of(name).inputs(1, (case_of(name).frames, 6, 6))
+    apply_token_compression(model, LGTMConfig())
+    with pytest.raises((RuntimeError, IndexError)):
+        outputs(model, {**inputs, "hidden_states": inputs["hidden_states"][:, :3]})
+    assert not caplog.records
+    outputs(model, inputs)
+    assert not caplog.records
+
+
 def test_what_a_family_does_not_offer_is_refused_by_name():
     model = build("wan")
     for config, message in (
