@@ -293,6 +293,17 @@ def test_interrupted_demo_shows_what_is_finished(
     assert not empty.exists()
 
 
+def _started(command: list[str]) -> subprocess.Popen[str]:
+    """A command as a terminal starts it: a shell that runs tests in the background lets them ignore Ctrl-C."""
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
 @pytest.mark.parametrize("seconds", [0.05, 0.4, 1.2])
 def test_ctrl_c_while_it_starts(seconds: float, tmp_path: Path) -> None:
     """The first seconds go into imports."""
@@ -300,12 +311,7 @@ def test_ctrl_c_while_it_starts(seconds: float, tmp_path: Path) -> None:
         "import sys, bigain_command; print('started', flush=True); sys.argv[1:] = ['classify', '--out', sys.argv[1]]; "
         "sys.exit(bigain_command.main())"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", started, str(tmp_path / "out")],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = _started([sys.executable, "-c", started, str(tmp_path / "out")])
     assert process.stdout is not None
     assert process.stdout.readline() == "started\n"
     time.sleep(seconds)
@@ -317,9 +323,7 @@ def test_ctrl_c_while_it_starts(seconds: float, tmp_path: Path) -> None:
 
 def test_ctrl_c_in_a_real_process(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "bigain_kernels.cli.main", "classify", "--threads", "1", "--batch-size", "40"]
-    process = subprocess.Popen(
-        [*command, "--out", str(tmp_path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    process = _started([*command, "--out", str(tmp_path)])
     results, deadline = tmp_path / "results.jsonl", time.monotonic() + 60
     while not (results.exists() and len(results.read_bytes().splitlines()) > 2):
         assert process.poll() is None

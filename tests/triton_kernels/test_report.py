@@ -6,6 +6,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+from benchmarks.problems import PROBLEMS
 from bigain_kernels.triton_kernels.report import capture, model, sass, trips
 
 # Two loads in flight, a wait for the second alone, and a loop of two instructions.
@@ -63,6 +64,12 @@ def test_programs_of_a_multiprocessor():
     assert model.resident(registers=185, shared=0, warps=8) == 1
     assert model.resident(registers=168, shared=0, warps=4) == 3
     assert model.resident(registers=32, shared=100_000, warps=4) == 2
+
+
+def test_the_shapes_are_those_of_the_benchmarks():
+    for shape in capture.SHAPES:
+        problem = PROBLEMS[shape.name]
+        assert shape == capture.Shape(shape.name, problem.batch, problem.grid, problem.channels, problem.heads)
 
 
 def test_the_launches_are_those_of_a_gpu(captured):
