@@ -6,7 +6,7 @@ The libraries (csrc/, on the stable ABI of LibTorch) define their ops in `torch.
 "cuda" is chosen.
 
 Environment variables for tests: BIGAIN_NATIVE_LIBRARY and BIGAIN_CUDA_LIBRARY are paths of other builds to load,
-BIGAIN_CPU_ISA (baseline, avx2, avx512 or amx) an instruction set below the best that the machine has.
+BIGAIN_CPU_ISA (baseline, avx2, avx512, avx512_bf16 or amx) another instruction set that the machine has.
 """
 
 from __future__ import annotations

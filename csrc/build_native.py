@@ -32,19 +32,21 @@ from build_tools import (
 
 SWITCH = "BIGAIN_BUILD_CPU"
 
-# Compiled for each instruction set, and with the matrix unit; all other sources are compiled once.
+# Compiled for each instruction set.
 KERNELS = ("row_kernels", "match_kernel")
-MATRIX_UNIT = "match_amx"
-ONCE = tuple(sorted({path.stem for path in (ROOT / "cpu").glob("*.cpp")} - {*KERNELS, MATRIX_UNIT}))
+# Compiled on top of avx512 where the compiler knows the flags (GCC 11, clang 12); isa.cpp is told by the macro.
+BF16_KERNELS = {
+    "match_vdpbf16": ("-mavx512bf16", "BIGAIN_VDPBF16"),
+    "match_amx": ("-mamx-tile -mamx-bf16", "BIGAIN_AMX"),
+}
+# All other sources are compiled once.
+ONCE = tuple(sorted({path.stem for path in (ROOT / "cpu").glob("*.cpp")} - {*KERNELS, *BF16_KERNELS}))
 # Name of the namespace, and what the compiler may use there. isa.cpp asks the machine for exactly these.
 ISAS = {
     "baseline": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx2 -mfma -mf16c -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
-
-# The matrix unit, on top of avx512, where the compiler knows it (GCC 11, clang 12).
-AMX = "-mamx-tile -mamx-bf16"
 
 COMMON = "-std=c++17 -fPIC -fvisibility=hidden -Wall -Wextra"
 # Fused multiply-add, but sums in the order of the source, and NaN and infinities as IEEE says.
@@ -88,8 +90,12 @@ def ninja_file(output: Path, sanitize: bool) -> str:
     optimize = SANITIZE if sanitize else FAST
     # GCC's own headers of AVX-512 read an undefined register on purpose, and warn of it.
     quiet = "" if is_clang else " -Wno-uninitialized -Wno-maybe-uninitialized"
-    has_amx = is_x86 and platform.system() == "Linux" and takes(compiler, AMX)
-    op_flags = torch_flags() + (" -DBIGAIN_X86_ISAS" if is_x86 else "") + (" -DBIGAIN_AMX" if has_amx else "")
+    op_flags = torch_flags() + (" -DBIGAIN_X86_ISAS" if is_x86 else "")
+    bf16_kernels = {}
+    # Without Linux there is nobody to ask for the registers of AMX, and no machine to try vdpbf16ps on.
+    if is_x86 and platform.system() == "Linux":
+        bf16_kernels = {stem: flags for stem, (flags, _) in BF16_KERNELS.items() if takes(compiler, flags)}
+    op_flags += "".join(f" -D{BF16_KERNELS[stem][1]}" for stem in bf16_kernels)
     link = quote("-shared", *DEFINED)
     lines = [
         "ninja_required_version = 1.5",
@@ -117,8 +123,8 @@ def ninja_file(output: Path, sanitize: bool) -> str:
             for stem in KERNELS:
                 extra = f"{machine}{quiet if isa == 'avx512' else ''} -DBIGAIN_ISA={isa}"
                 compile_one(stem, f"{stem}.{isa}", extra)
-    if has_amx:
-        compile_one(MATRIX_UNIT, MATRIX_UNIT, f"{ISAS['avx512']} {AMX}{quiet}")
+    for stem, flags in bf16_kernels.items():
+        compile_one(stem, stem, f"{ISAS['avx512']} {flags}{quiet}")
     lines += [
         f"build {escape(output)}: link {' '.join(objects)}",
         f"  libraries = {torch_library()}",

@@ -1,5 +1,5 @@
 // bipartite_match on the CPU (bipartite soft matching of ToMe, Bolya et al. 2023).
-#include "bipartite_match_amx.h"
+#include "bipartite_match_bf16.h"
 #include "bipartite_match_window.h"
 #include "match_kernel.h"
 
@@ -129,14 +129,14 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& de
     const int64_t row_bytes = std::max<int64_t>(1, count * m.channels * sizeof(A));
     const int64_t at_once = std::max<int64_t>(1, kPackedBytes / row_bytes);
     for (int64_t first = 0, last; first < batch; first = last) {
-      const bool on_amx = fits_amx(m, first);
-      for (last = first + 1; last < std::min(first + at_once, batch) && fits_amx(m, last) == on_amx; ++last) {
+      const bool in_bf16 = fits_bf16(m, first);
+      for (last = first + 1; last < std::min(first + at_once, batch) && fits_bf16(m, last) == in_bf16; ++last) {
       }
-      // There are no tiles of float64, and no code for them, whatever the optimizer leaves.
+      // There are no parts of float64, and no code for them, whatever the optimizer leaves.
       if constexpr (!std::is_same_v<T, double>) {
-        if (on_amx) match_rows_on_amx(m, first, last);
+        if (in_bf16) match_rows_in_bf16(m, first, last);
       }
-      if (!on_amx) match_rows(m, first, last);
+      if (!in_bf16) match_rows(m, first, last);
     }
   });
   return {similarity, match};

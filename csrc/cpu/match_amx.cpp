@@ -8,17 +8,12 @@
 // Rows of a tile are destinations, columns are sources: the running maximum of 16 sources is one register, and equal
 // destinations are met in ascending order, so that the first one stays. Every product is summed in one order wherever
 // its source stands: results depend on neither batch nor threads.
-#include "match_amx.h"
-
-#include <immintrin.h>
-
-#include <cstring>
 #include <limits>
+
+#include "match_bf16_vectors.h"
 
 namespace bigain::amx {
 namespace {
-
-constexpr int64_t kTile = 16 * kAmxStep;  // values of a tile: 16 rows of 64 bytes
 
 // 64 bytes that _tile_loadconfig reads (Intel, "Intel AMX instruction set reference").
 struct alignas(64) TileConfig {
@@ -36,104 +31,6 @@ void configure_tiles() {
   _tile_loadconfig(&config);
 }
 
-// Splits kAmxStep channels of a token into parts (parts, kAmxStep) of falling magnitude.
-inline void split(const BFloat16* x, uint16_t (*parts)[kAmxStep]) { memcpy(parts[0], x, sizeof(parts[0])); }
-
-template <typename T>
-inline void split(const T* x, uint16_t (*parts)[kAmxStep]) {
-  float rest[kAmxStep];
-  for (int64_t i = 0; i < kAmxStep; ++i) {
-    rest[i] = widen(x[i]);
-  }
-  for (int64_t part = 0; part < kAmxParts<T>; ++part) {
-    for (int64_t i = 0; i < kAmxStep; ++i) {
-      BFloat16 rounded;
-      narrow(rest[i], rounded);
-      parts[part][i] = rounded.bits;
-      rest[i] -= widen(rounded);
-    }
-  }
-}
-
-// As `split`, of the last channels of a token, of which there are only `count`; zeros behind them.
-template <typename T>
-inline void split_some(const T* x, int64_t count, uint16_t (*parts)[kAmxStep]) {
-  T padded[kAmxStep] = {};
-  memcpy(padded, x, count * sizeof(T));
-  split(padded, parts);
-}
-
-// A row of a destination tile holds 32 channels of one destination.
-template <typename T>
-void pack_destinations(const T* const* tokens, int64_t count, int64_t channels, uint16_t* block) {
-  for (int64_t start = 0; start < channels; start += kAmxStep) {
-    const int64_t size = channels - start < kAmxStep ? channels - start : kAmxStep;
-    for (int64_t j = 0; j < kAmxBlock; ++j) {
-      uint16_t parts[kAmxParts<T>][kAmxStep] = {};
-      if (j < count) size == kAmxStep ? split(tokens[j] + start, parts) : split_some(tokens[j] + start, size, parts);
-      for (int64_t part = 0; part < kAmxParts<T>; ++part) {
-        memcpy(block + (2 * part + j / 16) * kTile + j % 16 * kAmxStep, parts[part], sizeof(parts[part]));
-      }
-    }
-    block += 2 * kAmxParts<T> * kTile;
-  }
-}
-
-// Transposes 16 rows of 16 words.
-inline void transpose(const uint32_t (*rows)[16], uint32_t* out) {
-  __m512i a[16], b[16];
-  for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(rows[i]);
-  for (int i = 0; i < 16; i += 2) {
-    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
-    a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
-    a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
-    a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
-  }
-  // Row 4 g + k of a holds column k of four rows g in each of its 128-bit lanes, columns 4 apart.
-  for (int k = 0; k < 4; ++k) {
-    const __m512i low = _mm512_shuffle_i32x4(a[k], a[k + 4], 0x88), high = _mm512_shuffle_i32x4(a[k], a[k + 4], 0xdd);
-    const __m512i low2 = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0x88);
-    const __m512i high2 = _mm512_shuffle_i32x4(a[k + 8], a[k + 12], 0xdd);
-    _mm512_storeu_si512(out + k * 16, _mm512_shuffle_i32x4(low, low2, 0x88));
-    _mm512_storeu_si512(out + (k + 4) * 16, _mm512_shuffle_i32x4(high, high2, 0x88));
-    _mm512_storeu_si512(out + (k + 8) * 16, _mm512_shuffle_i32x4(low, low2, 0xdd));
-    _mm512_storeu_si512(out + (k + 12) * 16, _mm512_shuffle_i32x4(high, high2, 0xdd));
-  }
-}
-
-// A row of a source tile holds two neighbouring channels of 16 sources, as the unit wants its second operand.
-template <typename T>
-void pack_sources(const T* const* tokens, int64_t count, int64_t channels, uint16_t* block) {
-  for (int64_t start = 0; start < channels; start += kAmxStep) {
-    const int64_t size = channels - start < kAmxStep ? channels - start : kAmxStep;
-    for (int64_t tile = 0; tile < 2; ++tile) {
-      alignas(64) uint32_t rows[kAmxParts<T>][16][16] = {};
-      for (int64_t j = 0; j < 16 && tile * 16 + j < count; ++j) {
-        const T* const token = tokens[tile * 16 + j] + start;
-        uint16_t parts[kAmxParts<T>][kAmxStep];
-        size == kAmxStep ? split(token, parts) : split_some(token, size, parts);
-        for (int64_t part = 0; part < kAmxParts<T>; ++part) {
-          memcpy(rows[part][j], parts[part], sizeof(parts[part]));
-        }
-      }
-      for (int64_t part = 0; part < kAmxParts<T>; ++part) {
-        transpose(rows[part], reinterpret_cast<uint32_t*>(block + (2 * part + tile) * kTile));
-      }
-    }
-    block += 2 * kAmxParts<T> * kTile;
-  }
-}
-
-// The best so far of 32 sources.
-struct Best {
-  __m512 value[2];
-  __m512i position[2];
-};
-
 // Totals of 32 destinations (2 tiles of 16) and 32 sources (2 tiles of 16).
 using Totals = float[2][2][16][16];
 
@@ -144,11 +41,7 @@ inline void compare(const Totals& totals, const float* scale, int64_t first, int
     const __m512 factor = _mm512_set1_ps(scale[d]);
     const __m512i position = _mm512_set1_epi32(static_cast<int>(first + d));
     for (int half = 0; half < 2; ++half) {
-      const __m512 product = _mm512_mul_ps(_mm512_load_ps(totals[d / 16][half][d % 16]), factor);
-      // Strictly greater: the first of equal destinations stays. False for NaN.
-      const __mmask16 better = _mm512_cmp_ps_mask(product, best.value[half], _CMP_GT_OQ);
-      best.value[half] = _mm512_mask_mov_ps(best.value[half], better, product);
-      best.position[half] = _mm512_mask_mov_epi32(best.position[half], better, position);
+      best.meet(half, _mm512_load_ps(totals[d / 16][half][d % 16]), factor, position);
     }
   }
   out = best;
@@ -171,13 +64,13 @@ inline void compare(const Totals& totals, const float* scale, int64_t first, int
 template <typename T>
 inline void multiply_step(const uint16_t* destinations, const uint16_t* sources) {
   BIGAIN_LOAD_DESTINATIONS(0);
-  if constexpr (kAmxParts<T> == 3) {
+  if constexpr (kBf16Parts<T> == 3) {
     BIGAIN_LOAD_SOURCES(2);
     BIGAIN_MULTIPLY();
   }
   BIGAIN_LOAD_SOURCES(0);
   BIGAIN_MULTIPLY();
-  if constexpr (kAmxParts<T> > 1) {
+  if constexpr (kBf16Parts<T> > 1) {
     BIGAIN_LOAD_SOURCES(1);
     BIGAIN_MULTIPLY();
     BIGAIN_LOAD_DESTINATIONS(1);
@@ -185,7 +78,7 @@ inline void multiply_step(const uint16_t* destinations, const uint16_t* sources)
     BIGAIN_LOAD_SOURCES(0);
     BIGAIN_MULTIPLY();
   }
-  if constexpr (kAmxParts<T> == 3) {
+  if constexpr (kBf16Parts<T> == 3) {
     BIGAIN_LOAD_DESTINATIONS(2);
     BIGAIN_MULTIPLY();
   }
@@ -195,7 +88,7 @@ inline void multiply_step(const uint16_t* destinations, const uint16_t* sources)
 template <typename T, typename F>
 inline void multiply(const uint16_t* destinations, const uint16_t* sources, int64_t steps, Totals& totals,
                      const F& meanwhile) {
-  constexpr int64_t kStep = 2 * kAmxParts<T> * kTile;
+  constexpr int64_t kStep = 2 * kBf16Parts<T> * kTile;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -213,44 +106,39 @@ inline void multiply(const uint16_t* destinations, const uint16_t* sources, int6
 template <typename T>
 void match(const uint16_t* sources, int64_t groups, const uint16_t* destinations, int64_t blocks, const float* scale,
            int64_t channels, float* best_value, int32_t* best_position) {
-  const int64_t steps = (channels + kAmxStep - 1) / kAmxStep, size = AmxKernel<T>::block_size(channels);
-  Best best[kAmxGroups];
-  for (Best& each : best) {
-    each.value[0] = each.value[1] = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-    each.position[0] = each.position[1] = _mm512_setzero_si512();
-  }
+  const int64_t steps = (channels + kBf16Step - 1) / kBf16Step, size = Bf16Kernel<T>::block_size(channels);
+  Best best[kBf16Groups];
   configure_tiles();
   // While the unit works on one block, the vector units compare the totals of the one before, a few of them at each
   // step so that both are busy all the time.
   alignas(64) Totals totals[2];
-  const int64_t rounds = blocks * groups, at_once = (kAmxBlock + steps - 1) / steps;
+  const int64_t rounds = blocks * groups, at_once = (kBf16Block + steps - 1) / steps;
   const auto compare_some = [&](int64_t round, int64_t begin, int64_t end) {
-    if (round < 0 || begin >= kAmxBlock) return;
-    const int64_t first = round / groups * kAmxBlock;
-    compare(totals[round % 2], scale + first, first, begin, end < kAmxBlock ? end : kAmxBlock, best[round % groups]);
+    if (round < 0 || begin >= kBf16Block) return;
+    const int64_t first = round / groups * kBf16Block;
+    compare(totals[round % 2], scale + first, first, begin, end < kBf16Block ? end : kBf16Block, best[round % groups]);
   };
   for (int64_t round = 0; round < rounds; ++round) {
     multiply<T>(destinations + round / groups * size, sources + round % groups * size, steps, totals[round % 2],
                 [&](int64_t step) { compare_some(round - 1, step * at_once, (step + 1) * at_once); });
   }
-  compare_some(rounds - 1, 0, kAmxBlock);
+  compare_some(rounds - 1, 0, kBf16Block);
   _tile_release();
-  for (int64_t i = 0; i < 2 * groups; ++i) {
-    _mm512_storeu_ps(best_value + 16 * i, best[i / 2].value[i % 2]);
-    _mm512_storeu_si512(best_position + 16 * i, best[i / 2].position[i % 2]);
+  for (int64_t group = 0; group < groups; ++group) {
+    best[group].store(best_value + group * kBf16Block, best_position + group * kBf16Block);
   }
 }
 
 }  // namespace
 
 template <typename T>
-const AmxKernel<T>& amx_kernel() {
-  static constexpr AmxKernel<T> table = {pack_sources<T>, pack_destinations<T>, match<T>};
+const Bf16Kernel<T>& bf16_kernel() {
+  static constexpr Bf16Kernel<T> table = {pack_sources<T>, pack_destinations<T>, match<T>};
   return table;
 }
 
-template const AmxKernel<float>& amx_kernel<float>();
-template const AmxKernel<BFloat16>& amx_kernel<BFloat16>();
-template const AmxKernel<Half>& amx_kernel<Half>();
+template const Bf16Kernel<float>& bf16_kernel<float>();
+template const Bf16Kernel<BFloat16>& bf16_kernel<BFloat16>();
+template const Bf16Kernel<Half>& bf16_kernel<Half>();
 
 }  // namespace bigain::amx

@@ -1,4 +1,4 @@
-"""What matching on a matrix unit (AMX) must get right beyond parity; on other machines the same holds of other code."""
+"""What matching by products of bfloat16 (AMX, vdpbf16ps) must get right beyond parity; the same holds of other code."""
 
 from __future__ import annotations
 
