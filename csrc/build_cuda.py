@@ -20,6 +20,7 @@ from pathlib import Path
 
 from build_native import SANITIZE
 from build_tools import (
+    DEFINED,
     ROOT,
     CannotBuild,
     escape,
@@ -149,7 +150,7 @@ def emulated_ninja_file(output: Path, sanitize: bool) -> str:
         "  deps = gcc",
         "  description = $out",
         "rule link",
-        f"  command = $cxx -shared {SANITIZED if sanitize else '-Wl,-z,defs'} $in -o $out $libraries",
+        f"  command = $cxx -shared {SANITIZED if sanitize else quote(*DEFINED)} $in -o $out $libraries",
         "  description = $out",
     ]
     sources = [*(ROOT / "cuda" / f"{op}.cu" for op in OPS), *sorted((ROOT / "emulate").glob("*.cpp"))]

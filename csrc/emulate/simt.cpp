@@ -2,6 +2,10 @@
 //
 // The checked longjmp of hardened builds takes a jump to another stack for a mistake.
 #undef _FORTIFY_SOURCE
+// macOS declares contexts for those alone who ask for the old standard.
+#if defined(__APPLE__) && !defined(_XOPEN_SOURCE)
+#define _XOPEN_SOURCE 700
+#endif
 
 #include "simt.h"
 

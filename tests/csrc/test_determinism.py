@@ -17,7 +17,10 @@ from tests.shapes import DTYPES, tokens
 
 pytestmark = pytest.mark.usefixtures("cpp")
 GRID = (48, 40)
-CASES = ("tests/csrc/test_conversions.py", "tests/contract", "--backend", "cpp")
+CASES = (
+    *("tests/csrc/test_conversions.py", "tests/csrc/test_determinism.py::test_thread_count", "tests/contract"),
+    *("--backend", "cpp", "-k", "72 or thread_count"),
+)
 NORM = tokens(2, 1, 100, seed=5)[:, 0]
 
 
@@ -87,13 +90,13 @@ def instruction_sets() -> list[str]:
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_other_instruction_sets_agree_with_the_reference(isa, request):
-    """One machine tests what others will run: cases of theirs on an instruction set that is not its best."""
+    """One machine tests what others will run: cases of theirs, and their bits with 1, 2 and 8 threads."""
     if isa not in instruction_sets():
         pytest.skip(f"this machine or this build has no {isa}")
     if isa == re.match(r"\w+", native.report())[0]:
         pytest.skip(f"{isa} is what all tests run on here")
     run = subprocess.run(
-        [*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), *CASES, "-k", "72"],
+        [*(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"), *CASES],
         env={**os.environ, "BIGAIN_CPU_ISA": isa, "OMP_NUM_THREADS": "1"},
         cwd=request.config.rootpath,
         capture_output=True,
