@@ -32,6 +32,8 @@ demo: $(STAMP)
 $(OLD_TRITON): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
+# Dozens of processes of the tests import the package: compiled once, also where Python is told to keep no bytecode.
+test sanitize: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP) $(OLD_TRITON)
 	$(BIN)/python -m pytest --numprocesses 2
 

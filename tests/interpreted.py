@@ -21,7 +21,7 @@ from typing import IO, Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("tests/contract",)
+FOLDERS = ("tests/contract", "tests/triton_kernels/interpreted")
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -35,7 +35,8 @@ class Child:
         environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
         environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
         environment["BIGAIN_INTERPRETER_PIPES"] = f"{commands} {answers}"
-        options = ["-q", "--no-header", "-p", "no:xdist", "-p", "no:cacheprovider", "--backend", "triton"]
+        options = ["-q", "--no-header", "-p", "no:xdist", "-p", "no:cacheprovider", "-p", "no:hypothesispytest"]
+        options += ["--backend", "triton"]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "pytest", *options, *FOLDERS],
             cwd=ROOT,

@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=500, help="for everything; what is not done then has failed")
     options = parser.parse_args()
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "tests.gpu.shard", "-p", "no:cacheprovider"]
-    command += ["-o", "addopts=-ra --strict-markers", "-o", "python_files=test_*.py check_*.py"]
+    command += ["-o", "addopts=-ra --strict-markers"]
     command += [*FOLDERS, "--backend", "triton", "--backend", "cuda", *options.folders]
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     deadline, failed = time.monotonic() + options.seconds, 0

@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 import bigain_kernels as bk
 from bigain_kernels import backends
 
-from .inputs import DEVICE, INTERPRETED, odd_tokens
+from .inputs import DEVICE, ON_GPU, odd_tokens
 
 GRID = (4, 6)
 
@@ -45,7 +45,7 @@ def test_every_op_takes_the_ordinary_route(monkeypatch):
             torch.testing.assert_close(result, expected, rtol=2e-5, atol=2e-5)
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="a GPU prefers it to the reference")
+@pytest.mark.skipif(ON_GPU, reason="a GPU prefers it to the reference")
 def test_the_interpreter_runs_only_when_it_is_asked_for():
     for device in ("cpu", "cuda"):
         assert backends.choose("laplacian_score", device).backend != "triton"

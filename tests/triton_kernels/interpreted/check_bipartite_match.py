@@ -11,7 +11,7 @@ from bigain_kernels.triton_kernels.aot import ARCHITECTURES
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
 from tests import tensor_core
 
-from .inputs import DTYPES, INTERPRETED, candidates, odd_tokens, on_device
+from .inputs import DTYPES, INTERPRETED, ON_GPU, candidates, odd_tokens, on_device
 
 launch_bipartite_match = on_device(launch_bipartite_match)
 
@@ -125,7 +125,7 @@ def error_on_tensor_cores(monkeypatch, x):
     return (similarity - expected)[:, 1::2].abs().max().item()
 
 
-@pytest.mark.skipif(not INTERPRETED, reason="replaces the products of the interpreter")
+@pytest.mark.skipif(ON_GPU, reason="replaces the products of the interpreter")
 @pytest.mark.parametrize("channels", WIDTHS)
 @pytest.mark.parametrize("cosine", [0.95, 0.999])
 def test_similarities_survive_sums_that_are_cut_off(monkeypatch, channels, cosine):

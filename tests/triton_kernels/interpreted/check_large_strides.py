@@ -16,9 +16,9 @@ from bigain_kernels.triton_kernels.token_merge import launch_token_merge
 from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
 
 from .check_token_merge import plan_of_sizes
-from .inputs import INTERPRETED, odd_tokens
+from .inputs import INTERPRETED, ON_GPU, odd_tokens
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="tests/gpu/test_large.py touches all of it on a GPU")
+pytestmark = pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_large.py touches all of it on a GPU")
 
 MATCH = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
 # (batch, N, stride of rows, stride of tokens): a stride past 2^31, or only its multiples.

@@ -24,9 +24,9 @@ from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
 
 from .check_merge_plan import random_match
 from .check_token_merge import plan_of_sizes, random_plan
-from .inputs import CASES, IDS, INTERPRETED, odd_tokens
+from .inputs import CASES, IDS, INTERPRETED, ON_GPU, odd_tokens
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="compute-sanitizer looks for races on a GPU")
+pytestmark = pytest.mark.skipif(ON_GPU, reason="compute-sanitizer looks for races on a GPU")
 if INTERPRETED:
     from .races import watch
 

@@ -1,12 +1,5 @@
-"""Runs the kernels where they are: in Triton's interpreter on CPU tensors, or on a GPU.
-
-`test_interpreted.py` starts a process for each file here with TRITON_INTERPRET set, which must be before Triton is
-imported; such a process can compile nothing. Without it, on a machine with a GPU, the same checks run there, through
-`python -m tests.gpu.run` or with
-
-    python -m pytest -o python_files='check_*.py' tests/triton_kernels/interpreted
-
-The files are named check_*.py, which an ordinary run does not collect.
+"""Runs the kernels where they are: on a GPU, or without one in Triton's interpreter, in the process of
+tests/interpreted.py, on CPU tensors.
 """
 
 from __future__ import annotations
@@ -16,10 +9,15 @@ import torch
 
 from bigain_kernels.testing import poisoned
 
-from .inputs import INTERPRETED
+from .inputs import INTERPRETED, ON_GPU
 
 if INTERPRETED:
     from .interpreter import as_exact_as_a_gpu
+
+
+def pytest_itemcollected(item):
+    if not ON_GPU:
+        item.add_marker(pytest.mark.interpreted)
 
 
 @pytest.fixture(autouse=True)

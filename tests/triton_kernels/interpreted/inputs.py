@@ -12,7 +12,8 @@ from bigain_kernels.triton_kernels import configs
 from tests.shapes import tokens
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda:0")
+ON_GPU = not INTERPRETED and torch.cuda.is_available()
+DEVICE = torch.device("cuda:0" if ON_GPU else "cpu")
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # (batch, grid, stride, channels, strided): odd grids, leftover strips, single rows and columns, one token, channels

@@ -8,6 +8,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
+from . import shortcuts
+
 
 def _to_float32(handle):
     if handle.dtype.scalar == tl.bfloat16:
@@ -74,6 +76,7 @@ def _call_device_function(self, *args, **kwargs):
 
 def as_exact_as_a_gpu(monkeypatch):
     """Patch the interpreter for one test."""
+    shortcuts.take(monkeypatch)
     monkeypatch.setattr(InterpretedFunction, "run", _launch)
     monkeypatch.setattr(InterpretedFunction, "__call__", _call_device_function)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", _dot)
