@@ -36,12 +36,22 @@ def usable_device_types() -> tuple[str, ...]:
     return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
+def triton_launches() -> str:
+    """How Triton's kernels are launched: by this package, or why by Triton, which takes longer."""
+    if backends.get("triton").missing:
+        return "none"
+    from .triton_kernels import direct
+
+    return f"by Triton: {direct.reason()}" if direct.reason() else "direct"
+
+
 def report() -> str:
     """Everything as text, one fact a line."""
     lines = [f"{name:16} {version}" for name, version in versions().items()]
     lines += [f"{'device':16} {device}" for device in devices()]
     lines.append(f"{'native library':16} {native.report()}")
     lines.append(f"{'CUDA library':16} {native.cuda_report()}")
+    lines.append(f"{'Triton launches':16} {triton_launches()}")
     for backend in backends.all_backends():
         where = "on " + (", ".join(backend.devices) if backend.devices else "any device")
         state = f"not here: {backend.missing}" if backend.missing else where

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import EXACT, unit_last_stride
-from .launching import programs
+from .launching import cdiv, programs
 from .pooling import alpha_arguments, load_pooled, window_of
 
 # Tensors a launch takes; longer lists take several launches.
@@ -163,7 +163,7 @@ def launch_kv_downsample(
             "kv_downsample", inputs[0].device, sum(x.numel() * x.element_size() for x in inputs)
         )
         places = [(i if i < tensors else 0) for i in range(SLOTS)]
-        blocks = (triton.cdiv(largest, picked["BLOCK_C"]), triton.cdiv(tokens, picked["BLOCK_T"]), tensors * batch)
+        blocks = (cdiv(largest, picked["BLOCK_C"]), cdiv(tokens, picked["BLOCK_T"]), tensors * batch)
         programs(kv_downsample_kernel, *blocks)(
             **{f"p_x{i}": inputs[j] for i, j in enumerate(places)},
             **{f"p_y{i}": outputs[j] for i, j in enumerate(places)},

@@ -34,7 +34,7 @@ from bigain_kernels.declaration import OPS
 from . import configs
 from ._common import EXACT, unit_last_stride
 from .kv_downsample import launch_kv_downsample
-from .launching import programs
+from .launching import cdiv, power_of_2, programs
 from .pooling import UNROLLED, alpha_arguments, load_pooled, window_of
 
 LARGEST_HEAD = 160
@@ -215,7 +215,7 @@ def head_blocks(d: int) -> tuple[int, int]:
     if first < 16:
         return 16, 0
     rest = d - first
-    second = max(16, triton.next_power_of_2(rest)) if rest else 0
+    second = max(16, power_of_2(rest)) if rest else 0
     return (first, second) if second < first else (2 * first, 0)
 
 
@@ -266,7 +266,7 @@ def launch_kv_downsample_attention(
     scale = d**-0.5 if scale is None else scale
     d1, d2 = head_blocks(d)
     config = config or configs.pick(config_op(q.dtype, d, blends), q.device, batch * heads * queries * keys)
-    programs(kv_downsample_attention_kernel, triton.cdiv(queries, config["BLOCK_M"]), heads, batch)(
+    programs(kv_downsample_attention_kernel, cdiv(queries, config["BLOCK_M"]), heads, batch)(
         p_q=q,
         p_k=k,
         p_v=v,
@@ -337,7 +337,7 @@ def run_kv_downsample_attention(
         text = k.shape[2] - (stop - start)
         nearest = not isinstance(alpha, Tensor) and alpha == 1.0
         read = (height // sy) * (width // sx) * (1 if nearest else sy * sx) + text
-        elements = batch * heads * triton.cdiv(queries, 128) * read * 2 * d
+        elements = batch * heads * cdiv(queries, 128) * read * 2 * d
         if configs.route("kv_downsample_attention", q.device, elements // (3 if text else 1)) == "fused":
             return launch_kv_downsample_attention(q, k, v, grid, factor, alpha, scale, key_bias, image_tokens)
     number, row_alpha = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)

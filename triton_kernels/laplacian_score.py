@@ -20,7 +20,7 @@ from ._common import (
     unit_last_stride,
     unpack_index,
 )
-from .launching import programs, workspace
+from .launching import cdiv, power_of_2, programs, workspace
 
 
 @triton.jit
@@ -148,11 +148,11 @@ def _launch(
     config = config or configs.pick("laplacian_score", x.device, x.numel() * x.element_size())
     (height, width), (sy, sx) = grid, stride
     # Large tiles leave room for fewer of them in a program.
-    tile = triton.next_power_of_2(sy * sx)
+    tile = power_of_2(sy * sx)
     tiles_y, tiles_x = config["TILES_Y"], config["TILES_X"]
     while tiles_y * tiles_x * tile > config["TOKENS"] and tiles_y * tiles_x > 1:
         tiles_y, tiles_x = (tiles_y // 2, tiles_x) if tiles_y > tiles_x else (tiles_y, tiles_x // 2)
-    blocks = (triton.cdiv(triton.cdiv(width, sx), tiles_x), triton.cdiv(triton.cdiv(height, sy), tiles_y), rows)
+    blocks = (cdiv(cdiv(width, sx), tiles_x), cdiv(cdiv(height, sy), tiles_y), rows)
     programs(laplacian_score_kernel, *blocks)(
         p_x=x,
         **outputs,

@@ -1,4 +1,5 @@
-"""Where launchers meet the device: `programs(kernel, *grid)(...)` is `kernel[grid](...)`, unless launches are recorded.
+"""Where launchers meet the device: `programs(kernel, *grid)(...)` does what `kernel[grid](...)` does, with less work on
+the host (see `direct`), unless launches are recorded.
 
 `aot` and the tests look at launches without a device; they take them down with `record_launches`, on meta tensors.
 """
@@ -8,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from . import direct
+
+_ONES = (1, 1, 1)
 
 
 def cdiv(a: int, b: int) -> int:
@@ -60,7 +66,12 @@ _instead: ContextVar[Callable[[Any, tuple[int, ...]], Callable[..., Any]] | None
 def programs(kernel: Any, *grid: int) -> Callable[..., Any]:
     """What launches `kernel` on a grid of programs when it is called with the arguments of the kernel."""
     instead = _instead.get()
-    return kernel[grid] if instead is None else instead(kernel, grid)
+    return _launching(kernel, grid) if instead is None else instead(kernel, grid)
+
+
+def _launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    launcher = direct.launcher(kernel)
+    return kernel[grid] if launcher is None else partial(launcher.launch, *grid, *_ONES[len(grid) :])
 
 
 @contextmanager
@@ -71,7 +82,7 @@ def _taking_down(run: bool) -> Iterator[list[Launch]]:
         def take_down(*args: Any, **kwargs: Any) -> None:
             launches.append(Launch(kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
             if run:
-                kernel[grid](*args, **kwargs)
+                _launching(kernel, grid)(*args, **kwargs)
 
         return take_down
 

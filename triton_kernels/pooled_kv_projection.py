@@ -22,7 +22,7 @@ from torch import Tensor
 from . import configs
 from ._common import EXACT, unit_last_stride
 from .kv_downsample import launch_kv_downsample
-from .launching import programs
+from .launching import cdiv, programs
 from .pooling import alpha_arguments, load_pooled, window_of
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
@@ -135,7 +135,7 @@ def launch_pooled_kv_projection(
         return k, v
     x, w_k, w_v = (unit_last_stride(tensor) for tensor in (x, w_k, w_v))
     config = config or configs.pick(config_op(x.dtype), x.device, rows * inner * channels)
-    blocks = triton.cdiv(inner, config["BLOCK_N"]), triton.cdiv(rows, config["BLOCK_M"])
+    blocks = cdiv(inner, config["BLOCK_N"]), cdiv(rows, config["BLOCK_M"])
     programs(pooled_kv_projection_kernel, *blocks)(
         p_x=x,
         p_wk=w_k,
@@ -193,7 +193,7 @@ def run_pooled_kv_projection(
     (height, width), (sy, sx) = grid, factor
     nearest = not isinstance(alpha, Tensor) and alpha == 1.0
     read = x.shape[0] * (height // sy) * (width // sx) * (1 if nearest else sy * sx)
-    elements = read * x.shape[2] * triton.cdiv(max(w_k.shape[0], w_v.shape[0]), 64)
+    elements = read * x.shape[2] * cdiv(max(w_k.shape[0], w_v.shape[0]), 64)
     if configs.route("pooled_kv_projection", x.device, elements // 2) == "fused":
         return launch_pooled_kv_projection(x, grid, factor, alpha, w_k, w_v, b_k, b_v)
     (pooled,) = launch_kv_downsample([x], grid, factor, alpha)

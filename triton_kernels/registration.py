@@ -25,23 +25,33 @@ MOST_TOKENS = 1_000_000
 MOST_ROWS = 16_383
 
 
+# Floating-point numbers that no kernel computes in: float64, and all below 16 bits.
+_REFUSED = {each for each in vars(torch).values() if isinstance(each, torch.dtype) and each.is_floating_point} - set(
+    FLOAT_DTYPES
+)
+
+
 def refusal(op: str, args: tuple[Any, ...]) -> str:
     """Why the kernels cannot run a call; empty when they can."""
-    first, tokens = None, 0
-    for arg in args:
-        for tensor in arg if isinstance(arg, (list, tuple)) else (arg,):
-            if isinstance(tensor, Tensor):
-                first = tensor if first is None else first
-                if tensor.dtype not in FLOAT_DTYPES and tensor.is_floating_point():
-                    return f"does not compute in {str(tensor.dtype).removeprefix('torch.')}"
-                if tensor.dim() > 1 and tensor.shape[1] > tokens:
-                    tokens = tensor.shape[1]
-    assert first is not None
-    rows = first.shape[0]
+    # Looked at in every call, so written to take few steps.
+    tensors = args[0] if args[0].__class__ is not Tensor and isinstance(args[0], (list, tuple)) else ()
+    tokens, device = 0, None
+    for tensor in (*tensors, *args):
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.dtype in _REFUSED:
+            return f"does not compute in {str(tensor.dtype).removeprefix('torch.')}"
+        if device is None:
+            device, rows = tensor.get_device(), tensor.shape[0]
+        elif tensor.get_device() != device:
+            return f"takes tensors of one device, got one on {tensor.device}"
+        shape = tensor.shape
+        if len(shape) > 1 and shape[1] > tokens:
+            tokens = shape[1]
     if rows > MOST_ROWS or tokens > MOST_TOKENS:
         return f"launches at most {MOST_ROWS} rows of {MOST_TOKENS} tokens, got {rows} of {tokens}"
-    if op in _PLANS and first.shape[1] > MAX_TOKENS:
-        return f"plans rows of at most {MAX_TOKENS} tokens, got {first.shape[1]}"
+    if op in _PLANS and args[0].shape[1] > MAX_TOKENS:
+        return f"plans rows of at most {MAX_TOKENS} tokens, got {args[0].shape[1]}"
     return ""
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum
-from .launching import programs
+from .launching import cdiv, programs
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -77,7 +77,7 @@ def launch_row_stats(
     if first.numel() == 0:
         return first, second
     config = config or configs.pick("row_stats", x.device, x.numel() * x.element_size())
-    programs(row_stats_kernel, triton.cdiv(n, config["BLOCK_T"]), batch)(
+    programs(row_stats_kernel, cdiv(n, config["BLOCK_T"]), batch)(
         p_x=x,
         p_first=first,
         p_second=second,

@@ -46,7 +46,6 @@ def compiled(monkeypatch):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
         launch = Launch(self, tuple(grid), dict(zip(self.arg_names, args, strict=False)) | kwargs)
         found.append((launch, kernel))
-        return kernel
 
     monkeypatch.setattr(JITFunction, "run", warm_up)
     monkeypatch.setattr(driver, "_active", Driver())

@@ -61,6 +61,18 @@ def test_float64_operands_of_a_norm_go_to_the_next_backend(on_cpu):
         token_merge(x, plan, **norm)
 
 
+@pytest.mark.parametrize("other", ["cpu", "cuda:1"])
+def test_tensors_on_two_devices_are_refused(other):
+    """Kernels get addresses: that one leads nowhere would not be seen before they run."""
+    with FakeTensorMode():
+        x = torch.empty(1, 12, 8, device="cuda:0")
+        tables = [torch.empty(1, width, dtype=torch.int32, device="cuda:0") for width in (12, 7, 12, 6)]
+        refuses = backends.get("triton").refuses
+        assert refuses("token_merge", (x, *tables, "mean", None)) == ""
+        tables[2] = tables[2].to(other)
+        assert refuses("token_merge", (x, *tables, "mean", None)) == f"takes tensors of one device, got one on {other}"
+
+
 def test_long_rows_go_to_the_next_backend(on_cpu):
     call = torch.zeros(1, 65_537), torch.zeros(1, 65_537, dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int32)
     expected = reference.merge_plan(*call, 5, (1, 65_537))
