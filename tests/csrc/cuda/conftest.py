@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import bigain_kernels as bk
 from bigain_kernels import backends, native
@@ -90,19 +89,6 @@ class CudaOps:
         if not self.emulated:
             pytest.skip("launches are counted by the emulator")
         return torch.ops.bigain_emulate.launches()
-
-
-def layouts(x: Tensor) -> Iterator[Tensor]:
-    """The same (B, ..., C) tensor in memory where not all accesses of 16 bytes are aligned; around it lies NaN."""
-    for start in (0, 2):  # the first row, or none of them
-        wide = x.new_full((*x.shape[:-1], x.shape[-1] + 3), torch.nan)
-        view = wide[..., start : start + x.shape[-1]]
-        yield view.copy_(x)
-    # Rows of a batch element one after another, batch elements one value further apart.
-    size = x[0].numel()
-    wide = x.new_full((x.shape[0], size + 1), torch.nan)
-    wide[:, :size] = x.flatten(1)
-    yield wide[:, :size].unflatten(1, x.shape[1:])
 
 
 @pytest.fixture(scope="session")

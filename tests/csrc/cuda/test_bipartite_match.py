@@ -7,8 +7,9 @@ import torch
 
 from bigain_kernels import reference
 from bigain_kernels.testing import SIMILARITY_TOLERANCE, assert_match_is_best
+from tests.contract.inputs import odd_tokens
 
-from .inputs import DTYPES, ORDERS, odd_tokens, on_device
+from .inputs import DTYPES, ORDERS, on_device
 
 SMALL, LARGE = 0, 1
 

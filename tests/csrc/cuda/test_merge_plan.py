@@ -6,29 +6,11 @@ import pytest
 import torch
 
 from bigain_kernels import reference
+from tests.contract.inputs import random_match
 
 from .inputs import on_device
 
 TABLES = ("slot", "offsets", "members", "anchor")
-
-
-def random_match(rows, n, d, seed=0, kind="normal"):
-    """similarity, match, destinations with NaN, -inf and both zeros; what stands at destinations is not looked at."""
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "normal":
-        similarity = torch.randn(rows, n, generator=generator)
-    else:
-        similarity = torch.randint(-2, 3, (rows, n), generator=generator) / 4
-    order = torch.rand(rows, n, generator=generator).argsort(1)
-    destinations = order[:, :d].sort(1).values.int()
-    if n > 4:
-        similarity[:, ::5], similarity[:, 1::7], similarity[:, 2::9] = torch.nan, -torch.inf, -0.0
-    if d:
-        match = destinations.gather(1, torch.randint(0, d, (rows, n), generator=generator))
-    else:
-        match = torch.arange(n, dtype=torch.int32).repeat(rows, 1)
-    similarity.scatter_(1, destinations.long(), 3.0)
-    return similarity, match, destinations
 
 
 def assert_same_tables(tables, plan):

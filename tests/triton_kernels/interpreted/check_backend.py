@@ -8,8 +8,9 @@ from torch.utils._pytree import tree_leaves
 
 import bigain_kernels as bk
 from bigain_kernels import backends
+from tests.contract.inputs import odd_tokens
 
-from .inputs import DEVICE, ON_GPU, odd_tokens
+from .inputs import DEVICE, ON_GPU
 
 GRID = (4, 6)
 

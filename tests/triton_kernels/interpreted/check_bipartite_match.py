@@ -10,8 +10,9 @@ from bigain_kernels.triton_kernels import bipartite_match, configs
 from bigain_kernels.triton_kernels.aot import ARCHITECTURES
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
 from tests import tensor_core
+from tests.contract.inputs import odd_tokens
 
-from .inputs import DTYPES, INTERPRETED, ON_GPU, candidates, odd_tokens, on_device
+from .inputs import DTYPES, INTERPRETED, ON_GPU, candidates, on_device
 
 launch_bipartite_match = on_device(launch_bipartite_match)
 

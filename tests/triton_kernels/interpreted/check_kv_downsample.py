@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from bigain_kernels.triton_kernels.kv_downsample import launch_kv_downsample
+from tests.contract.inputs import odd_tokens
 
-from .inputs import DTYPES, candidates, odd_tokens, on_device
+from .inputs import DTYPES, candidates, on_device
 
 launch_kv_downsample = on_device(launch_kv_downsample)
 

@@ -12,8 +12,9 @@ from bigain_kernels.triton_kernels.laplacian_score import (
 )
 from bigain_kernels.triton_kernels.row_stats import launch_row_stats
 from bigain_kernels.triton_kernels.select_destinations import launch_select_destinations
+from tests.contract.inputs import odd_tokens
 
-from .inputs import CASES, DTYPES, IDS, candidates, odd_tokens, on_device
+from .inputs import CASES, DTYPES, IDS, candidates, on_device
 
 launch_laplacian_score = on_device(launch_laplacian_score)
 launch_row_stats = on_device(launch_row_stats)

@@ -14,9 +14,10 @@ from bigain_kernels.triton_kernels.pooled_kv_projection import launch_pooled_kv_
 from bigain_kernels.triton_kernels.row_stats import launch_row_stats
 from bigain_kernels.triton_kernels.token_merge import launch_token_merge
 from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
+from tests.contract.inputs import odd_tokens
 
 from .check_token_merge import plan_of_sizes
-from .inputs import INTERPRETED, ON_GPU, odd_tokens
+from .inputs import INTERPRETED, ON_GPU
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="tests/gpu/test_large.py touches all of it on a GPU")
 

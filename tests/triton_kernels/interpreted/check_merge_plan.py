@@ -8,6 +8,7 @@ from bigain_kernels.plan import MergePlan
 from bigain_kernels.testing import assert_is_partition
 from bigain_kernels.triton_kernels.block_merge_plan import launch_block_merge_plan
 from bigain_kernels.triton_kernels.merge_plan import launch_merge_plan
+from tests.contract.inputs import random_match
 
 from .inputs import candidates, on_device
 
@@ -22,25 +23,6 @@ CONFIGS = [
     {"BLOCK": 64, "TOKENS": 64, "PARTS": 5, "HISTOGRAM": True, "num_warps": 1},
     {"BLOCK": 64, "TOKENS": 32, "PARTS": 2, "HISTOGRAM": False, "num_warps": 1},
 ]
-
-
-def random_match(rows, n, d, seed=0, kind="normal"):
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "normal":
-        similarity = torch.randn(rows, n, generator=generator)
-    else:
-        similarity = torch.randint(-2, 3, (rows, n), generator=generator) / 4
-    order = torch.rand(rows, n, generator=generator).argsort(1)
-    destinations = order[:, :d].sort(1).values.int()
-    if n > 4:
-        similarity[:, ::5], similarity[:, 1::7], similarity[:, 2::9] = torch.nan, -torch.inf, -0.0
-    if d:
-        match = destinations.gather(1, torch.randint(0, d, (rows, n), generator=generator))
-    else:
-        match = torch.arange(n, dtype=torch.int32).repeat(rows, 1)
-    # What stands at destinations is not looked at.
-    similarity.scatter_(1, destinations.long(), 3.0)
-    return similarity, match, destinations
 
 
 def assert_same_tables(tables, plan):

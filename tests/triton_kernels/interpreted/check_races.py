@@ -21,10 +21,10 @@ from bigain_kernels.triton_kernels.select_destinations import launch_select_dest
 from bigain_kernels.triton_kernels.token_merge import launch_token_merge
 from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
 from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
+from tests.contract.inputs import odd_tokens, random_match
 
-from .check_merge_plan import random_match
 from .check_token_merge import plan_of_sizes, random_plan
-from .inputs import CASES, IDS, INTERPRETED, ON_GPU, odd_tokens
+from .inputs import CASES, IDS, INTERPRETED, ON_GPU
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="compute-sanitizer looks for races on a GPU")
 if INTERPRETED:

@@ -12,9 +12,9 @@ from bigain_kernels.testing import assert_close
 from bigain_kernels.triton_kernels.token_merge import launch_token_merge
 from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
 from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
+from tests.contract.inputs import odd_tokens, random_match
 
-from .check_merge_plan import random_match
-from .inputs import DTYPES, candidates, odd_tokens, on_device
+from .inputs import DTYPES, candidates, on_device
 
 launch_token_merge = on_device(launch_token_merge)
 launch_token_merge_norm = on_device(launch_token_merge_norm)

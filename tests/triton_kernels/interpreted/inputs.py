@@ -9,7 +9,6 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from bigain_kernels.triton_kernels import configs
-from tests.shapes import tokens
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = not INTERPRETED and torch.cuda.is_available()
@@ -31,15 +30,6 @@ CASES = [
     (1, (3, 4), (2, 2), 1280, True),
 ]
 IDS = [f"{b}x{g[0]}x{g[1]}-{s[0]}x{s[1]}-C{c}{'-strided' * strided}" for b, g, s, c, strided in CASES]
-
-
-def odd_tokens(batch, n, channels, dtype, strided=False, seed=0):
-    """Random tokens among which are a zero, a NaN, an infinite and two equal ones."""
-    x = tokens(batch, n, channels, dtype, seed=seed, strided=strided)
-    if n >= 8:
-        x[0, 1], x[-1, n - 1], x[batch // 2, n // 2] = 0, torch.nan, torch.inf
-        x[:, 4] = x[:, 6]
-    return x
 
 
 def to_device(x):
