@@ -5,8 +5,8 @@
 
 What differs from tomesd: random destinations come from a generator of their own that gives equal patterns to equal
 timesteps whatever the batch, float32 similarities decide which tokens merge, and means are accumulated in float32. Its
-models of the original Stable Diffusion repository are not taken, and MLPs run on all tokens. Where tomesd takes an
-argument and does less than it says, so does this, with a warning.
+models of the original Stable Diffusion repository are not taken. Where tomesd takes an argument and does less than it
+says, so does this, with a warning.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def apply_patch(
         use_rand: random destinations; otherwise the top-left token of each tile.
         merge_attn: merge around self-attention.
         merge_crossattn: merge around cross-attention.
-        merge_mlp: merging around the MLP is not offered: a warning says that it runs on all tokens.
+        merge_mlp: merge around the MLP.
 
     Returns:
         The model itself.
@@ -56,12 +56,11 @@ def apply_patch(
             is no number.
     """
     check_number("ratio", ratio)
-    modules = tuple(name for name, wanted in (("attn1", merge_attn), ("attn2", merge_crossattn)) if wanted)
-    if merge_mlp:
-        _warn("merge_mlp is not offered: MLPs run on all tokens")
+    asked = (("attn1", merge_attn), ("attn2", merge_crossattn), ("ff", merge_mlp))
+    modules = tuple(name for name, wanted in asked if wanted)
     remove_token_compression(model)
     if not modules or max_downsample < 1:
-        _warn(f"nothing merges with {merge_attn=}, {merge_crossattn=}, {max_downsample=}")
+        _warn(f"nothing merges with {merge_attn=}, {merge_crossattn=}, {merge_mlp=}, {max_downsample=}")
         return model
     config = ToMeConfig(
         ratio=0.0,

@@ -13,7 +13,8 @@ from torch import nn
 from ..methods import CompressionConfig, MergeConfig, PoolConfig
 from .attention import CompressedAttention, LayerPatch
 from .families import REFUSED, Family, Layer, family_of, registered
-from .hooks import enter_model, leave_model
+from .hooks import BlockPatch, enter_block, enter_model, leave_block, leave_model
+from .mlp import enter_mlp, leave_mlp
 from .patch import Patch, PatchedLayer, move_backend, refuse_context_parallel
 from .projections import path_of
 from .report import CompressionReport, Decision
@@ -67,17 +68,20 @@ def decide(family: Family, config: CompressionConfig, layer: Layer, processor: A
         return False, f"block {layer.index} is not among blocks={config.blocks}"
     if layer.level > config.max_downsample:
         return False, f"1/{layer.level} resolution, max_downsample={config.max_downsample}"
-    reason = _unable(family, config) or family.refuses(config, layer)
-    if reason is None and not family.stands_in(type(processor)):
-        reason = f"it has a processor of its own, {type(processor).__name__}"
+    if layer.kind == "ff":
+        reason = None if layer.attn is not None else "its MLP and its attention are one"
+    else:
+        reason = _unable(family, config) or family.refuses(config, layer)
+        if reason is None and not family.stands_in(type(processor)):
+            reason = f"it has a processor of its own, {type(processor).__name__}"
     if reason is not None:
         return False, reason
     return True, "full resolution" if layer.level == 1 else f"1/{layer.level} resolution"
 
 
 def _previous_processor(attn: Any, patch: Patch | None) -> Any:
-    """The processor that a layer has without compression."""
-    processor = attn.processor
+    """The processor that a layer has without compression; None of an MLP."""
+    processor = getattr(attn, "processor", None)
     if patch is None or not isinstance(processor, CompressedAttention):
         return processor
     return next(layer.previous[type(processor)] for layer in patch.layers if layer.attn is attn)
@@ -85,6 +89,8 @@ def _previous_processor(attn: Any, patch: Patch | None) -> Any:
 
 def _path(family: Family, layer: Layer, config: CompressionConfig, processor: Any) -> str:
     """`Decision.path` of a layer that is compressed in the place of `processor`."""
+    if layer.kind == "ff":
+        return "merge tokens"
     if isinstance(config, MergeConfig):
         what = "tokens" if _merge(family, config) == "hidden" else "queries, keys and values"
         return f"merge {what}" + (", weigh keys by size" if config.proportional else "")
@@ -98,6 +104,19 @@ def _check_blocks(config: CompressionConfig, layers: list[Layer]) -> None:
     unknown = [index for index in config.blocks or () if index >= count]
     if unknown:
         raise ValueError(f"blocks: got {unknown}, expected indices below {count}, the number of blocks of the model")
+
+
+def _layers(family: Family, model: Any, config: CompressionConfig) -> list[Layer]:
+    """The attentions of a model, and its MLPs where these are asked for, in module order."""
+    layers = family.layers(model)
+    if "ff" not in config.modules:
+        return layers
+    if family.mlp is None:
+        raise ValueError(
+            f"modules: got {config.modules}, expected attentions alone: tokens are not merged around the MLPs of a "
+            f"{type(model).__name__}"
+        )
+    return sorted(layers + family.mlps(layers), key=lambda layer: layer.index)
 
 
 def _resolve(config: CompressionConfig, scheduler: Any) -> CompressionConfig:
@@ -153,7 +172,7 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     refuse_context_parallel(model)
     _, family = find_model(model)
     old = getattr(model, "_bigain", None)
-    layers = family.layers(model)
+    layers = _layers(family, model, config)
     _check_blocks(config, layers)
     processors = [_previous_processor(layer.attn, old) for layer in layers]
     decisions = [decide(family, config, *pair) for pair in zip(layers, processors, strict=True)]
@@ -171,25 +190,35 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     if not report.patched:
         raise ValueError(f"config: got {config}, expected one that compresses at least one layer\n{report}")
     compressed = [layer for layer, (yes, _) in zip(layers, decisions, strict=True) if yes]
-    patch = Patch(
-        family, resolved, [PatchedLayer(layer.name, layer.attn) for layer in compressed], pipeline=pipeline, told=told
-    )
+    attentions = [PatchedLayer(layer.name, layer.attn) for layer in compressed if layer.kind != "ff"]
+    patch = Patch(family, resolved, len(compressed), attentions, pipeline=pipeline, told=told)
     if family.told(resolved) is None:
         patch.timestep_range()
     remove_token_compression(model)
 
     merges = isinstance(config, MergeConfig)
-    for layer, entry in zip(compressed, patch.layers, strict=True):
+    for layer in compressed:
         layer.attn._bigain = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source)
         if resolved.is_random:
             device = next(layer.attn.parameters()).device
             # Offloading may have left nothing but a meta tensor there.
             index = torch.tensor(layer.index, device="cpu" if device.type == "meta" else device)
             layer.attn.register_buffer("bigain_block", index, persistent=False)
+    for entry in patch.layers:
         patch.install(entry)
     hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(model, enter_model)]
     hooks += family.hooks(model, compressed, merges)
     patch.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
+    mlps = [layer for layer in compressed if layer.kind == "ff"]
+    with_mlp = {id(layer.block) for layer in mlps}
+    for block in (module for module, hook in hooks if hook is enter_block):
+        block._bigain = BlockPatch(family.block, family.needs_source, id(block) in with_mlp)
+        patch.told_modules.append(block)
+    for layer in mlps:
+        patch.told_modules.append(layer.attn)
+        patch.handles.append(layer.attn.register_forward_pre_hook(enter_mlp))
+        patch.handles.append(layer.attn.register_forward_hook(leave_mlp))
+        patch.handles.append(layer.block.register_forward_hook(leave_block, always_call=True))
     # After an exception too: the next pass must not find what this one left.
     patch.handles.append(model.register_forward_hook(leave_model, always_call=True))
     model._bigain = patch
@@ -220,9 +249,10 @@ def remove_token_compression(model_or_pipe: Any) -> None:
             previous = layer.previous[type(current)]
             move_backend(current, previous)
             layer.attn.set_processor(previous)
-        del layer.attn._bigain
-        if hasattr(layer.attn, "bigain_block"):
-            del layer.attn.bigain_block
+    for module in (*(layer.attn for layer in patch.layers), *patch.told_modules):
+        del module._bigain
+        if hasattr(module, "bigain_block"):
+            del module.bigain_block
     del model._bigain
 
 

@@ -8,12 +8,41 @@ the shape of a tensor without storage: `torch.compile` takes sizes of tensors as
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .context import Context, Forward, PlanSlot
+
+if TYPE_CHECKING:
+    from .steps import MergeStep
+
+
+class Told(NamedTuple):
+    """A context; `sizes` is a tensor shaped (tokens in front of the image, frames, height, width)."""
+
+    forward: Forward
+    sizes: Tensor
+    slot: PlanSlot | None
+    source: Tensor | None
+    block: PlanSlot | None
+
+
+class InBlock(NamedTuple):
+    """A block in progress whose MLP is compressed, to which hidden states are handed and nothing else.
+
+    Attributes:
+        owner: what began it, unique to the block.
+        told: the context of its layers.
+        outer: the block that this one interrupts, or None.
+        step: around the MLP while that runs, or None.
+    """
+
+    owner: object
+    told: Told
+    outer: InBlock | None
+    step: MergeStep | None = None
 
 
 class Running(NamedTuple):
@@ -21,20 +50,19 @@ class Running(NamedTuple):
 
     Attributes:
         owner: what began it, the patch of the model.
-        forward: what was decided for it.
-        sizes: a tensor shaped (tokens in front of the image, frames, height, width).
-        slot: of cached assignment, or None.
+        told: its context.
         outer: the pass of another model that this one interrupts, or None.
+        block: the block of that model, or None.
     """
 
     owner: object
-    forward: Forward
-    sizes: Tensor
-    slot: PlanSlot | None
+    told: Told
     outer: Running | None
+    block: InBlock | None
 
 
-# Holds `running`. A plain one without a default in its class, which torch.compile would take for what it holds.
+# Holds `running` and `block`. A plain one without defaults in its class, which torch.compile would take for what it
+# holds.
 _current = threading.local()
 
 
@@ -42,24 +70,55 @@ def _running() -> Running | None:
     return getattr(_current, "running", None)
 
 
+def _pack(context: Context) -> Told:
+    sizes = torch.empty((context.image_tokens[0], context.frames, *context.grid), device="meta")
+    return Told(context.forward, sizes, context.slot, context.source, context.block)
+
+
+def _unpack(told: Told) -> Context:
+    start, frames, height, width = told.sizes.shape
+    stop = start + frames * height * width
+    return Context(told.forward, (height, width), (start, stop), frames, told.slot, told.source, told.block)
+
+
 def begin(owner: object, context: Context) -> None:
     """Make `context` that of the thread until `owner` ends its pass."""
-    sizes = torch.empty((context.image_tokens[0], context.frames, *context.grid), device="meta")
-    _current.running = Running(owner, context.forward, sizes, context.slot, _running())
+    _current.running = Running(owner, _pack(context), _running(), in_block())
+    _current.block = None
 
 
 def end(owner: object) -> None:
     """Go back to what was before the pass of `owner`; a pass that failed before it began has nothing to end."""
     running = _running()
     if running is not None and running.owner is owner:
-        _current.running = running.outer
+        _current.running, _current.block = running.outer, running.block
+
+
+def in_block() -> InBlock | None:
+    """The block in progress whose MLP is compressed, or None."""
+    return getattr(_current, "block", None)
+
+
+def begin_block(owner: object, context: Context) -> None:
+    """Make `context` that of the thread until `owner` ends its block."""
+    _current.block = InBlock(owner, _pack(context), in_block())
+
+
+def end_block(owner: object) -> None:
+    """Go back to what was before the block of `owner`, if it began."""
+    block = in_block()
+    if block is not None and block.owner is owner:
+        _current.block = block.outer
+
+
+def set_step(step: MergeStep | None) -> None:
+    """Keep what is around the MLP of the block in progress."""
+    block = in_block()
+    assert block is not None
+    _current.block = block._replace(step=step)
 
 
 def current() -> Context | None:
-    """The context of the forward pass in progress, or None."""
-    running = _running()
-    if running is None:
-        return None
-    start, frames, height, width = running.sizes.shape
-    stop = start + frames * height * width
-    return Context(running.forward, (height, width), (start, stop), frames, running.slot)
+    """The context of the block or the forward pass in progress, or None."""
+    progress = in_block() or _running()
+    return None if progress is None else _unpack(progress.told)

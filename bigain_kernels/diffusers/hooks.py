@@ -8,13 +8,14 @@ graph can serve for all blocks.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 from ..checks import check_pair
-from .context import Context, Forward, at_grid
-from .current import begin, end
+from .context import Context, Forward, PlanSlot, at_grid
+from .current import begin, begin_block, current, end, end_block
 
 if TYPE_CHECKING:
     from .families.family import Place
@@ -103,6 +104,44 @@ def leave_model(model: Any, args: tuple[Any, ...], output: Any) -> None:
         end(patch)
     if output is not None:
         patch.look_back(model)
+
+
+@dataclass(eq=False)
+class BlockPatch:
+    """What hangs on a block whose layers share a plan.
+
+    Attributes:
+        signature: of its forward method.
+        needs_source: tokens are matched on its `hidden_states`.
+        has_mlp: its MLP is compressed.
+    """
+
+    signature: Signature
+    needs_source: bool
+    has_mlp: bool
+
+
+def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a block whose layers share a plan, and may match tokens on its residual stream."""
+    patch: BlockPatch = block._bigain
+    if patch.has_mlp and getattr(block, "_chunk_size", None) is not None:
+        raise ValueError(
+            "modules: got 'ff' for a model whose MLPs run in chunks, expected one after disable_forward_chunking"
+        )
+    signature = patch.signature
+    context = current() if signature.carrier is None else carried(signature, args, kwargs, KEY)
+    if not isinstance(context, Context):
+        return args, kwargs
+    source = argument(signature, args, kwargs, "hidden_states") if patch.needs_source else None
+    context = context._replace(source=source, block=PlanSlot())
+    if patch.has_mlp:
+        begin_block(patch, context)
+    return with_context(signature, args, kwargs, context)
+
+
+def leave_block(block: Any, args: tuple[Any, ...], output: Any) -> None:
+    """Forward hook of a block whose MLP is compressed, called after an exception too."""
+    end_block(block._bigain)
 
 
 def skip_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

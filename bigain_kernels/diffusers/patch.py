@@ -39,7 +39,9 @@ class Patch:
     Attributes:
         family: of the model.
         config: as applied, with the `num_train_timesteps` of the pipeline's scheduler.
-        layers: the compressed layers.
+        count: of compressed layers.
+        layers: the compressed attentions.
+        told_modules: what else holds `_bigain`: compressed MLPs and blocks whose layers share a plan.
         handles: of the hooks.
         pipeline: what the pipeline is asked, if the model has one.
         told: the range of timesteps that the config names itself; None asks the scheduler.
@@ -50,7 +52,9 @@ class Patch:
 
     family: Family
     config: CompressionConfig
+    count: int
     layers: list[PatchedLayer]
+    told_modules: list[nn.Module] = field(default_factory=list)
     handles: list[RemovableHandle] = field(default_factory=list)
     pipeline: Pipeline = field(default_factory=Pipeline)
     told: TimestepRange | None = None
@@ -157,7 +161,7 @@ class Patch:
                 "%s: a forward pass reached none of its %d compressed layers, so nothing was compressed: something "
                 "replaced the forward methods of its blocks or attentions",
                 type(model).__name__,
-                len(self.layers),
+                self.count,
             )
         self.watching, self.last_pass = False, None
 

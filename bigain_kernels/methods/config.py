@@ -35,8 +35,8 @@ class CompressionConfig:
             pass evenly.
         end: fraction of the noise schedule at which it ends, at least `start`: 1 is the cleanest timestep. Both ends
             are included.
-        modules: which attentions of a block: "attn1", self-attention, and, for merge methods, "attn2", cross-attention.
-            Joint attention counts as self-attention.
+        modules: which layers of a block: "attn1", self-attention, and, for merge methods, "attn2", cross-attention, and
+            "ff", the MLP. Joint attention counts as self-attention. With "ff" all of them share the plan of the first.
         num_train_timesteps: length T of the noise schedule that `start`, `end` and schedules refer to. None is that of
             the pipeline's scheduler, and 1000 for a bare model.
 
@@ -51,7 +51,7 @@ class CompressionConfig:
     blocks: tuple[int, ...] | None = option(None, Indices())
     start: float = option(0.0, Number(0.0, 1.0))
     end: float = option(1.0, Number(0.0, 1.0))
-    modules: tuple[str, ...] = option(("attn1",), Names(("attn1", "attn2")))
+    modules: tuple[str, ...] = option(("attn1",), Names(("attn1", "attn2", "ff")))
     num_train_timesteps: int | None = option(None, Count(2))
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ class PoolConfig(CompressionConfig):
         if self.modules != ("attn1",):
             raise ValueError(
                 f"modules: got {self.modules}, expected ('attn1',): the keys and values of cross-attention are text, "
-                "which has no grid to pool on"
+                "which has no grid to pool on, and MLPs have none"
             )
 
     @property

@@ -79,7 +79,8 @@ TAKEN = [
     ({"use_rand": 1}, {"destinations": "random"}, None),
     ({"merge_crossattn": True}, {"modules": ("attn1", "attn2")}, None),
     ({"merge_attn": False, "merge_crossattn": True}, {"modules": ("attn2",)}, None),
-    ({"merge_mlp": True}, {}, "merge_mlp is not offered"),
+    ({"merge_mlp": True}, {"modules": ("attn1", "ff")}, None),
+    ({"merge_attn": False, "merge_mlp": True}, {"modules": ("ff",)}, None),
 ]
 
 

@@ -44,6 +44,7 @@ MODELS = {
     "latte": "Latte (video)",
 }
 NO_HIDDEN = "attention only"
+NO_MLP = "refused"
 AS_DIT = "one code with DiT"
 
 
@@ -67,6 +68,7 @@ def row(name: str) -> dict[str, Shown | str]:
         "pool": Shown("test_the_model_equals_the_oracle", (name + "-iekvd", name + "-todo")),
         "merge hidden": NO_HIDDEN,
         "merge attention": Shown("test_the_model_equals_the_oracle", (name + "-lgtm", name + "-tome")),
+        "around the MLP": Shown("test_mlps_alone_equal_mlps_written_out", (f"mlp-{name}]",)),
         "one graph": Shown("test_the_whole_model_compiles_as_one_graph", own),
         "16 bits": Shown("test_bfloat16_is_close_to_float32", own),
     }
@@ -82,7 +84,10 @@ def row(name: str) -> dict[str, Shown | str]:
             "16 bits": Shown("test_half_precision", (tiny,)),
         }
     if name == "unet":
-        cells |= {"merge attention": AS_DIT}
+        blocks = Shown("test_layers_of_a_unets_block_share_the_plan_of_its_input", ("",))
+        cells |= {"merge attention": AS_DIT, "around the MLP": blocks}
+    if name in ("lumina2", "aura_flow", "cogview4", "hidream", "cogvideox"):
+        cells |= {"around the MLP": NO_MLP}
     if name in ("flux", "sd3", "qwen"):
         cells |= {
             "exact": Shown("test_nothing_to_pool_is_the_unpatched_model", (tiny,)),
@@ -132,7 +137,7 @@ def table(passed: set[str]) -> str:
 
 def main() -> None:
     outcomes = Outcomes()
-    files = ("families", "joint", "behaviour", "goldens", "compile", "proportional")
+    files = ("families", "joint", "behaviour", "goldens", "compile", "proportional", "mlp")
     pytest.main(["-q", "-p", "no:cacheprovider", *(str(HERE / f"test_{name}.py") for name in files)], [outcomes])
     if outcomes.failed:
         raise SystemExit(f"{len(outcomes.failed)} tests failed")

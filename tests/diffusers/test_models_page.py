@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bigain_kernels.diffusers.families import REFUSED, registered
 
-from . import matrix, test_behaviour, test_compile, test_families, test_goldens, test_joint
+from . import matrix, test_behaviour, test_compile, test_families, test_goldens, test_joint, test_mlp
 
 
 def test_the_page_has_every_family_and_every_refusal():
@@ -17,7 +17,7 @@ def test_the_page_has_every_family_and_every_refusal():
 
 
 def test_its_cells_are_shown_by_tests_that_there_are():
-    modules = (test_behaviour, test_compile, test_families, test_goldens, test_joint)
+    modules = (test_behaviour, test_compile, test_families, test_goldens, test_joint, test_mlp)
     for family in registered():
         for cell in matrix.row(matrix.NAMES[family.model.__name__]).values():
             assert isinstance(cell, str) or any(hasattr(module, cell.test) for module in modules), cell

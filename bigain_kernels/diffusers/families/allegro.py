@@ -16,6 +16,7 @@ class Allegro(ReboundFamily):
     """AllegroTransformer3DModel."""
 
     model = AllegroTransformer3DModel
+    mlp = "ff"
     signature = Signature(("hidden_states", "encoder_hidden_states", "timestep"))
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:

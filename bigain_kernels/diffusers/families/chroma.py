@@ -18,6 +18,7 @@ class Chroma(ReboundFamily):
     """ChromaTransformer2DModel."""
 
     model = ChromaTransformer2DModel
+    mlp = "ff"
     signature = Signature(
         (
             "hidden_states",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, NamedTuple
 
 from diffusers.models.attention_processor import Attention
@@ -13,19 +13,19 @@ from torch import nn
 from ...methods import CompressionConfig
 from ..attention import CompressedAttention
 from ..context import Grid
-from ..hooks import Signature, skip_attention
+from ..hooks import Signature, enter_block, skip_attention
 from ..schedulers import TimestepRange
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention of one transformer block.
+    """One attention of one transformer block, or its MLP.
 
     Attributes:
-        name: path of the attention in the model.
-        kind: "attn1", self-attention or joint attention, or "attn2", cross-attention.
+        name: path of the layer in the model.
+        kind: "attn1", self-attention or joint attention, "attn2", cross-attention, or "ff", the MLP.
         index: of the block, in module order.
-        attn: the attention module.
+        attn: the attention module; the MLP, or None where it cannot be told from the rest of the block.
         block: its transformer block.
         level: downsampling of its resolution from the latent grid, 1, 2, 4, ...
         transformer: the module between model and block that has a grid of its own, in U-Nets.
@@ -68,6 +68,9 @@ class Family(ABC):
         passes_on: what `signature.carrier` holds reaches the attention processors as arguments; otherwise
             `current.py` tells them.
         needs_source: tokens are matched on the residual stream, which `hooks` hands over.
+        block: what is read of the arguments of a block's forward method, where `needs_source` or `mlp` is.
+        mlp: name in a block of the MLP of the image's tokens, which stand first among its own; None where there is no
+            such one.
         merges: where it can merge tokens, the best first; see `MergeConfig.merge`.
         pools: what it can pool; see `PoolConfig.pool`.
     """
@@ -81,12 +84,29 @@ class Family(ABC):
     attentions: ClassVar[tuple[type, ...]] = (Attention,)
     passes_on: ClassVar[bool] = True
     needs_source: ClassVar[bool] = False
+    block: ClassVar[Signature] = Signature(("hidden_states",))
+    mlp: ClassVar[str | None] = None
     merges: ClassVar[tuple[str, ...]] = ("hidden", "attention")
     pools: ClassVar[tuple[str, ...]] = ("keys", "hidden")
 
     @abstractmethod
     def layers(self, model: Any) -> list[Layer]:
         """All attentions of the model's transformer blocks, in module order."""
+
+    def mlps(self, layers: list[Layer]) -> list[Layer]:
+        """The MLPs of the blocks that `layers` are of."""
+        if self.mlp is None:
+            return []
+        firsts = {layer.index: layer for layer in reversed(layers)}
+        return [
+            replace(
+                layer,
+                name=f"{layer.name.rpartition('.')[0]}.{self.mlp}",
+                kind="ff",
+                attn=getattr(layer.block, self.mlp, None),
+            )
+            for layer in firsts.values()
+        ]
 
     @abstractmethod
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place | None:
@@ -139,3 +159,10 @@ class Family(ABC):
         for module in model.modules():
             if isinstance(module, self.attentions) and id(module) not in kept:
                 yield module, skip_attention
+        if merges:
+            yield from self.block_hooks(compressed)
+
+    def block_hooks(self, compressed: list[Layer]) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
+        """Those of the blocks whose layers share a plan."""
+        for layer in {layer.index: layer for layer in compressed if self.needs_source or layer.kind == "ff"}.values():
+            yield layer.block, enter_block

@@ -19,6 +19,7 @@ class Flux2(ReboundFamily):
     """Flux2Transformer2DModel. Tokens of reference pictures behind the image stay whole."""
 
     model = Flux2Transformer2DModel
+    mlp = "ff"
     signature = Signature(
         (
             "hidden_states",

@@ -16,6 +16,7 @@ class HunyuanDiT(ReboundFamily):
     """HunyuanDiT2DModel."""
 
     model = HunyuanDiT2DModel
+    mlp = "ff"
     signature = Signature(("hidden_states", "timestep"))
     layer_names = r"blocks\.\d+\.attn1"
 

@@ -18,6 +18,7 @@ class HunyuanVideo(ReboundFamily):
     """HunyuanVideoTransformer3DModel."""
 
     model = HunyuanVideoTransformer3DModel
+    mlp = "ff"
     signature = Signature(("hidden_states", "timestep"))
     layer_names = r"(single_)?transformer_blocks\.\d+\.attn"
 

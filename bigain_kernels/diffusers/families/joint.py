@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..hooks import Signature
 from .family import Family, Layer
 
 
 class JointFamily(Family):
     """Blocks of two streams, then, in some families, those of one. Joint attention counts as self-attention."""
+
+    block = Signature(
+        ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
+        "joint_attention_kwargs",
+    )
+    mlp = "ff"
 
     def layers(self, model: Any) -> list[Layer]:
         blocks = [(f"transformer_blocks.{i}", block) for i, block in enumerate(model.transformer_blocks)]

@@ -16,6 +16,7 @@ class Latte(ReboundFamily):
     """LatteTransformer3DModel: its spatial blocks, in which every frame is a row of the batch."""
 
     model = LatteTransformer3DModel
+    mlp = "ff"
     signature = Signature(("hidden_states", "timestep"))
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:

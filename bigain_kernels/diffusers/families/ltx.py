@@ -18,6 +18,7 @@ class LTX(ReboundFamily):
     """LTXVideoTransformer3DModel."""
 
     model = LTXVideoTransformer3DModel
+    mlp = "ff"
     signature = Signature(
         (
             "hidden_states",

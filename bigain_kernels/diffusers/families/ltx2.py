@@ -16,6 +16,7 @@ class LTX2(LTX):
     """LTX2VideoTransformer3DModel."""
 
     model = LTX2VideoTransformer3DModel
+    mlp = "ff"
     signature = Signature(
         (
             "hidden_states",

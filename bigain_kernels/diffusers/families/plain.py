@@ -17,6 +17,7 @@ from torch import Tensor
 from ...methods import CompressionConfig
 from ..attention import CompressedAttention, refuse_mask
 from ..context import Context
+from ..hooks import Signature
 from ..steps import States, Step
 from .family import Family, Layer
 
@@ -74,6 +75,18 @@ class FusedCompressedAttnProcessor(CompressedAttnProcessor):
 class PlainFamily(Family):
     """What U-Nets and DiTs share."""
 
+    block = Signature(
+        (
+            "hidden_states",
+            "attention_mask",
+            "encoder_hidden_states",
+            "encoder_attention_mask",
+            "timestep",
+            "cross_attention_kwargs",
+        ),
+        "cross_attention_kwargs",
+    )
+    mlp = "ff"
     processors = (CompressedAttnProcessor, FusedCompressedAttnProcessor)
     replaceable = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)
 

@@ -77,6 +77,18 @@ class Qwen(JointFamily):
         ),
         "attention_kwargs",
     )
+    block = Signature(
+        (
+            "hidden_states",
+            "encoder_hidden_states",
+            "encoder_hidden_states_mask",
+            "temb",
+            "image_rotary_emb",
+            "joint_attention_kwargs",
+        ),
+        "joint_attention_kwargs",
+    )
+    mlp = "img_mlp"
     processors = (CompressedQwenAttnProcessor,)
     replaceable = (QwenDoubleStreamAttnProcessor2_0,)
 

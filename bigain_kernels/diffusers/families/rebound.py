@@ -47,4 +47,4 @@ class ReboundFamily(Family):
     def hooks(
         self, model: Any, compressed: list[Layer], merges: bool
     ) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        return iter(())
+        return self.block_hooks(compressed) if merges else iter(())

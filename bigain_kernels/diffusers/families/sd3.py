@@ -61,6 +61,9 @@ class SD3(JointFamily):
         ),
         "joint_attention_kwargs",
     )
+    block = Signature(
+        ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"), "joint_attention_kwargs"
+    )
     processors = (CompressedSD3AttnProcessor,)
     # FusedJointAttnProcessor2_0 is not among them: it leaves out the norm of queries and keys.
     replaceable = (JointAttnProcessor2_0,)

@@ -9,7 +9,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
-from ..context import Forward, Grid, PlanSlot, at_grid
+from ..context import Forward, Grid, at_grid
 from ..hooks import KEY, Call, Signature, argument, carried, with_context
 from .family import Layer
 from .plain import PlainFamily
@@ -21,17 +21,6 @@ _TRANSFORMER = Signature(
         "timestep",
         "added_cond_kwargs",
         "class_labels",
-        "cross_attention_kwargs",
-    ),
-    "cross_attention_kwargs",
-)
-_BLOCK = Signature(
-    (
-        "hidden_states",
-        "attention_mask",
-        "encoder_hidden_states",
-        "encoder_attention_mask",
-        "timestep",
         "cross_attention_kwargs",
     ),
     "cross_attention_kwargs",
@@ -53,15 +42,6 @@ def enter_transformer(transformer: nn.Module, args: tuple[Any, ...], kwargs: dic
 def skip_transformer(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Forward pre-hook of a Transformer2DModel without compressed blocks: its layers do not know the context."""
     return with_context(_TRANSFORMER, args, kwargs, None)
-
-
-def enter_block(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Forward pre-hook of a block whose tokens are merged: matching looks at the residual stream before norm1."""
-    context = carried(_BLOCK, args, kwargs, KEY)
-    if context is None:
-        return args, kwargs
-    source = argument(_BLOCK, args, kwargs, "hidden_states")
-    return with_context(_BLOCK, args, kwargs, context._replace(source=source, block=PlanSlot()))
 
 
 def _levels(unet: UNet2DConditionModel) -> dict[str, int]:
@@ -129,6 +109,3 @@ class UNet(PlainFamily):
         for module, hook in super().hooks(model, compressed, merges):
             if id(module) not in shielded:
                 yield module, hook
-        if merges:
-            for block in {id(layer.block): layer.block for layer in compressed}.values():
-                yield block, enter_block

@@ -20,6 +20,7 @@ class Wan(ReboundFamily):
     model = WanTransformer3DModel
     signature = Signature(("hidden_states", "timestep"))
     layer_names = r"blocks\.\d+\.attn1"
+    mlp = "ffn"
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
         frames, height, width = call["hidden_states"].shape[-3:]

@@ -18,6 +18,7 @@ class ZImage(ReboundFamily):
     """ZImageTransformer2DModel: its main layers; the refiners in front of them, two small ones, run as they are."""
 
     model = ZImageTransformer2DModel
+    mlp = "feed_forward"
     signature = Signature(
         (
             "x",

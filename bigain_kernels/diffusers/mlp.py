@@ -1,0 +1,62 @@
+"""Compression around the MLP of a block: its tokens are merged in front of it and copied back behind it.
+
+An MLP is handed hidden states alone, so its block tells it the rest, for as long as it runs (`current.in_block`). What
+it is inside, and what other software makes of it, stays as it is: a hook stands on either side.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffusers.hooks.layer_skip import FeedForwardSkipHook
+from torch import Tensor
+
+from ..methods import MergeConfig
+from .context import Context
+from .current import current, in_block, set_step
+from .planning import plan_of_call
+from .steps import MergeStep, fold
+
+
+def _is_skipped(mlp: Any) -> bool:
+    """Whether a guider of diffusers leaves the MLP out of this call."""
+    registry = getattr(mlp, "_diffusers_hook", None)
+    return registry is not None and any(isinstance(hook, FeedForwardSkipHook) for hook in registry.hooks.values())
+
+
+def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
+    """What merges the (B, tokens, C) input of an MLP, the image's tokens first; None where nothing merges."""
+    if _is_skipped(mlp):
+        return None
+    config, forward = mlp._bigain.config, context.forward
+    assert isinstance(config, MergeConfig)
+    if forward.watched is not None:
+        forward.watched.reached = True
+    start, stop = context.image_tokens
+    count = stop - start
+    if not forward.active or count < config.min_tokens:
+        return None
+    source = x[:, :count] if context.source is None else context.source
+    plan = plan_of_call(config, context, fold(source, context.frames), getattr(mlp, "bigain_block", None))
+    if plan is None:
+        return None
+    return MergeStep(plan, config.mode, False, (start, stop), (0, count), context.frames, own_keys=False)
+
+
+def enter_mlp(mlp: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Forward pre-hook of a compressed MLP. Outside of its block's pass it runs as it is."""
+    context = current() if in_block() is not None else None
+    if context is None:
+        return args
+    step = _step(mlp, context, args[0])
+    set_step(step)
+    return args if step is None else (step.enter(args[0]), *args[1:])
+
+
+def leave_mlp(mlp: Any, args: tuple[Any, ...], output: Tensor) -> Tensor:
+    """Forward hook of a compressed MLP."""
+    block = in_block()
+    if block is None or block.step is None:
+        return output
+    set_step(None)
+    return block.step.leave(output)
