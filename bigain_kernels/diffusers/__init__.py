@@ -1,7 +1,7 @@
 """Token compression in diffusers models: `print(apply_token_compression(pipe, LGTMConfig(ratio=0.5)))`."""
 
 from ..methods import ABMConfig, AvgPoolConfig, IEKVDConfig, LGTMConfig, SiToConfig, ToDoConfig, ToMeConfig
-from .apply import apply_token_compression, remove_token_compression, token_compression
+from .apply import apply_token_compression, recommended_config, remove_token_compression, token_compression
 from .families import Family, Layer, Place, register_family, unregister_family
 from .report import CompressionReport, Decision
 
@@ -19,6 +19,7 @@ __all__ = [
     "ToDoConfig",
     "ToMeConfig",
     "apply_token_compression",
+    "recommended_config",
     "register_family",
     "remove_token_compression",
     "token_compression",

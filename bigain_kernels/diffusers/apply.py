@@ -45,6 +45,20 @@ def find_model(model_or_pipe: Any) -> tuple[Any, Family]:
     return model, family
 
 
+def recommended_config(model_or_pipe: Any) -> CompressionConfig:
+    """The config to begin with for a model or pipeline: that of its family, with its reason in docs/models.md.
+
+    Raises:
+        TypeError: the model is of no family that is known.
+        ValueError: its family, one of another package, recommends nothing.
+    """
+    model, family = find_model(model_or_pipe)
+    config = family.recommend(model)
+    if config is None:
+        raise ValueError(f"model_or_pipe: got {type(model).__name__}, expected a model with a recommendation")
+    return config
+
+
 def _merge(family: Family, config: CompressionConfig) -> str:
     """Where a config merges in models of a family."""
     merge = getattr(config, "merge", "auto")
@@ -66,8 +80,9 @@ def decide(family: Family, config: CompressionConfig, layer: Layer, processor: A
         return False, f"modules={config.modules}"
     if config.blocks is not None and layer.index not in config.blocks:
         return False, f"block {layer.index} is not among blocks={config.blocks}"
-    if layer.level > config.max_downsample:
-        return False, f"1/{layer.level} resolution, max_downsample={config.max_downsample}"
+    if not config.compresses(layer.level):
+        asked = f"max_downsample={config.max_downsample}" if config.levels is None else f"levels={list(config.levels)}"
+        return False, f"{_resolution(layer)}, {asked}"
     if layer.kind == "ff":
         reason = None if layer.attn is not None else "its MLP and its attention are one"
     else:
@@ -76,7 +91,11 @@ def decide(family: Family, config: CompressionConfig, layer: Layer, processor: A
             reason = f"it has a processor of its own, {type(processor).__name__}"
     if reason is not None:
         return False, reason
-    return True, "full resolution" if layer.level == 1 else f"1/{layer.level} resolution"
+    return True, _resolution(layer)
+
+
+def _resolution(layer: Layer) -> str:
+    return "full resolution" if layer.level == 1 else f"1/{layer.level} resolution"
 
 
 def _previous_processor(attn: Any, patch: Patch | None) -> Any:
@@ -99,11 +118,16 @@ def _path(family: Family, layer: Layer, config: CompressionConfig, processor: An
     return path_of(layer.attn, early, stand_in.uses_fused(layer.attn), family.text_inside(layer))
 
 
-def _check_blocks(config: CompressionConfig, layers: list[Layer]) -> None:
+def _check_places(config: CompressionConfig, layers: list[Layer]) -> None:
     count = 1 + max((layer.index for layer in layers), default=-1)
     unknown = [index for index in config.blocks or () if index >= count]
     if unknown:
         raise ValueError(f"blocks: got {unknown}, expected indices below {count}, the number of blocks of the model")
+    has = sorted({layer.level for layer in layers})
+    missing = [level for level in config.levels or () if level not in has]
+    if missing:
+        name = "ratio" if isinstance(config, MergeConfig) else "factor"
+        raise ValueError(f"{name}: got {config.by_level} with the levels {missing}, expected those of the model, {has}")
 
 
 def _layers(family: Family, model: Any, config: CompressionConfig) -> list[Layer]:
@@ -173,7 +197,7 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     _, family = find_model(model)
     old = getattr(model, "_bigain", None)
     layers = _layers(family, model, config)
-    _check_blocks(config, layers)
+    _check_places(config, layers)
     processors = [_previous_processor(layer.attn, old) for layer in layers]
     decisions = [decide(family, config, *pair) for pair in zip(layers, processors, strict=True)]
     resolved = _resolve(config, pipeline.scheduler)
@@ -198,7 +222,7 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
 
     merges = isinstance(config, MergeConfig)
     for layer in compressed:
-        layer.attn._bigain = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source)
+        layer.attn._bigain = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source, layer.level)
         if resolved.is_random:
             device = next(layer.attn.parameters()).device
             # Offloading may have left nothing but a meta tensor there.

@@ -42,11 +42,13 @@ class LayerPatch:
         merge: "hidden" or "attention", where tokens are merged.
         needs_source: tokens are matched on hidden states that a hook of the block hands over (U-Net), not on the
             attention's own input (DiT).
+        level: its resolution level.
     """
 
     config: CompressionConfig
     merge: str
     needs_source: bool
+    level: int
 
 
 def _is_perturbed(attn: Any) -> bool:
@@ -166,14 +168,14 @@ class CompressedAttention:
             elif inside != (0, x.shape[1]):
                 source = x[:, inside[0] : inside[1]]
             source = fold(source, context.frames)
-            plan = plan_of_call(config, context, source, getattr(attn, "bigain_block", None))
+            ratio = forward.ratio_at(layer.level)
+            plan = plan_of_call(config, context, source, ratio, getattr(attn, "bigain_block", None))
             if plan is None:
                 return None
             step = MergeStep if layer.merge == "hidden" else MergeInsideStep
             return step(plan, config.mode, config.proportional, (start, stop), inside, context.frames, own_keys)
         assert isinstance(config, PoolConfig)
-        factor = config.factor
-        assert isinstance(factor, tuple)  # whatever was given, the config made it a pair
+        factor = config.factor_at(layer.level)
         if factor == (1, 1) or not own_keys:
             return None
         early = self.pools_early(attn, config)

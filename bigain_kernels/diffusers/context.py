@@ -52,7 +52,7 @@ class Forward(NamedTuple):
 
     Attributes:
         active: whether this timestep is compressed.
-        ratio: fraction of tokens to merge, 0.0 for a method that pools.
+        ratio: fraction of tokens to merge, by resolution level where the config says so; 0.0 for a method that pools.
         alpha: weight of nearest against average pooling, a number or (B,) float32; 1.0 for a method that merges.
         timestep: (B,) what random methods vary with; None for the others.
         conditions: rows of the batch that belong to one picture, where the pipeline says; see `Pipeline.conditions`.
@@ -61,12 +61,16 @@ class Forward(NamedTuple):
     """
 
     active: bool
-    ratio: float
+    ratio: float | dict[int, float]
     alpha: float | Tensor
     timestep: Tensor | None = None
     conditions: int | None = None
     slots: PlanSlots | None = None
     watched: Pass | None = None
+
+    def ratio_at(self, level: int) -> float:
+        """The fraction of tokens to merge at a resolution level."""
+        return self.ratio[level] if isinstance(self.ratio, dict) else self.ratio
 
 
 class Context(NamedTuple):
@@ -155,16 +159,18 @@ def make_forward(config: CompressionConfig, sample: Tensor, timestep: Tensor | f
         ValueError: a timestep is needed and missing, or differs between the rows where it must not.
     """
     steps = numbered(config.train_timesteps)
-    ratio = config.ratio if isinstance(config, MergeConfig) else 0.0
+    levels = config.levels or (1,)
+    ratios = {level: config.ratio_at(level) if isinstance(config, MergeConfig) else 0.0 for level in levels}
     alpha: float | Tensor | tuple[float, float] = config.alpha if isinstance(config, PoolConfig) else 1.0
     active = True
-    if config.has_window or isinstance(ratio, tuple):
+    if config.has_window or (isinstance(config, MergeConfig) and config.is_scheduled):
         noise = steps.noise(host_timestep(timestep))
         active = config.start <= 1.0 - noise <= config.end
-        ratio = between(ratio, noise) if isinstance(ratio, tuple) else ratio
+        ratios = {level: between(each, noise) if isinstance(each, tuple) else each for level, each in ratios.items()}
     if isinstance(alpha, tuple):
         # Where nothing is compressed no timestep is needed either.
         alpha = between(alpha, steps.noise(timestep_rows(timestep, sample))) if active else alpha[0]
     rows = timestep_rows(timestep, sample) if active and config.is_random else None
     cached = active and isinstance(config, MergeConfig) and config.cached_assignment
+    ratio = ratios[1] if config.levels is None else ratios
     return Forward(active, ratio, alpha, rows, slots=PlanSlots() if cached else None)

@@ -28,7 +28,8 @@ def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
     """What merges the (B, tokens, C) input of an MLP, the image's tokens first; None where nothing merges."""
     if _is_skipped(mlp):
         return None
-    config, forward = mlp._bigain.config, context.forward
+    layer, forward = mlp._bigain, context.forward
+    config = layer.config
     assert isinstance(config, MergeConfig)
     if forward.watched is not None:
         forward.watched.reached = True
@@ -37,7 +38,8 @@ def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
     if not forward.active or count < config.min_tokens:
         return None
     source = x[:, :count] if context.source is None else context.source
-    plan = plan_of_call(config, context, fold(source, context.frames), getattr(mlp, "bigain_block", None))
+    source, ratio = fold(source, context.frames), forward.ratio_at(layer.level)
+    plan = plan_of_call(config, context, source, ratio, getattr(mlp, "bigain_block", None))
     if plan is None:
         return None
     return MergeStep(plan, config.mode, False, (start, stop), (0, count), context.frames, own_keys=False)

@@ -34,18 +34,21 @@ def _plan_neighbours(
     return MergePlan(slot, offsets, members, anchor, plan.grid, plan.num_slots)
 
 
-def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor | None) -> MergePlan | None:
+def plan_of_call(
+    config: MergeConfig, context: Context, x: Tensor, ratio: float, block: Tensor | None
+) -> MergePlan | None:
     """The plan of one layer in one forward pass: the one kept for it, or a new one; None where nothing merges.
 
     Args:
         config: of the layer.
         context: of the call; its slots may hold the plan that attn1 left for attn2, or that of cached assignment.
         x: (B, N, C) hidden states to match on, or (B * frames, N, C), one grid each.
+        ratio: fraction of tokens to merge.
         block: () int64, the block's index, for random methods: block b at timestep t draws what the method draws for
             timestep t + b * T. A tensor, because compiled code would be specialised to an integer of each block.
     """
     forward, grid = context.forward, context.grid
-    if int(x.shape[1] * forward.ratio) == 0:
+    if int(x.shape[1] * ratio) == 0:
         return None
     slots = [slot for slot in (context.block, context.slot) if slot is not None]
     kept = next((slot.plan for slot in slots if slot.plan is not None), None)
@@ -58,9 +61,9 @@ def plan_of_call(config: MergeConfig, context: Context, x: Tensor, block: Tensor
     if config.share_plan is not None and not _shares(config, x.shape[0], forward.conditions):
         config = replace(config, share_plan=None)
     if config.share_plan is not None and config.share_order == "interleave":
-        plan = _plan_neighbours(config, x, grid, forward.ratio, timestep)
+        plan = _plan_neighbours(config, x, grid, ratio, timestep)
     else:
-        plan = config.plan(x, grid, forward.ratio, timestep)
+        plan = config.plan(x, grid, ratio, timestep)
     for slot in slots:
         slot.plan = plan
     return plan

@@ -129,9 +129,10 @@ def reads_timesteps(config: CompressionConfig) -> str | None:
     """The argument of a config for which the timestep must be understood, or None."""
     if config.has_window:
         return "start" if config.start > 0.0 else "end"
-    for kind, name in ((MergeConfig, "ratio"), (PoolConfig, "alpha")):
-        if isinstance(config, kind) and isinstance(getattr(config, name), tuple):
-            return name
+    if isinstance(config, MergeConfig) and config.is_scheduled:
+        return "ratio"
+    if isinstance(config, PoolConfig) and isinstance(config.alpha, tuple):
+        return "alpha"
     return "seed" if config.is_random else None
 
 

@@ -65,7 +65,7 @@ class ABMConfig(MergeConfig):
     def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
         return abm_plan(x, grid, ratio, self.stride, reduce=self.reduce, share_plan=self.share_plan)
 
-    def tokens_kept(self, grid: tuple[int, int]) -> int:
+    def tokens_kept(self, grid: tuple[int, int], level: int = 1) -> int:
         tokens, of_a_tile = grid[0] * grid[1], self.stride[0] * self.stride[1] - 1
-        merged = tokens - super().tokens_kept(grid)
+        merged = tokens - super().tokens_kept(grid, level)
         return tokens - (merged - merged % of_a_tile if of_a_tile else 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
@@ -9,9 +10,26 @@ from torch import Tensor
 
 from ..ops.token_merge import MODES
 from ..plan import MergePlan
-from .options import Choice, Count, Flag, Indices, Level, Names, Number, Pair, Scheduled, check_range, kind_of, option
+from .options import (
+    LEVELS,
+    ByLevel,
+    Choice,
+    Count,
+    Flag,
+    Indices,
+    Level,
+    Names,
+    Number,
+    Pair,
+    PerLevel,
+    Scheduled,
+    check_range,
+    kind_of,
+    option,
+)
 
 Schedule = float | tuple[float, float]
+Window = int | tuple[int, int]
 
 DEFAULT_TRAIN_TIMESTEPS = 1000
 
@@ -25,7 +43,8 @@ class CompressionConfig:
 
     Args:
         max_downsample: deepest resolution level of a U-Net to compress: 1 is that of its latents, 2 half of it too,
-            then 4 and 8. Transformers have one level and ignore it.
+            then 4 and 8. Transformers have one level and ignore it. Where a ratio or factor names its levels, those
+            are compressed and this is left out.
         min_tokens: image tokens, of all frames of a video, from which on a layer is compressed. Fewer run as they are:
             the first pass of a picture that is enlarged later can stay whole.
         blocks: indices of the transformer blocks to compress, counted in module order; by default all. The report of
@@ -46,7 +65,7 @@ class CompressionConfig:
 
     method: ClassVar[str] = ""
 
-    max_downsample: int = option(1, Level((1, 2, 4, 8)))
+    max_downsample: int = option(1, Level(LEVELS))
     min_tokens: int = option(1, Count(1))
     blocks: tuple[int, ...] | None = option(None, Indices())
     start: float = option(0.0, Number(0.0, 1.0))
@@ -63,6 +82,25 @@ class CompressionConfig:
                 object.__setattr__(self, declared.name, kind.check(declared.name, value))
         if self.start > self.end:
             raise ValueError(f"start: got {self.start}, expected at most end, {self.end}")
+        if self.levels is not None and self.max_downsample != 1:
+            raise ValueError(
+                f"max_downsample: got {self.max_downsample} with values for the levels {list(self.levels)}, expected "
+                "it left out: those levels are compressed"
+            )
+
+    @property
+    def by_level(self) -> Any:
+        """The option that may have a value for each resolution level: `ratio` or `factor`."""
+        raise NotImplementedError(f"{type(self).__name__}.by_level")
+
+    @property
+    def levels(self) -> tuple[int, ...] | None:
+        """The resolution levels that are compressed, where the config names them one by one."""
+        return tuple(self.by_level) if isinstance(self.by_level, ByLevel) else None
+
+    def compresses(self, level: int) -> bool:
+        """Whether a resolution level is compressed."""
+        return level <= self.max_downsample if self.levels is None else level in self.levels
 
     @property
     def has_window(self) -> bool:
@@ -89,9 +127,11 @@ class MergeConfig(CompressionConfig):
     """What the merge methods share, besides the arguments of `CompressionConfig`.
 
     Args:
-        ratio: fraction of the tokens to remove, at most 1 - 1 / (sy * sx); or (first, last), over the timesteps. It
-            moves linearly from the first denoising step (t = T - 1) to the last (t = 0). A pair needs the timestep on
-            the host (one read per forward pass) and one timestep for the whole batch, because it changes shapes.
+        ratio: fraction of the tokens to remove, at most 1 - 1 / (sy * sx); or (first, last), over the timesteps; or one
+            of these by resolution level, {1: 0.7, 2: 0.5}. A pair moves linearly from the first denoising step
+            (t = T - 1) to the last (t = 0). It needs the timestep on the host (one read per forward pass) and one
+            timestep for the whole batch, because it changes shapes. Levels are those of `max_downsample`; those that
+            are not named are not compressed.
         stride: tile with one destination, (sy, sx) tokens in (rows, columns).
         merge: where: "hidden" merges hidden states before the projections and copies results back behind the output, so
             that all between sees fewer tokens; "attention" merges queries, keys and values after norm and rotation,
@@ -113,7 +153,7 @@ class MergeConfig(CompressionConfig):
             k neighbours.
     """
 
-    ratio: float | tuple[float, float] = option(0.5, Scheduled())
+    ratio: float | tuple[float, float] | Mapping[int, float | tuple[float, float]] = option(0.5, PerLevel(Scheduled()))
     stride: tuple[int, int] = option((2, 2), Pair())
     merge: str = option("auto", Choice(("auto", "hidden", "attention")))
     mode: str = option("mean", Choice(MODES))
@@ -125,9 +165,23 @@ class MergeConfig(CompressionConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         sy, sx = self.stride
-        for value in self.ratio if isinstance(self.ratio, tuple) else (self.ratio,):
-            why = f", one token of every {sy} x {sx} tile stays"
-            check_range("ratio", value, 0.0, 1.0 - 1.0 / (sy * sx), why)
+        for ratio in self.ratio.values() if isinstance(self.ratio, Mapping) else (self.ratio,):
+            for value in ratio if isinstance(ratio, tuple) else (ratio,):
+                why = f", one token of every {sy} x {sx} tile stays"
+                check_range("ratio", value, 0.0, 1.0 - 1.0 / (sy * sx), why)
+
+    @property
+    def by_level(self) -> Schedule | Mapping[int, Schedule]:
+        return self.ratio
+
+    def ratio_at(self, level: int) -> Schedule:
+        """The ratio of a resolution level, 0 of one that is not compressed."""
+        return self.ratio.get(level, 0.0) if isinstance(self.ratio, Mapping) else self.ratio
+
+    @property
+    def is_scheduled(self) -> bool:
+        """Whether a ratio depends on the timestep."""
+        return any(isinstance(self.ratio_at(level), tuple) for level in self.levels or (1,))
 
     def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
         """The plan that the method makes from hidden states.
@@ -146,10 +200,11 @@ class MergeConfig(CompressionConfig):
         """
         raise NotImplementedError(f"{type(self).__name__}.plan")
 
-    def tokens_kept(self, grid: tuple[int, int]) -> int:
-        """How many tokens are left of those of an (H, W) grid; where the ratio is scheduled, at its largest."""
-        tokens = grid[0] * grid[1]
-        return tokens - int(tokens * (max(self.ratio) if isinstance(self.ratio, tuple) else self.ratio))
+    def tokens_kept(self, grid: tuple[int, int], level: int = 1) -> int:
+        """How many tokens are left of those of an (H, W) grid at a resolution level that is compressed; where the ratio
+        is scheduled, at its largest."""
+        tokens, ratio = grid[0] * grid[1], self.ratio_at(level)
+        return tokens - int(tokens * (max(ratio) if isinstance(ratio, tuple) else ratio))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +212,8 @@ class PoolConfig(CompressionConfig):
     """What the methods that pool keys and values share, besides the arguments of `CompressionConfig`.
 
     Args:
-        factor: pooling window, s or (sy, sx) tokens in (rows, columns).
+        factor: pooling window, s or (sy, sx) tokens in (rows, columns); or one by resolution level, {1: 4, 2: 2}.
+            Levels are those of `max_downsample`; those that are not named are not compressed.
         pool: what is pooled in layers that normalise or rotate keys: "keys" and values after that, or "hidden" states
             before. Such layers are those of Flux, Qwen-Image and Stable Diffusion 3.5. "keys" pools as the method is
             defined, and projects all tokens. "hidden" projects s * s times less, and rotates each pooled key by the
@@ -165,7 +221,7 @@ class PoolConfig(CompressionConfig):
             the average. In all other layers, and everywhere for alpha = 1, the two are equal and the cheaper one runs.
     """
 
-    factor: int | tuple[int, int] = option(2, Pair())
+    factor: int | tuple[int, int] | Mapping[int, int | tuple[int, int]] = option(2, PerLevel(Pair()))
     pool: str = option("keys", Choice(("keys", "hidden")))
 
     def __post_init__(self) -> None:
@@ -181,7 +237,15 @@ class PoolConfig(CompressionConfig):
         """Weight of nearest against average pooling, or a pair that moves over the timestep; of the method."""
         raise NotImplementedError(f"{type(self).__name__}.alpha")
 
-    def tokens_kept(self, grid: tuple[int, int]) -> int:
-        """How many keys are left of those of an (H, W) grid."""
-        sy, sx = Pair().check("factor", self.factor)
+    @property
+    def by_level(self) -> Window | Mapping[int, Window]:
+        return self.factor
+
+    def factor_at(self, level: int) -> tuple[int, int]:
+        """The window of a resolution level, (1, 1) of one that is not compressed."""
+        return Pair().check("factor", self.factor.get(level, 1) if isinstance(self.factor, Mapping) else self.factor)
+
+    def tokens_kept(self, grid: tuple[int, int], level: int = 1) -> int:
+        """How many keys are left of those of an (H, W) grid at a resolution level that is compressed."""
+        sy, sx = self.factor_at(level)
         return (grid[0] // sy) * (grid[1] // sx)

@@ -6,16 +6,18 @@ in its docstring. Everything else follows from that: the check, the text that th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ..checks import check_choice, check_count, check_number, check_pair
 from .schedule import check_schedule
 
 T = TypeVar("T")
 _KIND = "bigain_kernels.kind"
+# Downsampling of the resolution levels of a U-Net, from that of its latents on.
+LEVELS = (1, 2, 4, 8)
 
 
 class Kind:
@@ -188,6 +190,59 @@ class Level(Kind):
 
     def read(self, name: str, text: str) -> int:
         return Count().read(name, text)
+
+
+class ByLevel(dict[int, Any]):
+    """A value for each resolution level that is compressed, by its downsampling; it cannot be changed."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("by level: got a change, expected none: make a new config with dataclasses.replace")
+
+    __setitem__ = __delitem__ = __ior__ = update = pop = popitem = clear = setdefault = _refuse  # type: ignore[assignment]
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(frozenset(self.items()))
+
+    def __reduce__(self) -> tuple[type[ByLevel], tuple[dict[int, Any]]]:
+        return ByLevel, (dict(self),)
+
+
+class PerLevel(Kind):
+    """What `kind` takes, or a mapping of it by resolution level, which then are those that are compressed."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind, self.values = kind, f"{kind.values} or LEVEL:VALUE,LEVEL:VALUE,..."
+        self.separator = kind.separator
+
+    def check(self, name: str, value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return self.kind.check(name, value)
+        if not value:
+            raise ValueError(f"{name}: got {{}}, expected a value for at least one of the levels {list(LEVELS)}")
+        for level in value:
+            Level(LEVELS).check(f"{name}, level", level)
+        return ByLevel((int(level), self.kind.check(f"{name}[{level}]", value[level])) for level in sorted(value))
+
+    def read(self, name: str, text: str) -> Any:
+        if ":" not in text:
+            return self.kind.read(name, text)
+        # A comma is also between the two values of a schedule, which have no level of their own.
+        found: list[tuple[int, list[str]]] = []
+        for part in text.split(","):
+            level, colon, rest = part.rpartition(":")
+            if colon:
+                found.append((Count().read(f"{name}, level", level), [rest]))
+            elif found:
+                found[-1][1].append(rest)
+            else:
+                raise ValueError(f"{name}: got {text!r}, expected {self.values}")
+        _check_each_once(f"{name}, levels", [level for level, _ in found], "")
+        return {level: self.kind.read(f"{name}[{level}]", ",".join(parts)) for level, parts in found}
+
+    def show(self, value: Any) -> str:
+        if not isinstance(value, Mapping):
+            return self.kind.show(value)
+        return ",".join(f"{level}:{self.kind.show(each)}" for level, each in value.items())
 
 
 def _check_each_once(name: str, values: Sequence[Any], what: str) -> None:

@@ -7,12 +7,14 @@ program. `test_models_page.py` holds the page to the registry and to the tests t
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 from bigain_kernels.diffusers.families import REFUSED, registered
+from bigain_kernels.diffusers.families.recommended import Recommendation
 
 from .family_models import CASES, WRITTEN_OUT
 
@@ -20,6 +22,10 @@ HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "models.md"
 MARK = "<!-- written by `python -m tests.diffusers.matrix` -->"
 NAMES = {case.model: name for name, case in (*CASES.items(), *WRITTEN_OUT.items())} | {"UNet2DConditionModel": "unet"}
+RECOMMENDED = """## What to begin with
+
+`recommended_config(model)` gives these. They are starting points, not results: the last column says what stands behind
+them in this repository."""
 MODELS = {
     "unet": "Stable Diffusion 1.5, 2.x, SDXL",
     "dit": "DiT",
@@ -135,6 +141,26 @@ def table(passed: set[str]) -> str:
     return "\n".join(lines) + f"\n\nRefused by name, with the reason:\n\n{refused}"
 
 
+def recommended_table() -> str:
+    """What is recommended for each family, as the families say it."""
+    lines = ["| families | config | why | measured here |", "| --- | --- | --- | --- |"]
+    names: dict[Recommendation | None, list[str]] = {}
+    for family in registered():
+        names.setdefault(family.recommended, []).append(f"`{NAMES[family.model.__name__]}`")
+    for recommended, families in names.items():
+        assert recommended is not None
+        default = type(recommended.config)()
+        values = {field.name: getattr(recommended.config, field.name) for field in fields(recommended.config)}
+        shown = ("ratio", "factor", "alpha")
+        changed = ", ".join(
+            f"{name}={value}" for name, value in values.items() if name in shown or value != getattr(default, name)
+        )
+        config = f"`{type(recommended.config).__name__}({changed})`"
+        measured = recommended.measured or "not measured"
+        lines.append(f"| {', '.join(families)} | {config} | {recommended.reason} | {measured} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     outcomes = Outcomes()
     files = ("families", "joint", "behaviour", "goldens", "compile", "proportional", "mlp")
@@ -142,7 +168,7 @@ def main() -> None:
     if outcomes.failed:
         raise SystemExit(f"{len(outcomes.failed)} tests failed")
     before, _, _ = PAGE.read_text().partition(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{table(outcomes.passed)}")
+    PAGE.write_text(f"{before}{MARK}\n\n{table(outcomes.passed)}\n{RECOMMENDED}\n\n{recommended_table()}")
 
 
 if __name__ == "__main__":

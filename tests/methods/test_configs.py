@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
+import pickle
 
 import numpy as np
 import pytest
@@ -35,6 +38,15 @@ WRONG = [
     (LGTMConfig, {"ratio": (0.1, 0.8)}, ValueError, "ratio: got 0.8"),
     (LGTMConfig, {"ratio": "half"}, TypeError, "ratio: got 'half', expected a number"),
     (LGTMConfig, {"ratio": True}, TypeError, "ratio: got True"),
+    (LGTMConfig, {"ratio": {1: 0.5, 2: 0.9}}, ValueError, "ratio: got 0.9, expected 0 <= ratio <= 0.75"),
+    (LGTMConfig, {"ratio": {1: 0.5, 2: (0.1, 0.8)}}, ValueError, "ratio: got 0.8"),
+    (LGTMConfig, {"ratio": {3: 0.5}}, ValueError, "ratio, level: got 3, expected one of"),
+    (LGTMConfig, {"ratio": {"1": 0.5}}, TypeError, "ratio, level: got '1'"),
+    (LGTMConfig, {"ratio": {1: "half"}}, TypeError, r"ratio\[1\]: got 'half'"),
+    (LGTMConfig, {"ratio": {}}, ValueError, r"ratio: got \{\}, expected a value for at least one"),
+    (LGTMConfig, {"ratio": {1: 0.5}, "max_downsample": 2}, ValueError, "max_downsample: got 2 with values for the lev"),
+    (IEKVDConfig, {"factor": {1: 0}}, ValueError, r"factor\[1\]: got \(0, 0\)"),
+    (IEKVDConfig, {"factor": {2: 2}, "max_downsample": 4}, ValueError, "max_downsample: got 4"),
     (LGTMConfig, {"stride": (2, 0)}, ValueError, r"stride: got \(2, 0\)"),
     (LGTMConfig, {"stride": (2, 2, 2)}, TypeError, "stride: got"),
     (LGTMConfig, {"mode": "sum"}, ValueError, "mode: got 'sum', expected one of"),
@@ -114,3 +126,47 @@ def test_numbers_become_pairs():
 @pytest.mark.parametrize("cls", ALL)
 def test_configs_are_offered_beside_the_models(cls):
     assert getattr(diffusers, cls.__name__) is cls
+
+
+def test_values_by_level_are_kept_in_order_and_do_not_change():
+    config, same = LGTMConfig(ratio={2: (0.5, 0), 1: 0.7}), LGTMConfig(ratio={1: 0.7, 2: [0.5, 0.0]})
+    assert list(config.ratio.items()) == [(1, 0.7), (2, (0.5, 0.0))]
+    assert config == same
+    assert hash(config) == hash(same)
+    assert config.levels == (1, 2)
+    assert config.is_scheduled
+    assert (config.tokens_kept((10, 10), 1), config.tokens_kept((10, 10), 2), config.tokens_kept((10, 10), 4)) == (
+        30,
+        50,
+        100,
+    )
+    for copied in (pickle.loads(pickle.dumps(config)), copy.deepcopy(config)):
+        assert copied == config
+        assert type(copied.ratio) is type(config.ratio)
+    for change in (lambda each: each.update({1: 0.0}), lambda each: each.pop(1), lambda each: each.__setitem__(4, 0.1)):
+        with pytest.raises(TypeError, match="by level: got a change"):
+            change(config.ratio)
+    pooled = IEKVDConfig(factor={1: 4, 4: (1, 2)})
+    assert json.loads(json.dumps(pooled.settings()))["factor"] == {"1": [4, 4], "4": [1, 2]}
+    assert (pooled.compresses(1), pooled.compresses(2), pooled.compresses(4)) == (True, False, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "text", "value"),
+    [
+        ("lgtm", "ratio", "1:0.7,2:0.5", {1: 0.7, 2: 0.5}),
+        ("lgtm", "ratio", "2:0.5,0.1,1:0.7", {1: 0.7, 2: (0.5, 0.1)}),
+        ("iekvd", "factor", "1:4x2,2:2", {1: (4, 2), 2: (2, 2)}),
+    ],
+)
+def test_values_by_level_are_read_and_shown(method, option, text, value):
+    config = methods.registry.make_config(method, methods.registry.read_options(method, {option: text}))
+    assert getattr(config, option) == value
+    kind = methods.registry.options_of(method)[option]
+    assert kind.check(option, kind.read(option, kind.show(getattr(config, option)))) == value
+
+
+@pytest.mark.parametrize("text", ["0.5,1:0.7", "1:0.7,1:0.5", "one:0.5", "1:half", "1:", "1:0.5,0.4,0.3"])
+def test_text_by_level_that_cannot_be_read_is_named(text):
+    with pytest.raises(ValueError, match=r"^ratio.*: got"):
+        methods.registry.read_options("lgtm", {"ratio": text})

@@ -10,12 +10,14 @@ from ..context import Grid
 from ..hooks import Signature
 from .family import Place
 from .rebound import ReboundFamily
+from .recommended import POOL_VIDEO
 
 
 class Allegro(ReboundFamily):
     """AllegroTransformer3DModel."""
 
     model = AllegroTransformer3DModel
+    recommended = POOL_VIDEO
     mlp = "ff"
     signature = Signature(("hidden_states", "encoder_hidden_states", "timestep"))
 

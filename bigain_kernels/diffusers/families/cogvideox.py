@@ -10,12 +10,14 @@ from ..context import Grid
 from ..hooks import Signature
 from .family import Place
 from .rebound import ReboundFamily
+from .recommended import POOL_VIDEO
 
 
 class CogVideoX(ReboundFamily):
     """CogVideoXTransformer3DModel, of (B, frames, C, H, W)."""
 
     model = CogVideoXTransformer3DModel
+    recommended = POOL_VIDEO
     signature = Signature(("hidden_states", "encoder_hidden_states", "timestep"))
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:

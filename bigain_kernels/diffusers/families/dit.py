@@ -10,12 +10,14 @@ from ..context import Grid
 from ..hooks import Signature
 from .family import Layer, Place
 from .plain import PlainFamily
+from .recommended import MERGE_DIT
 
 
 class DiT(PlainFamily):
     """DiTTransformer2DModel, class-conditional. Tokens are matched on the input of the attention."""
 
     model = DiTTransformer2DModel
+    recommended = MERGE_DIT
     signature = Signature(
         ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs"), "cross_attention_kwargs"
     )

@@ -15,6 +15,7 @@ from ..attention import CompressedAttention
 from ..context import Grid
 from ..hooks import Signature, enter_block, skip_attention
 from ..schedulers import TimestepRange
+from .recommended import Recommendation
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,7 @@ class Family(ABC):
             `current.py` tells them.
         needs_source: tokens are matched on the residual stream, which `hooks` hands over.
         block: what is read of the arguments of a block's forward method, where `needs_source` or `mlp` is.
+        recommended: what to begin with, or None.
         mlp: name in a block of the MLP of the image's tokens, which stand first among its own; None where there is no
             such one.
         merges: where it can merge tokens, the best first; see `MergeConfig.merge`.
@@ -86,6 +88,7 @@ class Family(ABC):
     needs_source: ClassVar[bool] = False
     block: ClassVar[Signature] = Signature(("hidden_states",))
     mlp: ClassVar[str | None] = None
+    recommended: ClassVar[Recommendation | None] = None
     merges: ClassVar[tuple[str, ...]] = ("hidden", "attention")
     pools: ClassVar[tuple[str, ...]] = ("keys", "hidden")
 
@@ -123,6 +126,10 @@ class Family(ABC):
         Raises:
             ValueError: the tokens do not form one grid.
         """
+
+    def recommend(self, model: Any) -> CompressionConfig | None:
+        """What to begin with for a model, or None."""
+        return None if self.recommended is None else self.recommended.config
 
     def told(self, config: CompressionConfig) -> TimestepRange | None:
         """The timesteps that every pipeline tells this model; None where that depends on its scheduler."""

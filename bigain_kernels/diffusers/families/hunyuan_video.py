@@ -12,12 +12,14 @@ from ..hooks import Signature
 from ..schedulers import TimestepRange, sigma_steps
 from .family import Place
 from .rebound import ReboundFamily
+from .recommended import POOL_VIDEO
 
 
 class HunyuanVideo(ReboundFamily):
     """HunyuanVideoTransformer3DModel."""
 
     model = HunyuanVideoTransformer3DModel
+    recommended = POOL_VIDEO
     mlp = "ff"
     signature = Signature(("hidden_states", "timestep"))
     layer_names = r"(single_)?transformer_blocks\.\d+\.attn"

@@ -6,6 +6,7 @@ from typing import Any
 
 from ..hooks import Signature
 from .family import Family, Layer
+from .recommended import POOL
 
 
 class JointFamily(Family):
@@ -16,6 +17,7 @@ class JointFamily(Family):
         "joint_attention_kwargs",
     )
     mlp = "ff"
+    recommended = POOL
 
     def layers(self, model: Any) -> list[Layer]:
         blocks = [(f"transformer_blocks.{i}", block) for i, block in enumerate(model.transformer_blocks)]

@@ -10,12 +10,14 @@ from ..context import Grid
 from ..hooks import Signature
 from .family import Place
 from .rebound import ReboundFamily
+from .recommended import POOL_VIDEO
 
 
 class Latte(ReboundFamily):
     """LatteTransformer3DModel: its spatial blocks, in which every frame is a row of the batch."""
 
     model = LatteTransformer3DModel
+    recommended = POOL_VIDEO
     mlp = "ff"
     signature = Signature(("hidden_states", "timestep"))
 

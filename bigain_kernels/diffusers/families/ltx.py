@@ -12,12 +12,14 @@ from ..hooks import Signature
 from ..schedulers import TimestepRange, sigma_steps
 from .family import Place
 from .rebound import ReboundFamily
+from .recommended import POOL_VIDEO
 
 
 class LTX(ReboundFamily):
     """LTXVideoTransformer3DModel."""
 
     model = LTXVideoTransformer3DModel
+    recommended = POOL_VIDEO
     mlp = "ff"
     signature = Signature(
         (

@@ -10,12 +10,14 @@ from ..context import Grid
 from ..hooks import Signature
 from .family import Place
 from .ltx import LTX
+from .recommended import POOL_VIDEO
 
 
 class LTX2(LTX):
     """LTX2VideoTransformer3DModel."""
 
     model = LTX2VideoTransformer3DModel
+    recommended = POOL_VIDEO
     mlp = "ff"
     signature = Signature(
         (

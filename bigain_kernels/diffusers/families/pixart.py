@@ -10,12 +10,14 @@ from ..context import Grid
 from ..hooks import Signature
 from .dit import DiT
 from .family import Place
+from .recommended import MERGE_PIXART
 
 
 class PixArt(DiT):
     """PixArtTransformer2DModel. Tokens are matched on the input of the attention, as in DiT."""
 
     model = PixArtTransformer2DModel
+    recommended = MERGE_PIXART
     signature = Signature(
         ("hidden_states", "encoder_hidden_states", "timestep", "added_cond_kwargs", "cross_attention_kwargs"),
         "cross_attention_kwargs",

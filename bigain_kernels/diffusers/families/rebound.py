@@ -12,6 +12,7 @@ from torch import nn
 from ..attention import CompressedAttention
 from ..rebinding import can_rebind, rebound
 from .family import Family, Layer
+from .recommended import POOL
 
 
 class ReboundFamily(Family):
@@ -26,6 +27,7 @@ class ReboundFamily(Family):
     merges = ("attention",)
     pools = ("keys",)
     passes_on = False
+    recommended = POOL
 
     def layers(self, model: Any) -> list[Layer]:
         found = [(name, module) for name, module in model.named_modules() if re.fullmatch(self.layer_names, name)]

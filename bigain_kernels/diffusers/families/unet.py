@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import nn
 
+from ...methods import CompressionConfig
 from ..context import Forward, Grid, at_grid
 from ..hooks import KEY, Call, Signature, argument, carried, with_context
 from .family import Layer
 from .plain import PlainFamily
+from .recommended import MERGE_UNET
 
 _TRANSFORMER = Signature(
     (
@@ -75,6 +78,7 @@ class UNet(PlainFamily):
     )
     sample = "sample"
     needs_source = True
+    recommended = MERGE_UNET
 
     def layers(self, model: Any) -> list[Layer]:
         layers: list[Layer] = []
@@ -91,6 +95,10 @@ class UNet(PlainFamily):
                         layers.append(Layer(path, kind, index, attn, block, level, transformer))
                 index += 1
         return layers
+
+    def recommend(self, model: Any) -> CompressionConfig:
+        first = min((layer.level for layer in self.layers(model)), default=1)
+        return replace(self.recommended.config, max_downsample=first)
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> None:
         return None

@@ -12,12 +12,14 @@ from ..hooks import Signature
 from ..schedulers import TimestepRange, sigma_steps
 from .family import Place
 from .rebound import ReboundFamily
+from .recommended import POOL_VIDEO
 
 
 class Wan(ReboundFamily):
     """WanTransformer3DModel, text to video and image to video."""
 
     model = WanTransformer3DModel
+    recommended = POOL_VIDEO
     signature = Signature(("hidden_states", "timestep"))
     layer_names = r"blocks\.\d+\.attn1"
     mlp = "ffn"
