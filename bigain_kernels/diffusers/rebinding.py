@@ -3,7 +3,8 @@
 Between projections, norms and rotations, which every family has its own of, and the output, all processors of diffusers
 call one of two functions: `dispatch_attention_fn` or PyTorch's attention. A rebound processor is a subclass whose call
 is the code of the parent, in a namespace where these two names are ours; for a call that is compressed they attend by
-the step in progress, and nothing of what the family does before and after is repeated here.
+the step in progress, and nothing of what the family does before and after is repeated here. Where hidden states are
+merged, the parent is called with fewer of them, and with the rotations of those that are left.
 """
 
 from __future__ import annotations
@@ -19,14 +20,17 @@ from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from .attention import CompressedAttention, active_backend
 from .context import Context
 from .current import current
-from .steps import States, Step
+from .steps import MergeStep, Rotation, States, Step, turn_pairs
 
 _NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
+# The argument by which a processor is told the rotation of its tokens.
+_ROTATIONS = ("rotary_emb", "image_rotary_emb")
 
 
 # Holds `step` and `stop`, where the image's tokens end, while a processor runs; see `current.py`.
@@ -97,6 +101,21 @@ def _sdpa(
     return step.attend(_Attending(attend, native), query, key, value, mask).transpose(1, 2)
 
 
+def _rotate(x: Tensor, tables: Rotation, *args: Any, **kwargs: Any) -> Tensor:
+    """In the place of `diffusers.models.embeddings.apply_rotary_emb`, which takes no tables that differ by row."""
+    if isinstance(tables, tuple) and tables[0].dim() == 3:
+        return turn_pairs(x, *tables)
+    return apply_rotary_emb(x, tables, *args, **kwargs)
+
+
+def _at_anchors(rotation: tuple[Tensor, Tensor], step: MergeStep, rows: int) -> tuple[Tensor, ...]:
+    """Tables (T, d), or (1, T, 1, d) as Wan has them, of the tokens that are left, in the same form."""
+    if rotation[0].dim() == 2:
+        return step.turned(rotation, rows)  # type: ignore[return-value]
+    left = step.turned((rotation[0][0, :, 0], rotation[1][0, :, 0]), rows)
+    return tuple(table[None, :, None] if table.dim() == 2 else table[:, :, None] for table in left)
+
+
 def _module(name: str, contents: dict[str, Any]) -> types.ModuleType:
     """A module of ours under a name of its own: torch.compile finds globals again by the name of their module."""
     module = types.ModuleType(name)
@@ -163,6 +182,8 @@ def rebound(parent: Any) -> type[ReboundProcessor]:
     ours = {"__builtins__": builtins.__dict__, "__name__": name, "F": _functional, "dispatch_attention_fn": _dispatch}
     namespace = _module(name, {**call.__globals__, **ours}).__dict__
     namespace.update({name: _in_namespace(helper, namespace) for name, helper in _helpers(call).items()})
+    if namespace.get("apply_rotary_emb") is apply_rotary_emb:
+        namespace["apply_rotary_emb"] = _rotate
     inner = _in_namespace(call, namespace)
     signature = inspect.signature(call)
     names = tuple(signature.parameters)[2:]
@@ -172,6 +193,14 @@ def rebound(parent: Any) -> type[ReboundProcessor]:
             return None
         position = names.index(name)
         return args[position] if position < len(args) else kwargs.get(name)
+
+    def put(
+        args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        position = names.index(name)
+        if position < len(args):
+            return (*args[:position], value, *args[position + 1 :]), kwargs
+        return args, {**kwargs, name: value}
 
     def __call__(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         context: Context | None = current()
@@ -184,11 +213,23 @@ def rebound(parent: Any) -> type[ReboundProcessor]:
         step = self.step(attn, context, x, apart)
         if step is None or context is None:
             return call(self, attn, *args, **kwargs)
-        _in_progress.step, _in_progress.stop = step, context.image_tokens[1]
+        stop = context.image_tokens[1]
+        if isinstance(step, MergeStep):
+            few = step.enter(x)
+            stop -= x.shape[1] - few.shape[1]
+            for name in _ROTATIONS:
+                rotation = given(args, kwargs, name)
+                if rotation is not None:
+                    args, kwargs = put(args, kwargs, name, _at_anchors(rotation, step, x.shape[0]))
+            args, kwargs = put(args, kwargs, "hidden_states", few)
+        _in_progress.step, _in_progress.stop = step, stop
         try:
-            return inner(self, attn, *args, **kwargs)
+            result = inner(self, attn, *args, **kwargs)
         finally:
             _in_progress.step = None
+        if not isinstance(step, MergeStep):
+            return result
+        return (step.leave(result[0]), *result[1:]) if isinstance(result, tuple) else step.leave(result)
 
     # diffusers asks for the names of the arguments and leaves out those that are not there.
     __call__.__signature__ = signature  # type: ignore[attr-defined]

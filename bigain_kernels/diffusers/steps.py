@@ -259,6 +259,13 @@ def attend_by_op(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs
     return kv_downsample_attention(query, key, value, *args, **kwargs).transpose(1, 2)
 
 
+def turn_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Queries or keys (B, tokens, heads, d), each pair of neighbouring channels turned by a table (B, tokens, d)."""
+    real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    across = torch.stack([-imaginary, real], dim=-1).flatten(-2)
+    return (x.float() * cos[:, :, None] + across * sin[:, :, None]).to(x.dtype)
+
+
 def add_masks(weights: Tensor, mask: Tensor) -> Tensor:
     """Additive weights and a mask, additive or boolean (True is seen), as one additive mask."""
     if mask.dtype == torch.bool:

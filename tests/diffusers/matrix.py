@@ -102,6 +102,9 @@ def row(name: str) -> dict[str, Shown | str]:
             "one graph": Shown("test_whole_joint_models_compile", ("",)),
             "16 bits": Shown("test_half_precision", (tiny,)),
         }
+    if name in ("wan", "flux2"):
+        written_out = "test_merged_hidden_states_of_rebound_families_equal_attention_written_out"
+        cells |= {"merge hidden": Shown(written_out, (name,))}
     if name in ("hidream", "lumina2"):
         cells |= {"one graph": "reads numbers on the host, unpatched too"}
     return cells
@@ -163,7 +166,7 @@ def recommended_table() -> str:
 
 def main() -> None:
     outcomes = Outcomes()
-    files = ("families", "joint", "behaviour", "goldens", "compile", "proportional", "mlp")
+    files = ("families", "joint", "behaviour", "goldens", "compile", "proportional", "mlp", "rebound_hidden")
     pytest.main(["-q", "-p", "no:cacheprovider", *(str(HERE / f"test_{name}.py") for name in files)], [outcomes])
     if outcomes.failed:
         raise SystemExit(f"{len(outcomes.failed)} tests failed")

@@ -403,7 +403,7 @@ def test_a_failed_pass_says_nothing_of_layers_that_were_not_reached(name, caplog
 
 
 def test_what_a_family_does_not_offer_is_refused_by_name():
-    model = build("wan")
+    model = build("ltx")
     for config, message in (
         (LGTMConfig(merge="hidden"), r"merge='hidden', this model offers 'attention'"),
         (IEKVDConfig(pool="hidden"), r"pool='hidden', this model offers 'keys'"),

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from bigain_kernels.diffusers.families import REFUSED, registered
 
-from . import matrix, test_behaviour, test_compile, test_families, test_goldens, test_joint, test_mlp
+from . import (
+    matrix,
+    test_behaviour,
+    test_compile,
+    test_families,
+    test_goldens,
+    test_joint,
+    test_mlp,
+    test_rebound_hidden,
+)
 
 
 def test_the_page_has_every_family_and_every_refusal():
@@ -26,7 +35,7 @@ def test_what_is_recommended_is_on_the_page():
 
 
 def test_its_cells_are_shown_by_tests_that_there_are():
-    modules = (test_behaviour, test_compile, test_families, test_goldens, test_joint, test_mlp)
+    modules = (test_behaviour, test_compile, test_families, test_goldens, test_joint, test_mlp, test_rebound_hidden)
     for family in registered():
         for cell in matrix.row(matrix.NAMES[family.model.__name__]).values():
             assert isinstance(cell, str) or any(hasattr(module, cell.test) for module in modules), cell

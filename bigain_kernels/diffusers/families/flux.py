@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
@@ -15,7 +14,7 @@ from ..attention import Dispatching, refuse_mask
 from ..context import Context, Grid
 from ..hooks import GRID_KEY, Signature
 from ..schedulers import SIGMA, TimestepRange
-from ..steps import Rotation, States
+from ..steps import Rotation, States, turn_pairs
 from .family import Layer, Place
 from .joint import JointFamily
 
@@ -60,9 +59,7 @@ class CompressedFluxAttnProcessor(Dispatching, FluxAttnProcessor):
         cos, sin = rotation
         if cos.dim() == 2:
             return apply_rotary_emb(x, (cos, sin), sequence_dim=1)
-        real, imaginary = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        across = torch.stack([-imaginary, real], dim=-1).flatten(-2)
-        return (x.float() * cos[:, :, None] + across * sin[:, :, None]).to(x.dtype)
+        return turn_pairs(x, cos, sin)
 
 
 class Flux(JointFamily):

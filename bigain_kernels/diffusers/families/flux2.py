@@ -20,6 +20,7 @@ class Flux2(ReboundFamily):
 
     model = Flux2Transformer2DModel
     mlp = "ff"
+    merges = ("hidden", "attention")
     signature = Signature(
         (
             "hidden_states",

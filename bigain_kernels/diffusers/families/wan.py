@@ -23,6 +23,7 @@ class Wan(ReboundFamily):
     signature = Signature(("hidden_states", "timestep"))
     layer_names = r"blocks\.\d+\.attn1"
     mlp = "ffn"
+    merges = ("hidden", "attention")
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
         frames, height, width = call["hidden_states"].shape[-3:]
