@@ -19,6 +19,7 @@ from .patch import Patch, PatchedLayer, move_backend, refuse_context_parallel
 from .projections import path_of
 from .report import CompressionReport, Decision
 from .schedulers import Pipeline, TimestepRange, numbered
+from .whole import enter_whole_block, leave_whole_block
 
 
 def find_model(model_or_pipe: Any) -> tuple[Any, Family]:
@@ -84,7 +85,9 @@ def decide(family: Family, config: CompressionConfig, layer: Layer, processor: A
         asked = f"max_downsample={config.max_downsample}" if config.levels is None else f"levels={list(config.levels)}"
         return False, f"{_resolution(layer)}, {asked}"
     if layer.kind == "ff":
-        reason = None if layer.attn is not None else "its MLP and its attention are one"
+        reason = None if layer.attn is not None else family.no_mlp
+        if layer.is_whole and ("attn1" not in config.modules or _merge(family, config) != "hidden"):
+            reason = f"{family.no_mlp}: they merge with 'attn1' among the modules and merge='hidden'"
     else:
         reason = _unable(family, config) or family.refuses(config, layer)
         if reason is None and not family.stands_in(type(processor)):
@@ -109,7 +112,7 @@ def _previous_processor(attn: Any, patch: Patch | None) -> Any:
 def _path(family: Family, layer: Layer, config: CompressionConfig, processor: Any) -> str:
     """`Decision.path` of a layer that is compressed in the place of `processor`."""
     if layer.kind == "ff":
-        return "merge tokens"
+        return "merge the tokens of the whole block" if layer.is_whole else "merge tokens"
     if isinstance(config, MergeConfig):
         what = "tokens" if _merge(family, config) == "hidden" else "queries, keys and values"
         return f"merge {what}" + (", weigh keys by size" if config.proportional else "")
@@ -221,8 +224,13 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     remove_token_compression(model)
 
     merges = isinstance(config, MergeConfig)
+    wholes = {}
     for layer in compressed:
-        layer.attn._bigain = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source, layer.level)
+        told_layer = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source, layer.level)
+        if layer.is_whole:
+            wholes[layer.attn] = told_layer
+        else:
+            layer.attn._bigain = told_layer
         if resolved.is_random:
             device = next(layer.attn.parameters()).device
             # Offloading may have left nothing but a meta tensor there.
@@ -233,11 +241,13 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(model, enter_model)]
     hooks += family.hooks(model, compressed, merges)
     patch.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-    mlps = [layer for layer in compressed if layer.kind == "ff"]
-    with_mlp = {id(layer.block) for layer in mlps}
-    for block in (module for module, hook in hooks if hook is enter_block):
-        block._bigain = BlockPatch(family.block, family.needs_source, id(block) in with_mlp)
+    mlps = [layer for layer in compressed if layer.kind == "ff" and not layer.is_whole]
+    with_mlp = {layer.block for layer in mlps}
+    for block in (module for module, hook in hooks if hook in (enter_block, enter_whole_block)):
+        block._bigain = BlockPatch(family.block, family.needs_source, block in with_mlp, wholes.get(block))
         patch.told_modules.append(block)
+    for block in wholes:
+        patch.handles.append(block.register_forward_hook(leave_whole_block, always_call=True))
     for layer in mlps:
         patch.told_modules.append(layer.attn)
         patch.handles.append(layer.attn.register_forward_pre_hook(enter_mlp))

@@ -51,7 +51,7 @@ class LayerPatch:
     level: int
 
 
-def _is_perturbed(attn: Any) -> bool:
+def is_perturbed(attn: Any) -> bool:
     """Whether a guider of diffusers puts values in the place of attention for this call.
 
     It does so where PyTorch's attention is called with as many keys as queries, so the layer must run as it is.
@@ -153,8 +153,10 @@ class CompressedAttention:
         """
         layer, context = _enter(attn, context)
         config, forward = layer.config, context.forward
-        if not forward.active or _is_perturbed(attn):
+        if not forward.active or is_perturbed(attn):
             return None
+        if context.merged is not None:
+            return context.merged
         start, stop = context.image_tokens
         if stop - start < config.min_tokens:
             return None

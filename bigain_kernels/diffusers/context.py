@@ -7,7 +7,7 @@ unlike attributes, become dynamic and cost no graph per resolution. `hooks.py` h
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from ..methods import CompressionConfig, MergeConfig, PoolConfig
 from ..methods.schedule import between
 from ..plan import MergePlan
 from .schedulers import numbered
+
+if TYPE_CHECKING:
+    from .steps import MergedStep
 
 Grid = tuple[int, int]
 
@@ -84,7 +87,8 @@ class Context(NamedTuple):
         slot: of cached assignment at this resolution, or None.
         source: (B, N, C) residual stream of the block to match tokens on, or None where tokens are matched on the
             input of the attention itself.
-        block: where the first attention of a block leaves its plan for the second, or None.
+        block: where the first layer of a block leaves its plan for the others, or None.
+        merged: what attention does in a block whose tokens are merged already, or None.
     """
 
     forward: Forward
@@ -94,6 +98,7 @@ class Context(NamedTuple):
     slot: PlanSlot | None = None
     source: Tensor | None = None
     block: PlanSlot | None = None
+    merged: MergedStep | None = None
 
 
 def at_grid(forward: Forward, grid: Grid, start: int = 0, frames: int = 1) -> Context:

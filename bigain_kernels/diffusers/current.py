@@ -37,12 +37,14 @@ class InBlock(NamedTuple):
         told: the context of its layers.
         outer: the block that this one interrupts, or None.
         step: around the MLP while that runs, or None.
+        held: of a block that is merged as a whole: what came, what it was merged to, and how.
     """
 
     owner: object
     told: Told
     outer: InBlock | None
     step: MergeStep | None = None
+    held: tuple[Tensor, Tensor, MergeStep] | None = None
 
 
 class Running(NamedTuple):
@@ -99,16 +101,18 @@ def in_block() -> InBlock | None:
     return getattr(_current, "block", None)
 
 
-def begin_block(owner: object, context: Context) -> None:
+def begin_block(owner: object, context: Context, held: tuple[Tensor, Tensor, MergeStep] | None = None) -> None:
     """Make `context` that of the thread until `owner` ends its block."""
-    _current.block = InBlock(owner, _pack(context), in_block())
+    _current.block = InBlock(owner, _pack(context), in_block(), None, held)
 
 
-def end_block(owner: object) -> None:
-    """Go back to what was before the block of `owner`, if it began."""
+def end_block(owner: object) -> tuple[Tensor, Tensor, MergeStep] | None:
+    """Go back to what was before the block of `owner`, if it began, and give back what was held for it."""
     block = in_block()
-    if block is not None and block.owner is owner:
-        _current.block = block.outer
+    if block is None or block.owner is not owner:
+        return None
+    _current.block = block.outer
+    return block.held
 
 
 def set_step(step: MergeStep | None) -> None:

@@ -18,6 +18,7 @@ from .context import Context, Forward, PlanSlot, at_grid
 from .current import begin, begin_block, current, end, end_block
 
 if TYPE_CHECKING:
+    from .attention import LayerPatch
     from .families.family import Place
 
 KEY = "bigain"
@@ -65,11 +66,16 @@ def with_context(
     given.pop(GRID_KEY, None)
     if context is not None:
         given[KEY] = context
-    position = signature.names.index(signature.carrier)
     # None, not {}: what diffusers passes by itself, so layers that were compiled without us keep their graphs.
+    return with_argument(signature, args, kwargs, signature.carrier, given or None)
+
+
+def with_argument(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any) -> Call:
+    """The call with another value for the argument `name`."""
+    position = signature.names.index(name)
     if position < len(args):
-        return (*args[:position], given or None, *args[position + 1 :]), kwargs
-    return args, {**kwargs, signature.carrier: given or None}
+        return (*args[:position], value, *args[position + 1 :]), kwargs
+    return args, {**kwargs, name: value}
 
 
 def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -114,11 +120,13 @@ class BlockPatch:
         signature: of its forward method.
         needs_source: tokens are matched on its `hidden_states`.
         has_mlp: its MLP is compressed.
+        whole: it is merged as a whole, and how.
     """
 
     signature: Signature
     needs_source: bool
     has_mlp: bool
+    whole: LayerPatch | None = None
 
 
 def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffusers.hooks.group_offloading import (
+    GroupOffloadingHook,
+    LayerExecutionTrackerHook,
+    LazyPrefetchGroupOffloadingHook,
+)
 from diffusers.hooks.layer_skip import FeedForwardSkipHook
+from diffusers.hooks.layerwise_casting import LayerwiseCastingHook, PeftInputAutocastDisableHook
 from torch import Tensor
 
 from ..methods import MergeConfig
@@ -16,6 +22,26 @@ from .context import Context
 from .current import current, in_block, set_step
 from .planning import plan_of_call
 from .steps import MergeStep, fold
+
+# Those that change nothing of what a module computes.
+_PLACING = (
+    GroupOffloadingHook,
+    LayerExecutionTrackerHook,
+    LayerwiseCastingHook,
+    LazyPrefetchGroupOffloadingHook,
+    PeftInputAutocastDisableHook,
+)
+
+
+def refuse_hooks(module: Any) -> None:
+    """ValueError on a hook of diffusers that would see merged tokens, such as that of a cache over steps."""
+    registry = getattr(module, "_diffusers_hook", None)
+    for hook in () if registry is None else registry.hooks.values():
+        if not isinstance(hook, _PLACING):
+            raise ValueError(
+                f"modules: got 'ff' and {type(hook).__name__} on {type(module).__name__}, expected attentions alone: "
+                "it would see merged tokens, which are others at every step"
+            )
 
 
 def _is_skipped(mlp: Any) -> bool:
@@ -28,6 +54,7 @@ def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
     """What merges the (B, tokens, C) input of an MLP, the image's tokens first; None where nothing merges."""
     if _is_skipped(mlp):
         return None
+    refuse_hooks(mlp)
     layer, forward = mlp._bigain, context.forward
     config = layer.config
     assert isinstance(config, MergeConfig)

@@ -169,6 +169,24 @@ class MergeStep(Merging):
     def leave(self, x: Tensor) -> Tensor:
         return self._unmerge(x, self.inside[0])
 
+    def restore(self, x: Tensor, few: Tensor, output: Tensor) -> Tensor:
+        """What a block makes of x (B, tokens, C) that was merged to `few` in front of it: what it added, for all."""
+        start, stop = self.inside
+        slots = few.shape[1] - (x.shape[1] - stop + start)
+        change = output[:, start : start + slots] - few[:, start : start + slots]
+        image = token_unmerge(fold(change, self.frames), self.plan, fold(x[:, start:stop], self.frames))
+        return torch.cat([output[:, :start], unfold(image, self.frames), output[:, start + slots :]], dim=1)
+
+
+class MergedStep(MergeStep):
+    """In a block whose tokens were merged in front of it: attention turns and weighs them, and no more."""
+
+    def enter(self, x: Tensor) -> Tensor:
+        return x
+
+    def leave(self, x: Tensor) -> Tensor:
+        return x
+
 
 class MergeInsideStep(Merging):
     """Queries, keys and values of the image are merged after norm and rotation, and the results copied back at once.

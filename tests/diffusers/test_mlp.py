@@ -63,7 +63,7 @@ def expected(name, config, grid, inputs):
     family, frames = family_of(model), 1 if case.batched_frames else grid[0]
     wrapped = []
     for layer in family.mlps(family.layers(model)):
-        if layer.attn is not None:
+        if layer.attn is not None and not layer.is_whole:
             wrapped.append(Around(layer.attn, config, frames, grid[1:]))
             setattr(layer.block, family.mlp, wrapped[-1])
     wanted = outputs(model, inputs)
@@ -159,7 +159,10 @@ def test_an_mlp_costs_what_its_merged_tokens_do(name):
     saved = 0
     for row in report.patched:
         if row.kind == "ff":
-            layers = [each for each in model.get_submodule(row.name).modules() if isinstance(each, nn.Linear)]
+            module = model.get_submodule(row.name)
+            layers = [each for each in module.modules() if isinstance(each, nn.Linear)]
+            if hasattr(module, "proj_mlp"):  # a whole block, whose attention is merged in both
+                layers = [module.proj_mlp, module.proj_out]
             saved += sum(2 * each.in_features * each.out_features for each in layers) * 2 * case.frames * 18
     assert saved > 0
     assert counts["attn1",] - counts["attn1", "ff"] == saved
@@ -235,8 +238,11 @@ def test_what_stands_around_is_left_as_it_was():
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
     keys = list(model.state_dict())
     report = apply_token_compression(model, LGTMConfig(modules=("attn1", "ff")))
-    assert [row.kind for row in report.patched] == ["attn1", "ff", "attn1", "ff", "attn1", "attn1"]
-    assert report.rows[-1].reason == "its MLP and its attention are one"
+    assert [row.kind for row in report.patched] == ["attn1", "ff"] * 4
+    assert report.patched[-1].path == "merge the tokens of the whole block"
+    for config in (LGTMConfig(modules=("ff",)), LGTMConfig(modules=("attn1", "ff"), merge="attention")):
+        with token_compression(model, config) as other:
+            assert other.rows[-1].reason.startswith("its MLP and its attention are one: they merge with 'attn1'")
     assert list(model.state_dict()) == keys
     copied = copy.deepcopy(model)
     for each in (model, copied):

@@ -15,6 +15,7 @@ from ..attention import CompressedAttention
 from ..context import Grid
 from ..hooks import Signature, enter_block, skip_attention
 from ..schedulers import TimestepRange
+from ..whole import enter_whole_block
 from .recommended import Recommendation
 
 
@@ -26,7 +27,8 @@ class Layer:
         name: path of the layer in the model.
         kind: "attn1", self-attention or joint attention, "attn2", cross-attention, or "ff", the MLP.
         index: of the block, in module order.
-        attn: the attention module; the MLP, or None where it cannot be told from the rest of the block.
+        attn: the attention module; the MLP; of a block in which it cannot be told from the rest, the
+            block, or None.
         block: its transformer block.
         level: downsampling of its resolution from the latent grid, 1, 2, 4, ...
         transformer: the module between model and block that has a grid of its own, in U-Nets.
@@ -39,6 +41,11 @@ class Layer:
     block: nn.Module
     level: int = 1
     transformer: nn.Module | None = None
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the layer is the whole block, whose MLP cannot be told from the rest."""
+        return self.attn is self.block
 
 
 class Place(NamedTuple):
@@ -70,6 +77,8 @@ class Family(ABC):
             `current.py` tells them.
         needs_source: tokens are matched on the residual stream, which `hooks` hands over.
         block: what is read of the arguments of a block's forward method, where `needs_source` or `mlp` is.
+        merges_whole: blocks without such an MLP are merged as a whole where attention and "ff" are asked for.
+        no_mlp: why such blocks have none.
         recommended: what to begin with, or None.
         mlp: name in a block of the MLP of the image's tokens, which stand first among its own; None where there is no
             such one.
@@ -88,6 +97,8 @@ class Family(ABC):
     needs_source: ClassVar[bool] = False
     block: ClassVar[Signature] = Signature(("hidden_states",))
     mlp: ClassVar[str | None] = None
+    merges_whole: ClassVar[bool] = False
+    no_mlp: ClassVar[str] = "its MLP and its attention are one"
     recommended: ClassVar[Recommendation | None] = None
     merges: ClassVar[tuple[str, ...]] = ("hidden", "attention")
     pools: ClassVar[tuple[str, ...]] = ("keys", "hidden")
@@ -100,16 +111,15 @@ class Family(ABC):
         """The MLPs of the blocks that `layers` are of."""
         if self.mlp is None:
             return []
-        firsts = {layer.index: layer for layer in reversed(layers)}
-        return [
-            replace(
-                layer,
-                name=f"{layer.name.rpartition('.')[0]}.{self.mlp}",
-                kind="ff",
-                attn=getattr(layer.block, self.mlp, None),
-            )
-            for layer in firsts.values()
-        ]
+        found = []
+        for layer in {layer.index: layer for layer in reversed(layers)}.values():
+            name, mlp = layer.name.rpartition(".")[0], getattr(layer.block, self.mlp, None)
+            if mlp is not None or not self.merges_whole:
+                name = f"{name}.{self.mlp}"
+            else:
+                mlp = layer.block
+            found.append(replace(layer, name=name, kind="ff", attn=mlp))
+        return found
 
     @abstractmethod
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place | None:
@@ -170,6 +180,6 @@ class Family(ABC):
             yield from self.block_hooks(compressed)
 
     def block_hooks(self, compressed: list[Layer]) -> Iterator[tuple[nn.Module, Callable[..., Any]]]:
-        """Those of the blocks whose layers share a plan."""
+        """Those of the blocks whose layers share a plan, or that are merged as a whole."""
         for layer in {layer.index: layer for layer in compressed if self.needs_source or layer.kind == "ff"}.values():
-            yield layer.block, enter_block
+            yield layer.block, enter_whole_block if layer.is_whole else enter_block

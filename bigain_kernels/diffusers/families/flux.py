@@ -82,6 +82,7 @@ class Flux(JointFamily):
     processors = (CompressedFluxAttnProcessor,)
     replaceable = (FluxAttnProcessor,)
     attentions = (FluxAttention,)
+    merges_whole = True
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
         grid = model._bigain.grid_reader(call["img_ids"]) if given is None else given

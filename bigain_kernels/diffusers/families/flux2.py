@@ -21,6 +21,7 @@ class Flux2(ReboundFamily):
     model = Flux2Transformer2DModel
     mlp = "ff"
     merges = ("hidden", "attention")
+    no_mlp = "its MLP runs inside its attention, and is merged with it"
     signature = Signature(
         (
             "hidden_states",

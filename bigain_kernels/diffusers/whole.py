@@ -1,0 +1,69 @@
+"""Blocks whose attention and MLP share their output projection: tokens are merged in front of the whole block.
+
+The block sees the merged tokens m = merge(x), and what it adds to them is added to all that they stand for:
+x + unmerge(block(m) - m). So norm, projections, attention, MLP and output see fewer tokens, and no token loses what it
+was.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..methods import MergeConfig
+from .attention import CompressedAttention, LayerPatch, is_perturbed
+from .context import Context
+from .current import begin_block, end_block
+from .hooks import KEY, BlockPatch, Call, argument, carried, with_argument, with_context
+from .mlp import refuse_hooks
+from .planning import plan_of_call
+from .steps import MergedStep, MergeStep, fold
+
+
+def _step(block: Any, layer: LayerPatch, context: Context, x: Tensor) -> MergeStep | None:
+    """What merges the (B, tokens, C) input of a block, the image's tokens first; None where nothing merges."""
+    config, forward = layer.config, context.forward
+    assert isinstance(config, MergeConfig)
+    start, stop = context.image_tokens
+    if not forward.active or stop - start < config.min_tokens:
+        return None
+    # An attention that runs as it is needs all tokens.
+    if not isinstance(block.attn.processor, CompressedAttention) or is_perturbed(block.attn):
+        return None
+    for module in (block, block.attn):
+        refuse_hooks(module)
+    inside = (0, stop - start)
+    source = fold(x[:, : stop - start], context.frames)
+    plan = plan_of_call(config, context, source, forward.ratio_at(layer.level), getattr(block, "bigain_block", None))
+    if plan is None:
+        return None
+    return MergeStep(plan, config.mode, config.proportional, (start, stop), inside, context.frames)
+
+
+def enter_whole_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Forward pre-hook of a block that is merged as a whole; its attention is told that its tokens are merged."""
+    patch: BlockPatch = block._bigain
+    signature, layer = patch.signature, patch.whole
+    context = carried(signature, args, kwargs, KEY)
+    if not isinstance(context, Context) or layer is None:
+        return args, kwargs
+    x = argument(signature, args, kwargs, "hidden_states")
+    step = _step(block, layer, context, x)
+    if step is None:
+        return args, kwargs
+    few = step.enter(x)
+    begin_block(patch, context, (x, few, step))
+    inside = MergedStep(step.plan, step.mode, step.weigh, step.image_tokens, step.inside, step.frames)
+    args, kwargs = with_argument(signature, args, kwargs, "hidden_states", few)
+    return with_context(signature, args, kwargs, context._replace(merged=inside))
+
+
+def leave_whole_block(block: Any, args: tuple[Any, ...], output: Any) -> Any:
+    """Forward hook of a block that is merged as a whole, called after an exception too, then without an output."""
+    held = end_block(block._bigain)
+    if held is None or output is None:
+        return None
+    x, few, step = held
+    text, image = output
+    return text, step.restore(x, few, image)
