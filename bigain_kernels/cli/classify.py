@@ -195,7 +195,7 @@ def _summarise(
         "images": len(result.images),
         "damaged": [str(image.path) for image in data.damaged],
         "accuracy": result.accuracy,
-        "standard_error": result.standard_error,
+        "accuracy_interval": [result.interval.low, result.interval.high],
         "evaluations": result.evaluations,
         "seconds": result.seconds,
     }
@@ -206,6 +206,7 @@ def _summarise(
     if result.images:
         damaged = f", {len(data.damaged)} damaged left out" if data.damaged else ""
         say(
-            f"accuracy {result.accuracy:.4f} ± {result.standard_error:.4f} on {len(result.images)} images{damaged}; "
+            f"accuracy {result.accuracy:.4f} (95 %: {result.interval.low:.4f} to {result.interval.high:.4f}) on "
+            f"{len(result.images)} images{damaged}; "
             f"{result.evaluations} forward evaluations in {result.seconds:.1f} s; results in {output.path}"
         )

@@ -18,7 +18,7 @@ import torch
 
 from .compression import compressed, with_shared_plan
 from .denoisers import Denoiser, diffuse
-from .metrics import binomial_error
+from .metrics import Fraction, fraction_true
 from .noise import seeded_noise
 
 SCORES = ("standardised", "mean")
@@ -118,8 +118,9 @@ class ClassificationResult:
         return self.correct.float().mean().item() if self.images else float("nan")
 
     @property
-    def standard_error(self) -> float:
-        return binomial_error(self.accuracy, len(self.images))
+    def interval(self) -> Fraction:
+        """The accuracy with its 95 % interval."""
+        return fraction_true(self.correct)
 
     @property
     def evaluations(self) -> int:

@@ -60,7 +60,7 @@ class DemoConfig:
 
     Attributes:
         images: held-out digits to classify, at most 400.
-        samples: images to generate for each guidance.
+        samples: images to generate for each guidance; errors of the kernel distance need three.
         steps: DDIM steps.
         guidances: of classifier-free guidance.
         ratio, factor, alpha: of the merge methods, of the pooling methods, and of IE-KVD.
@@ -88,8 +88,8 @@ class DemoConfig:
     picture_strides: tuple[int, ...] = (2, 4)
 
     def __post_init__(self) -> None:
-        limits = {"images": (1, 400), "samples": (2, 100_000), "steps": (1, 1000), "threads": (1, 1024)}
-        limits |= {"image_chunk": (1, 400), "sample_chunk": (1, 100_000)}
+        limits = {"images": (1, 400), "samples": (3, 100_000), "steps": (1, 1000), "threads": (1, 1024)}
+        limits |= {"image_chunk": (1, 400), "sample_chunk": (3, 100_000)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {least} to {most}")

@@ -14,9 +14,9 @@ import torch
 from ..methods import MergeConfig
 from .data import PHOTOGRAPHS
 from .demo import METHODS, Demo
-from .demo_results import DemoResult, Row
+from .demo_results import DemoResult, Row, shown_p
 from .generate import save_grid
-from .metrics import Measured
+from .metrics import Fraction, Measured
 from .output import OutputFolder, replacing
 from .pictures import PictureConfig, draw_photograph
 from .pooling_order import PoolingOrder
@@ -31,23 +31,32 @@ def _shown(measured: Measured | None, scale: float = 1.0, digits: int = 2, sign:
     return f"{scale * measured.value:{sign}.{digits}f} ± {scale * measured.error:.{digits}f}"
 
 
+def _percent(fraction: Fraction) -> str:
+    """A fraction in percent, with its interval."""
+    if math.isnan(fraction.value):
+        return "-"
+    return f"{100 * fraction.value:.1f} ({100 * fraction.low:.1f} to {100 * fraction.high:.1f})"
+
+
 def table_cells(result: DemoResult) -> tuple[list[str], list[list[str]]]:
     """Heading and cells of the table. A cell may have several lines, one for each guidance."""
     guidances = list(result.rows[0].generation)
     per = "\n" + " / ".join(f"{g:g}" for g in guidances) if guidances else ""
     heading = ["method", "tokens", "accuracy %", "difference\nto its rival"]
-    heading += [f"Frechet{per}", f"class right %{per}", f"distance{per}", "time s", "speed"]
+    heading += [f"KID{per}", f"class right %{per}", f"distance{per}", "time s", "speed"]
 
     def cells(row: Row) -> list[str]:
         made = row.generation.values()
-        difference = f"{_shown(row.difference, 100, 1, '+')}\nto {row.rival}" if row.rival else "-"
+        difference = "-"
+        if row.difference is not None:
+            difference = f"{row.difference.difference:+.1f}, {shown_p(row.difference.p)}\nto {row.rival}"
         return [
             row.title,
             row.tokens,
-            _shown(row.accuracy, 100, 1),
+            _percent(row.accuracy),
             difference,
-            "\n".join(_shown(g.frechet, 1, 1) for g in made) or "-",
-            "\n".join(_shown(g.consistency, 100, 1) for g in made) or "-",
+            "\n".join(_shown(g.kid, 1, 2) for g in made) or "-",
+            "\n".join(_percent(g.consistency) for g in made) or "-",
             "\n".join(_shown(g.distance, 1, 3) for g in made) or "-",
             f"{row.seconds:.1f}",
             "-" if math.isnan(row.speed) else f"{row.speed:.2f}x",
@@ -63,10 +72,11 @@ def caption(demo: Demo, result: DemoResult) -> str:
         f"{result.rows[0].images} held-out digits classified by denoising error (timesteps "
         f"{', '.join(map(str, config.timesteps))}), {result.samples} samples for each "
         f"guidance in {config.steps} DDIM steps, {config.threads} threads; ratio {config.ratio:g}, factor "
-        f"{config.factor}, alpha {config.alpha:g}, seed {config.seed}. After ± stands one standard error. “shared”: "
-        "one plan for all classes of an image when classifying, for both rows of a guidance pair when generating. "
-        "“proportional”: attention weighs every merged key by the number of its tokens. "
-        "Frechet: distance from the 600 held-out digits in the 64 features of the small classifier. class right: "
+        f"{config.factor}, alpha {config.alpha:g}, seed {config.seed}. In brackets stand 95 % intervals (Wilson), "
+        "after ± one standard error. difference: points, with p of McNemar's exact test after Holm's correction. "
+        "“shared”: one plan for all classes of an image when classifying, for both rows of a guidance pair when "
+        "generating. “proportional”: attention weighs every merged key by the number of its tokens. "
+        "KID: kernel distance from the 600 held-out digits in the 64 features of the small classifier. class right: "
         "samples that it takes for the digit asked for. distance: mean squared, to the samples of “none” from the same "
         "noise. time: median of the chunks of work, times their number. speed: median over the chunks, against “none”."
     )
@@ -102,14 +112,14 @@ def order_cells(orders: list[PoolingOrder]) -> tuple[list[str], list[list[str]]]
 def _flat(row: Row) -> dict[str, Any]:
     flat: dict[str, Any] = {"method": row.key, "tokens": row.tokens, "images": row.images, "rival": row.rival}
 
-    def put(name: str, measured: Measured | None) -> None:
-        flat[name] = None if measured is None else measured.value
-        flat[f"{name}_error"] = None if measured is None else measured.error
+    def put(name: str, measured: Fraction | Measured) -> None:
+        flat.update({name if key == "value" else f"{name}_{key}": value for key, value in asdict(measured).items()})
 
     put("accuracy", row.accuracy)
-    put("difference", row.difference)
+    flat["difference"] = None if row.difference is None else row.difference.difference
+    flat["difference_p"] = None if row.difference is None else row.difference.p
     for guidance, made in row.generation.items():
-        for name in ("frechet", "consistency", "distance"):
+        for name in ("kid", "consistency", "distance"):
             put(f"{name}_guidance_{guidance:g}", getattr(made, name))
     return {**flat, "seconds": row.seconds, "speed": row.speed}
 

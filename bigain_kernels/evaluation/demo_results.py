@@ -4,43 +4,64 @@ from __future__ import annotations
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from .data import load_digits
 from .demo import METHODS, Demo, DemoMethod
-from .metrics import FrechetDistance, Measured, fraction_true, mean, paired_difference
+from .metrics import (
+    Fraction,
+    KernelDistance,
+    Measured,
+    fraction_true,
+    holm,
+    mcnemar,
+    mean,
+    normal_p,
+    paired_difference,
+)
 
-# Differences of more than this many standard errors are called differences.
-_CLEAR = 2.0
+# What would come out by chance less often than this, in any of the comparisons, is called a difference.
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
 class Generation:
     """One method at one guidance.
 
-    `frechet`: distance from the held-out digits in the features of the small classifier. `consistency`: fraction of
+    `kid`: kernel distance from the held-out digits in the features of the small classifier. `consistency`: fraction of
     samples that the classifier takes for the digit asked for. `distance`: mean squared distance to the samples of the
     uncompressed model from the same noise.
     """
 
-    frechet: Measured
-    consistency: Measured
+    kid: Measured
+    consistency: Fraction
     distance: Measured
 
 
 @dataclass(frozen=True)
+class Comparison:
+    """`difference` of one method from another in `what`, shown with so many digits; `p`: how likely by chance."""
+
+    what: str
+    difference: float
+    p: float
+    higher_is_better: bool
+    digits: int
+
+
+@dataclass(frozen=True)
 class Row:
-    """One line of the table. `difference` is the accuracy minus that of the rival on the same images."""
+    """One line of the table. `difference` is the accuracy minus that of the rival on the same images, in points."""
 
     key: str
     title: str
     tokens: str
     images: int
-    accuracy: Measured
+    accuracy: Fraction
     rival: str | None
-    difference: Measured | None
+    difference: Comparison | None
     generation: dict[float, Generation]
     seconds: float
     speed: float
@@ -81,7 +102,7 @@ class _Judge:
     def __init__(self, demo: Demo) -> None:
         self.classifier = demo.classifier
         held_out = torch.cat([load_digits("validation").images, load_digits("test").images])
-        self.frechet = FrechetDistance(self.classifier.features(held_out))
+        self.kid = KernelDistance(self.classifier.features(held_out))
         # An interrupted demo may be ahead in some methods; only what all have done is compared.
         self.samples: dict[float, dict[str, torch.Tensor]] = {}
         for guidance in demo.config.guidances:
@@ -107,7 +128,7 @@ class _Judge:
 
     def generation(self, key: str, guidance: float) -> Generation:
         return Generation(
-            self.frechet.measure(self.features(key, guidance)),
+            self.kid.measure(self.features(key, guidance)),
             fraction_true(self.right(key, guidance)),
             mean(self.distances(key, guidance)),
         )
@@ -128,27 +149,45 @@ def summarise(demo: Demo) -> DemoResult:
             images,
             fraction_true(correct[method.key]),
             titles[method.rival] if method.rival else None,
-            _difference(correct, method.key, method.rival) if method.rival else None,
+            _accuracy(correct, method.key, method.rival) if method.rival and images else None,
             {guidance: judge.generation(method.key, guidance) for guidance in judge.samples},
             _seconds(demo, method.key),
             _speed(demo, method.key),
         )
 
-    rows = [row(method) for method in METHODS]
+    rows = _corrected_rows([row(method) for method in METHODS])
     samples = min((len(made["none"]) for made in judge.samples.values()), default=0)
     return DemoResult(rows, _notes(rows, correct, judge), samples)
 
 
-def _difference(correct: dict[str, torch.Tensor], first: str, second: str) -> Measured:
-    return paired_difference(correct[first].double(), correct[second].double())
+def _accuracy(correct: dict[str, torch.Tensor], first: str, second: str) -> Comparison:
+    return _of_outcomes("accuracy", correct[first], correct[second])
 
 
-def verdict(difference: Measured, higher_is_better: bool) -> str:
+def _of_outcomes(what: str, first: torch.Tensor, second: torch.Tensor) -> Comparison:
+    points = 100.0 * paired_difference(first.double(), second.double()).value
+    return Comparison(what, points, mcnemar(first, second), True, 1)
+
+
+def _corrected(comparisons: list[Comparison]) -> list[Comparison]:
+    """The comparisons with p-values that hold for all of them together."""
+    return [replace(each, p=p) for each, p in zip(comparisons, holm([c.p for c in comparisons]), strict=True)]
+
+
+def _corrected_rows(rows: list[Row]) -> list[Row]:
+    left = iter(_corrected([row.difference for row in rows if row.difference is not None]))
+    return [row if row.difference is None else replace(row, difference=next(left)) for row in rows]
+
+
+def verdict(comparison: Comparison) -> str:
     """ "better", "worse" or "no clear difference"."""
-    gain = difference.value if higher_is_better else -difference.value
-    if abs(gain) <= _CLEAR * difference.error or gain == 0:
+    if not comparison.p < LEVEL:
         return "no clear difference"
-    return "better" if gain > 0 else "worse"
+    return "better" if (comparison.difference > 0) == comparison.higher_is_better else "worse"
+
+
+def shown_p(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p {p:.2g}"
 
 
 # (first, second, who says that the first is better or None, what it is called)
@@ -162,15 +201,12 @@ _CLAIMS: tuple[tuple[str, str, str | None, str], ...] = (
 )
 
 
-def claim_note(title: str, source: str | None, measured: list[tuple[str, Measured, bool, int]]) -> str:
-    """One line on the claim of `source` that a method is better, from (what, difference, higher is better, digits).
-
-    Without a source nothing was claimed, and the line says what came out.
-    """
+def claim_note(title: str, source: str | None, comparisons: list[Comparison]) -> str:
+    """One line on the claim of `source` that a method is better. Without a source, it says what came out."""
     found: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}
-    for what, difference, higher, digits in measured:
-        shown = f"{what} ({difference.value:+.{digits}f} ± {difference.error:.{digits}f})"
-        found[verdict(difference, higher)].append(shown)
+    for each in comparisons:
+        shown = f"{each.what} ({each.difference:+.{each.digits}f}, {shown_p(each.p)})"
+        found[verdict(each)].append(shown)
     if source is None:
         came = "Measured, without a claim"
     elif found["worse"]:
@@ -181,40 +217,40 @@ def claim_note(title: str, source: str | None, measured: list[tuple[str, Measure
     return f"{title}. {came}: {'; '.join(parts)}."
 
 
+def _comparisons(first: str, second: str, correct: dict[str, torch.Tensor], judge: _Judge) -> list[Comparison]:
+    """All that is compared of two methods, with p-values of each comparison alone."""
+    found = [_accuracy(correct, first, second)] if len(correct[first]) else []
+    for guidance in judge.samples:
+        features, right, apart = (
+            [of(key, guidance) for key in (first, second)] for of in (judge.features, judge.right, judge.distances)
+        )
+        kid, distance = judge.kid.difference(*features), paired_difference(*apart)
+        at = f"at guidance {guidance:g}"
+        found += [
+            Comparison(f"KID {at}", kid.value, normal_p(kid), False, 2),
+            _of_outcomes(f"class right {at}", *right),
+            Comparison(f"distance {at}", distance.value, normal_p(distance), False, 3),
+        ]
+    return found
+
+
 def _notes(rows: list[Row], correct: dict[str, torch.Tensor], judge: _Judge) -> list[str]:
     """For each claim whether it came out; and which methods are not faster here."""
-    notes = []
-    for first, second, source, title in _CLAIMS:
-        measured: list[tuple[str, Measured, bool, int]] = []
-        if len(correct[first]) > 1:
-            points = paired_difference(100.0 * correct[first].double(), 100.0 * correct[second].double())
-            measured.append(("accuracy", points, True, 1))
-        for guidance in judge.samples:
-            features, right, apart = (
-                [of(key, guidance) for key in (first, second)] for of in (judge.features, judge.right, judge.distances)
-            )
-            points = paired_difference(100.0 * right[0].double(), 100.0 * right[1].double())
-            at = f"at guidance {guidance:g}"
-            measured += [
-                (f"Frechet {at}", judge.frechet.difference(features[0], features[1]), False, 1),
-                (f"class right {at}", points, True, 1),
-                (f"distance {at}", paired_difference(apart[0], apart[1]), False, 3),
-            ]
-        notes.append(claim_note(title, source, measured))
-    for guidance in judge.samples:
-        plain = rows[0].generation[guidance].frechet.value
-        below = [row.title for row in rows[1:] if row.generation[guidance].frechet.value < plain]
-        if below:
-            notes.append(
-                f"At guidance {guidance:g} the Frechet distance of {'; '.join(below)} is below that of no compression. "
-                "That is no better image: look at the samples. Guidance narrows the uncompressed samples, and the "
-                "features of a digit classifier hardly see grain. The distance to the uncompressed samples does."
-            )
+    made = [_comparisons(first, second, correct, judge) for first, second, _, _ in _CLAIMS]
+    corrected = iter(_corrected([each for comparisons in made for each in comparisons]))
+    notes = [
+        claim_note(title, source, [next(corrected) for _ in comparisons])
+        for (_, _, source, title), comparisons in zip(_CLAIMS, made, strict=True)
+        if comparisons
+    ]
     slower = [row.title for row in rows[1:] if row.speed < 1]
     if slower:
         notes.append(
             f"NOT faster than no compression on this CPU: {'; '.join(slower)}. The model has "
             f"{rows[0].tokens.split()[0]} tokens, so attention is a small part of its work."
         )
-    notes.append(f"A clear difference is more than {_CLEAR:g} standard errors of the paired difference.")
+    notes.append(
+        f"A clear difference has p below {LEVEL:g} after Holm's correction for all {sum(map(len, made))} comparisons "
+        "of these lines: McNemar's exact test for accuracy and class right, normal for distance (paired) and KID."
+    )
     return notes

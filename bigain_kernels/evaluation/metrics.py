@@ -1,9 +1,9 @@
-"""What is measured, each number with its standard error."""
+"""What is measured, each number with how sure it is, and whether two of them differ."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,16 +18,25 @@ class Measured:
     error: float
 
 
-def binomial_error(fraction: float, n: int) -> float:
-    """Standard error of a fraction of `n` independent trials, sqrt(p (1 - p) / n); NaN for n = 0."""
-    return math.sqrt(max(0.0, fraction * (1 - fraction)) / n) if n else math.nan
+@dataclass(frozen=True)
+class Fraction:
+    """A fraction of independent trials with its 95 % interval (Wilson, 1927), which is one at 0 and 1 too."""
+
+    value: float
+    low: float
+    high: float
 
 
-def fraction_true(outcomes: torch.Tensor) -> Measured:
-    """The fraction of true values in `outcomes` (n,) bool, with its binomial standard error."""
+def fraction_true(outcomes: torch.Tensor) -> Fraction:
+    """The fraction of true values in `outcomes` (n,) bool; NaN for n = 0."""
+    from scipy.stats import binomtest
+
     n = outcomes.numel()
-    fraction = outcomes.double().mean().item() if n else math.nan
-    return Measured(fraction, binomial_error(fraction, n))
+    if n == 0:
+        return Fraction(math.nan, math.nan, math.nan)
+    count = int(outcomes.sum())
+    interval = binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return Fraction(count / n, float(interval.low), float(interval.high))
 
 
 def mean(values: torch.Tensor) -> Measured:
@@ -36,6 +45,11 @@ def mean(values: torch.Tensor) -> Measured:
     if n == 0:
         return Measured(math.nan, math.nan)
     return Measured(values.double().mean().item(), values.double().std().item() / math.sqrt(n) if n > 1 else math.nan)
+
+
+def _check_pairs(first: torch.Tensor, second: torch.Tensor) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"second: got shape {tuple(second.shape)}, expected that of first, {tuple(first.shape)}")
 
 
 def paired_difference(first: torch.Tensor, second: torch.Tensor) -> Measured:
@@ -47,70 +61,114 @@ def paired_difference(first: torch.Tensor, second: torch.Tensor) -> Measured:
     Raises:
         ValueError: the two are not of the same shape.
     """
-    if first.shape != second.shape:
-        raise ValueError(f"second: got shape {tuple(second.shape)}, expected that of first, {tuple(first.shape)}")
+    _check_pairs(first, second)
     return mean(first.double() - second.double())
 
 
-def _root(matrix: np.ndarray) -> np.ndarray:
-    values, vectors = np.linalg.eigh(matrix)
-    return (vectors * np.sqrt(values.clip(min=0.0))) @ vectors.T
+def mcnemar(first: torch.Tensor, second: torch.Tensor) -> float:
+    """How likely outcomes (n,) bool of the same items would differ so much or more if both were equally good.
 
-
-class FrechetDistance:
-    """Frechet distance of sets of features from one reference, by the normal distributions fitted to both, in float64.
-
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2) (Dowson and Landau, 1982; Heusel et al., 2017, use it as FID).
-    The symmetric form needs eigenvalues of symmetric matrices only, so it is real even when a covariance is singular.
-    The estimate from n samples is biased upwards by about 1/n: compare only distances from equal numbers of samples.
-
-    Args:
-        reference: (m, features), m at least 2.
+    McNemar's test in its exact form, over the items of which only one outcome is true; two-sided.
 
     Raises:
-        ValueError: wrong shapes, here and in the call.
+        ValueError: the two are not of the same shape.
+    """
+    from scipy.stats import binomtest
+
+    _check_pairs(first, second)
+    only_first, only_second = int((first & ~second).sum()), int((second & ~first).sum())
+    discordant = only_first + only_second
+    return float(binomtest(only_first, discordant).pvalue) if discordant else 1.0
+
+
+def normal_p(difference: Measured) -> float:
+    """How likely a difference so far from zero or farther is if there is none and its estimate is normal; two-sided."""
+    if difference.value == 0:
+        return 1.0
+    if math.isnan(difference.error):
+        return math.nan
+    return math.erfc(abs(difference.value) / difference.error / math.sqrt(2)) if difference.error else 0.0
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """p-values of several tests, corrected so that all that are below a level are so by chance that often (Holm, 1979).
+
+    NaN, of a test that could not be made, stays and does not count.
+    """
+    order = sorted((value, i) for i, value in enumerate(p) if not math.isnan(value))
+    corrected, least = [math.nan] * len(p), 0.0
+    for rank, (value, i) in enumerate(order):
+        least = max(least, min(1.0, (len(order) - rank) * value))
+        corrected[i] = least
+    return corrected
+
+
+class KernelDistance:
+    """Kernel inception distance of sets of features from one reference, in float64.
+
+    The unbiased estimate of the squared maximum mean discrepancy under the kernel (x . y / features + 1)^3 (Binkowski
+    et al., "Demystifying MMD GANs", 2018). Unlike the Frechet distance it has no bias that grows as samples get fewer,
+    and may be below zero where the sets are alike. Errors are of the jackknife over samples and reference.
+
+    Args:
+        reference: (m, features), m at least 3.
+
+    Raises:
+        ValueError: wrong shapes, here and in the calls.
     """
 
     def __init__(self, reference: torch.Tensor) -> None:
-        self.mean, self.cov = self._moments("reference", reference)
-        self.root = _root(self.cov)
+        self.reference = self._checked("reference", reference)
+        self._own, self._own_rows = self._among(self.reference)
 
-    def _moments(self, name: str, features: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        if features.ndim != 2 or features.shape[0] < 2:
-            raise ValueError(f"{name}: got shape {tuple(features.shape)}, expected (n, features) with n at least 2")
-        values = features.double().cpu().numpy()
-        return values.mean(axis=0), np.cov(values, rowvar=False).reshape(values.shape[1], -1)
+    @staticmethod
+    def _checked(name: str, features: torch.Tensor) -> np.ndarray:
+        if features.ndim != 2 or features.shape[0] < 3:
+            raise ValueError(f"{name}: got shape {tuple(features.shape)}, expected (n, features) with n at least 3")
+        return features.double().cpu().numpy()
 
-    def __call__(self, features: torch.Tensor) -> float:
-        """The distance of `features` (n, features), n at least 2, from the reference."""
-        mean, cov = self._moments("features", features)
-        if mean.shape != self.mean.shape:
-            raise ValueError(f"features: got {mean.size} features, expected {self.mean.size} as in the reference")
-        cross = np.sqrt(np.linalg.eigvalsh(self.root @ cov @ self.root).clip(min=0.0)).sum()
-        return float(((mean - self.mean) ** 2).sum() + np.trace(cov) + np.trace(self.cov) - 2 * cross)
+    @staticmethod
+    def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return (x @ y.T / x.shape[1] + 1.0) ** 3
+
+    def _among(self, x: np.ndarray) -> tuple[float, np.ndarray]:
+        """The sum of the kernel over all pairs of different rows, and of the pairs of each row."""
+        kernel = self._kernel(x, x)
+        rows = kernel.sum(axis=1) - kernel.diagonal()
+        return float(rows.sum()), rows
+
+    def _estimates(self, features: torch.Tensor) -> tuple[float, np.ndarray, np.ndarray]:
+        """The distance, and those without each of the samples and without each of the reference."""
+        x = self._checked("features", features)
+        if x.shape[1] != self.reference.shape[1]:
+            raise ValueError(
+                f"features: got {x.shape[1]} features, expected {self.reference.shape[1]} as in the reference"
+            )
+        n, m = len(x), len(self.reference)
+        among, rows = self._among(x)
+        cross = self._kernel(x, self.reference)
+        total = cross.sum()
+
+        def distance(xx: np.ndarray, n: int, yy: np.ndarray, m: int, xy: np.ndarray) -> np.ndarray:
+            return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
+
+        whole = distance(np.asarray(among), n, np.asarray(self._own), m, total)
+        without_x = distance(among - 2 * rows, n - 1, np.asarray(self._own), m, total - cross.sum(axis=1))
+        without_y = distance(np.asarray(among), n, self._own - 2 * self._own_rows, m - 1, total - cross.sum(axis=0))
+        return float(whole), without_x, without_y
+
+    @staticmethod
+    def _error(*leave_one_out: np.ndarray) -> float:
+        variances = [(len(e) - 1) * e.var() for e in leave_one_out]
+        return math.sqrt(sum(variances))
 
     def measure(self, features: torch.Tensor) -> Measured:
-        """The distance with its bootstrap error over `features`."""
-        error = bootstrap_error(lambda chosen: self(features[chosen]), features.shape[0])
-        return Measured(self(features), error)
+        """The distance of `features` (n, features), n at least 3, from the reference."""
+        value, *rest = self._estimates(features)
+        return Measured(value, self._error(*rest))
 
     def difference(self, first: torch.Tensor, second: torch.Tensor) -> Measured:
-        """Distance of `first` minus distance of `second`, (n, features) both, resampled in pairs.
-
-        Sample i of both is made from the same noise and label.
-        """
-        error = bootstrap_error(lambda chosen: self(first[chosen]) - self(second[chosen]), first.shape[0])
-        return Measured(self(first) - self(second), error)
-
-
-def bootstrap_error(statistic: Callable[[torch.Tensor], float], n: int, repeats: int = 50, seed: int = 0) -> float:
-    """Standard error of a statistic of n samples by the bootstrap (Efron, 1979).
-
-    Args:
-        statistic: takes the indices (n,) int64 of resampled samples.
-        n: number of samples.
-        repeats, seed: of the resampling.
-    """
-    rng = np.random.default_rng(seed)
-    values = [statistic(torch.from_numpy(rng.integers(0, n, n))) for _ in range(repeats)]
-    return float(np.std(values, ddof=1))
+        """Distance of `first` minus distance of `second`, (n, features) both; sample i of both belongs together."""
+        _check_pairs(first, second)
+        (a, *without_a), (b, *without_b) = self._estimates(first), self._estimates(second)
+        return Measured(a - b, self._error(*(x - y for x, y in zip(without_a, without_b, strict=True))))

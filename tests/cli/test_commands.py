@@ -77,7 +77,9 @@ def test_classify_writes_results_and_summary(tmp_path: Path, capsys: pytest.Capt
     assert summary["settings"]["share_plan"] is True
     assert summary["settings"]["compression"]["method"] == "lgtm"
     assert summary["settings"]["compression"]["proportional"] is True
-    assert f"accuracy {summary['accuracy']:.4f} ± {summary['standard_error']:.4f}" in capsys.readouterr().out
+    low, high = summary["accuracy_interval"]
+    assert low <= summary["accuracy"] <= high
+    assert f"accuracy {summary['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})" in capsys.readouterr().out
 
 
 def test_resume_gives_the_results_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -258,7 +260,7 @@ def test_shipped_training_settings_are_what_its_command_writes(tmp_path: Path, m
 
 
 def test_demo_shows_one_table_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--images", 4, "--samples", 2, "--steps", 1, "--threads", 1, "--no-pictures", "--out", tmp_path]
+    small = ["--images", 4, "--samples", 3, "--steps", 1, "--threads", 1, "--no-pictures", "--out", tmp_path]
     assert _bigain("demo", *small) == 0
     shown = capsys.readouterr().out
     for method in demo.METHODS:
@@ -278,18 +280,18 @@ def test_interrupted_demo_shows_what_is_finished(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo.Demo, "_generate_all", stop)
-    assert _bigain("demo", "--images", 2, "--samples", 2, "--threads", 1, "--out", tmp_path) == 130
+    assert _bigain("demo", "--images", 2, "--samples", 3, "--threads", 1, "--out", tmp_path) == 130
     assert "L-GTM" in capsys.readouterr().out
     assert (tmp_path / "results.csv").exists()
     monkeypatch.undo()
     monkeypatch.setattr(pooling_order, "compare_pooling_orders", stop)
     late = tmp_path / "late"
-    small = ["--images", 2, "--samples", 2, "--steps", 1, "--threads", 1, "--out", late]
+    small = ["--images", 2, "--samples", 3, "--steps", 1, "--threads", 1, "--out", late]
     assert _bigain("demo", *small) == 130
     assert json.loads((late / "results.json").read_text())["pooling_orders"] == []
     monkeypatch.setattr(demo.Demo, "_classify_all", stop)
     empty = tmp_path / "empty"
-    assert _bigain("demo", "--images", 2, "--samples", 2, "--threads", 1, "--out", empty) == 130
+    assert _bigain("demo", "--images", 2, "--samples", 3, "--threads", 1, "--out", empty) == 130
     assert not empty.exists()
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from bigain_kernels.evaluation.demo import FULL, METHODS, Demo, DemoConfig
 from bigain_kernels.evaluation.demo_files import ORDER_TITLE, order_cells, table_cells, write_all
-from bigain_kernels.evaluation.demo_results import DemoResult, claim_note, summarise, verdict
-from bigain_kernels.evaluation.metrics import Measured
+from bigain_kernels.evaluation.demo_results import Comparison, DemoResult, claim_note, summarise, verdict
+from bigain_kernels.evaluation.metrics import holm, mcnemar
 from bigain_kernels.evaluation.output import OutputFolder
 from bigain_kernels.evaluation.pictures import PictureConfig, draw_photograph, merge_pictures, patch_tokens
 from bigain_kernels.evaluation.pooling_order import PoolingOrderConfig, compare_pooling_orders
@@ -82,7 +82,8 @@ def test_table_states_errors_and_rivals(run) -> None:
     assert rows[0][3] == "-"
     assert rows[2][0] == "L-GTM"
     assert rows[2][3].endswith("\nto ToMe")
-    assert all("±" in row[2] for row in rows)
+    assert all(" to " in row[2] for row in rows)
+    assert all(", p " in row[3] for row in rows[1:])
 
 
 def test_proportional_rows_differ_from_those_without(run) -> None:
@@ -129,7 +130,7 @@ def test_interrupted_demo_counts_what_all_methods_have_done() -> None:
 
 def test_demo_keeps_the_number_of_threads() -> None:
     before = torch.get_num_threads()
-    Demo(DemoConfig(images=1, samples=2, steps=1, threads=3)).run()
+    Demo(DemoConfig(images=1, samples=3, steps=1, threads=3)).run()
     assert torch.get_num_threads() == before
 
 
@@ -141,22 +142,33 @@ def test_bad_settings_are_named(name: str) -> None:
 
 
 def test_verdicts() -> None:
-    assert verdict(Measured(3.0, 1.0), True) == "better"
-    assert verdict(Measured(3.0, 1.0), False) == "worse"
-    assert verdict(Measured(1.0, 1.0), True) == verdict(Measured(0.0, 0.0), True) == "no clear difference"
+    assert verdict(Comparison("accuracy", 3.0, 0.01, True, 1)) == "better"
+    assert verdict(Comparison("distance", 3.0, 0.01, False, 1)) == "worse"
+    for p in (0.05, 1.0, float("nan")):
+        assert verdict(Comparison("accuracy", 3.0, p, True, 1)) == "no clear difference"
 
 
 def test_notes_say_when_a_claim_does_not_come_out() -> None:
-    up, down, flat = (("accuracy", Measured(value, 1.0), True, 1) for value in (3.0, -3.0, 0.5))
+    up, down, flat = (Comparison("accuracy", value, p, True, 1) for value, p in ((3.0, 1e-5), (-3.0, 0.02), (0.5, 0.7)))
     assert claim_note("A", "the paper", [up, flat]) == (
-        "A. As the paper says: better in accuracy (+3.0 ± 1.0); no clear difference in accuracy (+0.5 ± 1.0)."
+        "A. As the paper says: better in accuracy (+3.0, p < 0.001); no clear difference in accuracy (+0.5, p 0.7)."
     )
-    assert claim_note("A", "the paper", [down]) == "A. NOT as the paper says: worse in accuracy (-3.0 ± 1.0)."
+    assert claim_note("A", "the paper", [down]) == "A. NOT as the paper says: worse in accuracy (-3.0, p 0.02)."
     assert claim_note("A", "the paper", [up, down]).startswith("A. Not all as the paper says: better in")
     assert claim_note("A", None, [up, down]) == (
-        "A. Measured, without a claim: better in accuracy (+3.0 ± 1.0); worse in accuracy (-3.0 ± 1.0)."
+        "A. Measured, without a claim: better in accuracy (+3.0, p < 0.001); worse in accuracy (-3.0, p 0.02)."
     )
     assert claim_note("A", "the paper", [flat]).startswith("A. NOT shown here, though the paper says better: no clear")
+
+
+def test_all_comparisons_are_corrected_together(run) -> None:
+    demo, result, _ = run
+    tests = len([method for method in METHODS if method.rival])
+    assert any(f"for all {6 * 7} comparisons" in note for note in result.notes)
+    plain = {key: outcome.correct for key, outcome in demo.outcomes.items()}
+    p = [mcnemar(plain[method.key], plain[method.rival]) for method in METHODS if method.rival]
+    assert [row.difference.p for row in result.rows if row.rival] == holm(p)
+    assert len(p) == tests
 
 
 def test_photograph_tokens_and_what_stays(tmp_path: Path) -> None:
