@@ -64,10 +64,10 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     """Triton launches on the current device: `launch` with that of its tensors for the current one."""
 
     def run(*args: Any) -> Any:
-        device = (args[0][0] if isinstance(args[0], (list, tuple)) else args[0]).device
-        if device.index is None or device.index == torch.cuda.current_device():
+        index = (args[0][0] if isinstance(args[0], (list, tuple)) else args[0]).get_device()
+        if index < 0 or index == torch.cuda.current_device():
             return launch(*args)
-        with torch.cuda.device(device):
+        with torch.cuda.device(index):
             return launch(*args)
 
     return run
