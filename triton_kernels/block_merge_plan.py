@@ -11,6 +11,7 @@ from bigain_kernels.tokens import merged_tiles
 
 from . import configs
 from ._common import INT_MIN, check_tokens, ordered_key, unit_last_stride
+from .early import wait_for_predecessor
 from .launching import programs
 from .plan_tables import (
     SCRATCH,
@@ -86,9 +87,11 @@ def block_merge_plan_kernel(
     HISTOGRAM: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (part of the tokens, `own` of them; row): the `count` tiles of the lowest reduced score merge whole.
     p_work has SCRATCH words for each program and token of whole blocks."""
+    wait_for_predecessor(EARLY)
     i_part, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n = height * width
     tiles_y, tiles_x = height // SY, width // SX

@@ -33,6 +33,7 @@ from bigain_kernels.declaration import OPS
 
 from . import configs
 from ._common import EXACT, unit_last_stride
+from .early import early, wait_for_predecessor
 from .kv_downsample import launch_kv_downsample
 from .launching import cdiv, power_of_2, programs
 from .pooling import UNROLLED, alpha_arguments, load_pooled, window_of
@@ -100,10 +101,12 @@ def kv_downsample_attention_kernel(
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (block of queries, head, batch row). Strides of q, k, v and out count UNIT elements. Keys are image_start
     whole tokens, image_keys windows, and whole tokens whose index is image_skip higher than that of their key. Scores
     are in powers of two: scale is that of the softmax over log(2). With MASKED or BIAS, scores get a bias."""
+    wait_for_predecessor(EARLY)
     i_m, i_h, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     if ALPHA == "rows":
         alpha = tl.load(p_alpha + i_b)
@@ -301,6 +304,7 @@ def launch_kv_downsample_attention(
         # Stages hold whole windows: those of larger ones would not fit shared memory.
         **{**config, "num_stages": 1 if blends and sy * sx > UNROLLED else config["num_stages"]},
         **EXACT,
+        **early(q.device),
     )
     return out
 

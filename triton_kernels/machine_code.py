@@ -15,6 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .early import as_on
 from .launching import Launch
 
 # Bytes of shared memory (LDS) that one program may have.
@@ -80,6 +81,7 @@ def compile_case(launch: Launch, architecture: str) -> Any:
     """Compile a recorded launch for an architecture without a GPU."""
     amd = architecture.startswith("gfx")
     target = GPUTarget("hip", architecture, 64) if amd else GPUTarget("cuda", int(architecture[3:]), 32)
+    launch = launch._replace(arguments=as_on(architecture, launch.arguments))
     signature, constants, attributes = specialize(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
     # What a launch is given beyond the kernel's own arguments.

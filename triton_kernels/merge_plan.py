@@ -10,6 +10,7 @@ from bigain_kernels.declaration import Tables
 
 from . import configs
 from ._common import INT_MIN, check_tokens, ordered_key, unit_last_stride, unpack_index, unpack_key
+from .early import wait_for_predecessor
 from .launching import programs
 from .plan_tables import (
     SCRATCH,
@@ -66,10 +67,12 @@ def merge_plan_kernel(
     HISTOGRAM: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (part of the tokens, `own` of them; row). With PACKED, a row of p_packed (P, N) holds similarity and
     match, and destinations match themselves; otherwise they are marked through p_destinations. p_work has SCRATCH
     words for each program and token of whole blocks."""
+    wait_for_predecessor(EARLY)
     i_part, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_slots = n - r
     first = i_part * own

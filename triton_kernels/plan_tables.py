@@ -28,6 +28,7 @@ from bigain_kernels.declaration import Tables
 
 from . import configs
 from ._common import EXACT, INT_MAX
+from .early import early
 from .launching import cdiv, power_of_2
 
 # From this version on Triton counts with atomics in shared memory; before, with ballots, a pass costs five times that.
@@ -272,4 +273,5 @@ def options(n: int, device: torch.device, config: configs.Config | None) -> dict
         # Four tokens a thread at least: more threads than that only wait for one another.
         "num_warps": min(config["num_warps"], max(block // 128, 1)),
         **EXACT,
+        **early(device),
     }

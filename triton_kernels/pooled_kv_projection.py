@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import configs
 from ._common import EXACT, unit_last_stride
+from .early import early, wait_for_predecessor
 from .kv_downsample import launch_kv_downsample
 from .launching import cdiv, programs
 from .pooling import alpha_arguments, load_pooled, window_of
@@ -63,8 +64,10 @@ def pooled_kv_projection_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (block of output channels, block of the B * pooled tokens)."""
+    wait_for_predecessor(EARLY)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     o_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = tl.arange(0, BLOCK_K)
@@ -166,6 +169,7 @@ def launch_pooled_kv_projection(
         BLOCK_K=BLOCK_K[x.dtype],
         **config,
         **EXACT,
+        **early(x.device),
     )
     return k, v
 

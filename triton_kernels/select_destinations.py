@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._common import EXACT, INT_MIN, ordered_key, pack, unit_last_stride, unpack_index
+from .early import early, wait_for_predecessor
 from .launching import power_of_2, programs
 
 
@@ -22,8 +23,10 @@ def select_destinations_kernel(
     SX: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_X: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program owns one row of tiles; BLOCK_X is at least the number of tiles in it."""
+    wait_for_predecessor(EARLY)
     i_y, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles_x = width // SX
     o_tile, o_in = tl.arange(0, BLOCK_X), tl.arange(0, TILE)
@@ -66,5 +69,6 @@ def launch_select_destinations(score: Tensor, grid: tuple[int, int], stride: tup
             BLOCK_X=power_of_2(tiles_x),
             num_warps=4,
             **EXACT,
+            **early(score.device),
         )
     return destinations

@@ -207,7 +207,7 @@ def test_launchers_of_triton_hand_on_the_same(tmp_path, kernel, monkeypatch):
     counted = through_triton(monkeypatch)
     x = torch.zeros(64, dtype=torch.bfloat16)
     arguments = {"p_a": x[1:], "p_b": x, "n": 70_000, "s": 2**40, "value": 0.5, "FLAG": "mean", "BLOCK": 16}
-    arguments["num_warps"] = 8
+    arguments |= {"num_warps": 8, "launch_pdl": True}
     # Two pointers, 32, 64 and 32 bits; the constants are in the binary.
     with stub_driver(tmp_path) as active, active.observed([8, 8, 4, 8, 4]) as launches:
         kernel[(5, 2)](**arguments)
@@ -217,6 +217,7 @@ def test_launchers_of_triton_hand_on_the_same(tmp_path, kernel, monkeypatch):
     triton_s, first, ours = launches
     assert triton_s == first == ours
     assert (ours.grid, ours.block, ours.stream) == ((5, 2, 1), (256, 1, 1), 7)
+    assert ours.attributes == (6,)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
     (half,) = struct.unpack("<I", struct.pack("<f", 0.5))
     assert ours.parameters == (x.data_ptr() + 2, x.data_ptr(), 70_000, 2**40, half)
 

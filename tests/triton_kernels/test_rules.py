@@ -28,6 +28,7 @@ BROKEN: dict[tuple[str, str], str] = {
     ("issue per byte", "token_merge"): "slots of any size side by side, full divisions",
     ("issue ceiling", "bipartite_match"): "0.86 of the smallest tile, which fills the chip with two rows of DiT",
     **{("72 channels", kernel): _NARROW for kernel in STREAMS},
+    **{("early", kernel): "begins when the launch before it has ended" for kernel in (*STREAMS, "bipartite_match")},
 }
 COMPILER = table.Compiler()
 
@@ -150,6 +151,15 @@ def test_no_full_division_by_a_power_of_two(kernel, known):
     for each in launches(kernel, SHAPES[0]):
         divisors = re.findall(r"div\.(?:rn|full)\.f32 .*, 0f([0-9A-F]{8});", COMPILER(each.launch).ptx)
         assert not any(int(bits, 16) & 0x7FFFFF == 0 for bits in divisors)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_kernels_begin_early_and_wait_first(kernel, known):
+    """Programmatic dependent launch: griddepcontrol.wait stands before all branches and all accesses to memory."""
+    known("early", kernel)
+    for each in launches(kernel, SHAPES[0]):
+        assert each.launch.arguments.get("launch_pdl") is True
+        assert sass.waits_first(COMPILER(each.launch).function)
 
 
 def test_planning_stays_within_its_cycles(known):

@@ -13,7 +13,7 @@ import torch
 
 from ..launching import Launch
 from .capture import MULTIPROCESSORS
-from .sass import Code, Function, Instruction, Loop, flat
+from .sass import Code, Function, Instruction, Loop, flat, waits_first
 from .trips import Trips, heads_loop, statement
 
 SCHEDULERS = 4
@@ -331,7 +331,7 @@ def examine(launch: Launch, compiled: Compiled, trips: Trips) -> Facts:
     facts.depth = warp.depth
     rounds = math.ceil(facts.waves)
     facts.terms = {
-        "launch": LAUNCH_EARLY if launch.arguments.get("launch_pdl") else LAUNCH,
+        "launch": LAUNCH_EARLY if launch.arguments.get("launch_pdl") and waits_first(compiled.function) else LAUNCH,
         "hbm": facts.hbm_bytes / HBM,
         "l2": facts.l2_bytes / L2,
         "l1": facts.l1_bytes / (L1 * CLOCK * MULTIPROCESSORS),

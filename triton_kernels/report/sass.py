@@ -99,6 +99,20 @@ class Function(NamedTuple):
         return nest(self.instructions)
 
 
+# What reads or writes memory that other launches see.
+_GLOBAL = ("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "REDG", "UTMALDG", "UTMASTG", "UBLKCP")
+
+
+def waits_first(function: Function) -> bool:
+    """Whether a kernel waits for the launch before it (griddepcontrol.wait) before it branches or touches memory, and
+    lets the next one begin (griddepcontrol.launch_dependents)."""
+    kinds = [each.kind for each in function.instructions]
+    if "ACQBULK" not in kinds or "PREEXIT" not in kinds:
+        return False
+    wait = function.instructions[kinds.index("ACQBULK")]
+    return not wait.predicate and not {*_GLOBAL, "BRA", "EXIT"} & set(kinds[: kinds.index("ACQBULK")])
+
+
 def parse(text: str) -> dict[str, Function]:
     """The functions in what `nvdisasm -gi -hex -c` prints, by name."""
     functions: dict[str, Function] = {}
