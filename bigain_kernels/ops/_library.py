@@ -54,6 +54,8 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
         _C._dispatch_tls_local_include_set().raw_repr() & _INCLUDED == 0
         and _C._dispatch_tls_local_exclude_set().raw_repr() & _EXCLUDED == _EXCLUDED
         and _PLAIN.issuperset(map(type, args))
+        # The imaginary part of a conjugate is negated by the dispatcher, on its way to what reads memory.
+        and not any(isinstance(arg, Tensor) and arg.is_neg() for arg in args)
         and (args[0].is_cuda or args[0].is_cpu)
         and not (_C.is_grad_enabled() and _C._any_requires_grad(*args))
         and not _C._len_torch_function_stack()

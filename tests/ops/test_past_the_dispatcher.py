@@ -116,6 +116,7 @@ WATCHED = {
     "functionalize": lambda x: torch.func.functionalize(score)(x),
     "forward mode": of_forward_ad,
     "gradients": recorded,
+    "a negated view": lambda x: score(torch.complex(x, x).conj().imag),
     "a subclass": lambda x: score(x.as_subclass(Own)),
     "meta tensors": lambda x: score(x.to("meta")),
     "fake tensors": lambda x: score(FakeTensorMode().from_tensor(x)),
