@@ -95,7 +95,13 @@ class Chooser:
         return _pick(op, architecture(device), size)
 
 
-_chooser: ContextVar[Chooser] = ContextVar("bigain_chooser", default=Chooser())  # noqa: B039 - it has no state
+_BY_TABLES = Chooser()
+_chooser: ContextVar[Chooser] = ContextVar("bigain_chooser", default=_BY_TABLES)
+
+
+def is_by_tables() -> bool:
+    """Whether the tables decide here, and no other chooser."""
+    return _chooser.get() is _BY_TABLES
 
 
 @contextmanager

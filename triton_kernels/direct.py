@@ -25,6 +25,8 @@ from triton.runtime.jit import JITFunction
 
 # The first and the last release of Triton whose launching is known.
 KNOWN = ((3, 6), (3, 9))
+# The compiled kernel, what launches it, and what that is given.
+Kept = tuple[CompiledKernel, Any, Any, Any]
 # The kind of what this module has no name for. A key that holds it is not kept.
 UNKNOWN = object()
 
@@ -40,6 +42,15 @@ def reason() -> str:
     if torch.version.hip:
         return "on AMD GPUs Triton specializes on more than is known here"
     return ""
+
+
+_runtime, _compilation = vars(knobs.runtime), vars(knobs.compilation)
+_before, _after = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+
+
+def untouched() -> bool:
+    """Whether nothing asks Triton to do more at a launch than launching: no hook, no setting that was changed."""
+    return not (_runtime or _compilation or _before.calls or _after.calls)
 
 
 def kind_of(value: Any, specialize: bool) -> Any:
@@ -70,16 +81,16 @@ def _kind(parameter: Any) -> str:
 class Launcher:
     """How one kernel is launched: `launch(grid_x, grid_y, grid_z, **arguments)`, with options among the arguments.
 
+    It returns what is kept of the launch, None where that was Triton's own affair.
     Parameters of the kernel that are called p_... are pointers.
     """
 
     def __init__(self, kernel: JITFunction[Any]) -> None:
         self.kernel = kernel
-        # By key: the compiled kernel, what launches it, and what that is given.
-        self.kept: dict[tuple[Any, ...], tuple[CompiledKernel, Any, Any, Any]] = {}
+        self.kept: dict[tuple[Any, ...], Kept] = {}
         self.launch = self._written()
 
-    def _written(self) -> Callable[..., None]:
+    def _written(self) -> Callable[..., Kept | None]:
         # Written out and compiled, as dataclasses do with their methods: loops would take longer than the launch.
         names = [parameter.name for parameter in self.kernel.params]
         pointers = [name for name in names if name.startswith("p_")]
@@ -97,28 +108,31 @@ def launch(grid_x, grid_y, grid_z, *, {", ".join(names)}, **options):
     _, run, function, metadata = found
     stream = active.get_current_stream(device)
     run(grid_x, grid_y, grid_z, stream, function, metadata, None, None, None, {passed})
+    return found
 """
         scope: dict[str, Any] = {
             "driver": driver,
             "get": self.kept.get,
             "kind_of": kind_of,
-            "settings": vars(knobs.runtime),
-            "more_settings": vars(knobs.compilation),
-            "before": knobs.runtime.launch_enter_hook,
-            "after": knobs.runtime.launch_exit_hook,
+            "settings": _runtime,
+            "more_settings": _compilation,
+            "before": _before,
+            "after": _after,
             "kernel": self.kernel,
             "through_triton": self._through_triton,
         }
         exec(source, scope)
         return scope["launch"]
 
-    def _through_triton(self, grid: tuple[int, int, int], arguments: dict[str, Any], key: tuple[Any, ...]) -> None:
+    def _through_triton(
+        self, grid: tuple[int, int, int], arguments: dict[str, Any], key: tuple[Any, ...]
+    ) -> Kept | None:
         compiled = self.kernel[grid](**arguments)
-        if vars(knobs.runtime) or vars(knobs.compilation) or UNKNOWN in key:
-            return
         # With hooks or while others compile, Triton may return something else, or nothing.
-        if type(compiled) is CompiledKernel:
-            self.kept[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        if not untouched() or UNKNOWN in key or self.kernel.pre_run_hooks or type(compiled) is not CompiledKernel:
+            return None
+        self.kept[key] = compiled, compiled.run, compiled.function, compiled.packed_metadata
+        return self.kept[key]
 
 
 _launchers: dict[int, Launcher] = {}

@@ -65,32 +65,45 @@ _instead: ContextVar[Callable[[Any, tuple[int, ...]], Callable[..., Any]] | None
 
 def programs(kernel: Any, *grid: int) -> Callable[..., Any]:
     """What launches `kernel` on a grid of programs when it is called with the arguments of the kernel."""
-    instead = _instead.get()
-    return _launching(kernel, grid) if instead is None else instead(kernel, grid)
+    make = _instead.get()
+    return launching(kernel, grid) if make is None else make(kernel, grid)
 
 
-def _launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+def launching(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    """What launches `kernel`, whether others look at launches or not."""
     launcher = direct.launcher(kernel)
     return kernel[grid] if launcher is None else partial(launcher.launch, *grid, *_ONES[len(grid) :])
+
+
+def is_watched() -> bool:
+    """Whether something stands in for launching in this thread or task."""
+    return _instead.get() is not None
+
+
+@contextmanager
+def instead(make: Callable[[Any, tuple[int, ...]], Callable[..., Any]]) -> Iterator[None]:
+    """Let `make`, given a kernel and its grid, say what is called in the place of the launches of the block."""
+    token = _instead.set(make)
+    try:
+        yield
+    finally:
+        _instead.reset(token)
 
 
 @contextmanager
 def _taking_down(run: bool) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
-    def instead(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
+    def make(kernel: Any, grid: tuple[int, ...]) -> Callable[..., Any]:
         def take_down(*args: Any, **kwargs: Any) -> None:
             launches.append(Launch(kernel, grid, dict(zip(kernel.arg_names, args, strict=False)) | kwargs))
             if run:
-                _launching(kernel, grid)(*args, **kwargs)
+                launching(kernel, grid)(*args, **kwargs)
 
         return take_down
 
-    token = _instead.set(instead)
-    try:
+    with instead(make):
         yield launches
-    finally:
-        _instead.reset(token)
 
 
 def record_launches() -> AbstractContextManager[list[Launch]]:

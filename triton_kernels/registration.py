@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bigain_kernels.declaration import OPS
+from bigain_kernels.declaration import OPS, Op
 
 from ._common import FLOAT_DTYPES, MAX_TOKENS
+from .repeated import repeated
 
 _PLANS = ("merge_plan", "block_merge_plan", "lgtm_plan")
 
@@ -73,6 +74,12 @@ def _on_its_device(launch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
-    op: _on_its_device(declared.of_launcher(_launcher(op))) for op, declared in OPS.items()
-}
+def _implementation(declared: Op) -> Callable[..., Any]:
+    launch = declared.of_launcher(_launcher(declared.name))
+    # An alpha may be another at each step: calls with numbers that are no integers are seldom of one kind.
+    kinds = [parameter.split(" ")[0] for each in declared.arguments for parameter in each.parameters]
+    seldom = {"float", "float?", "Tensor[]"} & set(kinds)
+    return _on_its_device(launch if seldom else repeated(launch))
+
+
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {op: _implementation(declared) for op, declared in OPS.items()}

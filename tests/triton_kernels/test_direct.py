@@ -41,11 +41,15 @@ def kernel():
     return triton.jit(_source, do_not_specialize=["n"])
 
 
+LOG: list = []
+
+
 @pytest.fixture
 def launched(monkeypatch):
     """What was launched: the compiled kernel and all that its launcher was given, pointers as addresses. Nothing is
     compiled: each kind that Triton asks to be compiled is an object of its own."""
-    log = []
+    log = LOG
+    log.clear()
 
     def compile(source, target, options):
         made = object.__new__(CompiledKernel)
