@@ -44,7 +44,7 @@ _VIEWS = {
 class _Launch(NamedTuple):
     """A launch: the grid, the compiled kernel, and its arguments, those that are pointers at (place, source, bytes)."""
 
-    grid: tuple[int, int, int]
+    grid: tuple[int, ...]
     kernel: direct.Kept
     arguments: list[Any]
     pointers: list[tuple[int, int, int]]
