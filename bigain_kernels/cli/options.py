@@ -18,8 +18,8 @@ CheckpointOption = Annotated[
     str | None,
     typer.Option(
         "--checkpoint",
-        help="Folder of a diffusers checkpoint (a pipeline, or transformer/ and scheduler/) or a hub id. "
-        "Default: the tiny digit model that comes with this package.",
+        help="tiny-dit, mnist-unet or mnist-dit, which come with this package, the folder of a diffusers checkpoint (a "
+        "pipeline, or transformer/ and scheduler/), or a hub id. Default: tiny-dit.",
         show_default=False,
         rich_help_panel=_MODEL,
     ),

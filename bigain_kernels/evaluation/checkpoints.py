@@ -1,4 +1,4 @@
-"""Loading what the command line is pointed at: our tiny model, a local diffusers folder, or a hub id."""
+"""Loading what the command line is pointed at: a model that we ship, a local diffusers folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ from .strict_loading import (
 from .tiny_models import ASSETS, DigitClassifier
 
 TINY_DIT = ASSETS / "tiny_dit"
+# The models that come with the package, by the names that a checkpoint may be given by.
+SHIPPED = {"tiny-dit": TINY_DIT, "mnist-unet": ASSETS / "mnist_unet", "mnist-dit": ASSETS / "mnist_dit"}
+# Beside a U-Net, what stands for the prompts of its classes.
+EMBEDDINGS = "embeddings.safetensors"
+_PROMPTED = "UNet2DConditionModel"
 MODEL_FOLDERS = ("transformer", "unet")
 PIPELINES = ("DiTPipeline", "StableDiffusionPipeline", "StableDiffusionXLPipeline")
 # What the parts of a pipeline may come from; "stable_diffusion" is diffusers' own name for its safety checker's.
@@ -132,9 +138,10 @@ def load_checkpoint(
     """Load a checkpoint for classifying and generating.
 
     Args:
-        source: a folder with `transformer/` or `unet/` and `scheduler/` (as `bigain train-tiny` writes), a pipeline
-            folder with `model_index.json`, or the hub id of a pipeline. DiT, Stable Diffusion 1.x and 2.x, and SDXL;
-            of model and scheduler alone, DiT and what `denoisers.register_denoiser` was told of.
+        source: a name of `SHIPPED`, a folder with `transformer/` or `unet/` and `scheduler/` (as `bigain train-tiny`
+            writes), a pipeline folder with `model_index.json`, or the hub id of a pipeline. DiT, Stable Diffusion 1.x
+            and 2.x, and SDXL; of model and scheduler alone, DiT, what `denoisers.register_denoiser` was told of, and a
+            U-Net that has the embeddings of its classes in `embeddings.safetensors` beside it.
         class_names: the classes of a text-to-image model; a class-conditional model has its own and ignores them.
         template: prompt of a class of a text-to-image model; `{}` stands for the class name.
         device, dtype: where and in what the model runs.
@@ -144,7 +151,7 @@ def load_checkpoint(
         ValueError: a model of another kind, or a text-to-image model without class names.
         ImportError: an optional package is missing; the message names it.
     """
-    folder = Path(source)
+    folder = SHIPPED.get(str(source), Path(source))
     if not folder.is_dir():
         if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise FileNotFoundError(f"checkpoint: got {source}, expected a folder or a hub id such as owner/name")
@@ -166,6 +173,8 @@ def _from_parts(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     kind = read_config(path).get("_class_name")
     families.load_entry_points()
     known = class_conditional()
+    if kind == _PROMPTED and (folder / EMBEDDINGS).exists():
+        known[kind] = _model_classes()[kind], partial(_class_denoiser, folder / EMBEDDINGS)
     if kind not in known:
         raise ValueError(
             f"checkpoint: got {kind} without a pipeline in {path}, expected {' or '.join(known)} (any other needs its "
@@ -177,6 +186,19 @@ def _from_parts(folder: Path, device: torch.device | str, dtype: torch.dtype) ->
     with naming(path, f"a {kind} that takes class labels"):
         denoiser = make(model.to(device).eval(), scheduler)
     return Checkpoint(denoiser, tuple(map(str, range(denoiser.num_classes))), denoiser.sample_shape)
+
+
+def _class_denoiser(path: Path, model: Any, scheduler: Any) -> PromptDenoiser:
+    """A U-Net whose classes have embeddings in a file, which hold the place of those of prompts."""
+    from safetensors.torch import load_file
+
+    with naming(path, "a file of one tensor `embeddings` (classes + 1, tokens, width) as wide as the U-Net asks for"):
+        embeddings = load_file(path)["embeddings"]
+        if embeddings.ndim != 3 or len(embeddings) < 2 or embeddings.shape[2] != model.config.cross_attention_dim:
+            raise ValueError(f"shape {tuple(embeddings.shape)}")
+        if not (embeddings.is_floating_point() and bool(embeddings.isfinite().all())):
+            raise ValueError("values that are not finite numbers")
+    return PromptDenoiser(model, scheduler, embeddings.to(model.device))
 
 
 def _scheduler(folder: Path) -> Any:

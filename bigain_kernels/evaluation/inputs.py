@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from .checkpoints import Checkpoint
-from .data import load_digits
+from .data import MNIST_SIZE, load_digits, load_mnist
 from .folders import ImageFolder
 from .images import DamagedImage, read_image
 
@@ -37,14 +37,15 @@ class Inputs(Protocol):
 
 
 class DigitInputs:
-    """The first `limit` test digits; the index of one is its place among them.
+    """The first `limit` test digits, of MNIST for a model as large as these; the index of one is its place among them.
 
     Raises:
         ValueError: the model draws images of another shape.
     """
 
     def __init__(self, checkpoint: Checkpoint, limit: int | None) -> None:
-        self._digits = load_digits("test")
+        mnist = checkpoint.image_shape == (1, MNIST_SIZE, MNIST_SIZE)
+        self._digits = load_mnist("test") if mnist else load_digits("test")
         self.indices = list(range(len(self._digits)))[:limit]
         self.labels = dict(enumerate(self._digits.labels[: len(self.indices)].tolist()))
         self.damaged: list[DamagedImage] = []

@@ -14,8 +14,10 @@ ASSETS = Path(__file__).parent / "assets"
 NUM_CLASSES = 10
 
 
-def build_tiny_dit(width: int = 96, heads: int = 3, layers: int = 4, patch_size: int = 2) -> DiTTransformer2DModel:
-    """A class-conditional DiT for DIGITS_SIZE x DIGITS_SIZE gray images, initialised as DiT asks for.
+def build_tiny_dit(
+    width: int = 96, heads: int = 3, layers: int = 4, patch_size: int = 2, size: int = DIGITS_SIZE
+) -> DiTTransformer2DModel:
+    """A class-conditional DiT for `size` x `size` gray images, initialised as DiT asks for.
 
     Label `NUM_CLASSES` is the null label of classifier-free guidance. Zero-initialised adaLN and output follow Peebles
     and Xie, "Scalable Diffusion Models with Transformers", 2023; the class embedding has unit variance, because with
@@ -27,7 +29,7 @@ def build_tiny_dit(width: int = 96, heads: int = 3, layers: int = 4, patch_size:
         in_channels=1,
         out_channels=1,
         num_layers=layers,
-        sample_size=DIGITS_SIZE,
+        sample_size=size,
         patch_size=patch_size,
         num_embeds_ada_norm=NUM_CLASSES,
     )

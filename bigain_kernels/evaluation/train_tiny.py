@@ -1,4 +1,4 @@
-"""Training of the two shipped models, deterministic for one seed and one thread count."""
+"""Training of the tiny DiT and of the digit classifier, deterministic for one seed and one thread count."""
 
 from __future__ import annotations
 
@@ -65,7 +65,27 @@ def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.grid_sample(images + 1.0, grid, mode="bilinear", align_corners=False) - 1.0
 
 
-def _save(model: Any, folder: Path) -> None:
+def drop_labels(labels: torch.Tensor, fraction: float, generator: torch.Generator) -> torch.Tensor:
+    """`labels` (n,), about a `fraction` of them replaced by the null label."""
+    dropped = torch.rand(len(labels), generator=generator) < fraction
+    return torch.where(dropped, NUM_CLASSES, labels)
+
+
+def spread_timesteps(n: int, steps: int, generator: torch.Generator) -> torch.Tensor:
+    """(n,) timesteps below `steps`, one from each of n equal strata: the same expectation with less variance."""
+    strata = torch.arange(n) + torch.rand(n, generator=generator)
+    return (strata / n * steps).long()
+
+
+@torch.no_grad()
+def average_into(average: torch.nn.Module, model: torch.nn.Module, decay: float, step: int) -> None:
+    """Move `average` towards `model` after step `step`, from 0; the first steps, which are far off, fade faster."""
+    decay = min(decay, (step + 1) / (step + 10))
+    for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
+        averaged.lerp_(current, 1 - decay)
+
+
+def save_model(model: Any, folder: Path) -> None:
     """`save_pretrained` whose files each take the place of the one before as a whole."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", dir=folder.parent) as part:
@@ -129,12 +149,9 @@ def train_tiny_dit(
         writer.writerow(["step", "loss", "validation_error", "seconds"])
         for step in range(config.steps):
             index = torch.randint(len(train), (config.batch_size,), generator=generator)
-            images, labels = augment(train.images[index], generator), train.labels[index]
-            dropped = torch.rand(config.batch_size, generator=generator) < config.label_dropout
-            labels = torch.where(dropped, NUM_CLASSES, labels)
-            # One timestep from each of batch_size equal strata: the same expectation with less variance.
-            strata = torch.arange(config.batch_size) + torch.rand(config.batch_size, generator=generator)
-            t = (strata / config.batch_size * scheduler.config.num_train_timesteps).long()
+            images = augment(train.images[index], generator)
+            labels = drop_labels(train.labels[index], config.label_dropout, generator)
+            t = spread_timesteps(config.batch_size, scheduler.config.num_train_timesteps, generator)
             noise = torch.randn(images.shape, generator=generator)
             predicted = model(scheduler.add_noise(images, noise, t), t, labels).sample
             loss = F.mse_loss(predicted, noise)
@@ -143,10 +160,7 @@ def train_tiny_dit(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            decay = min(config.ema, (step + 1) / (step + 10))
-            with torch.no_grad():
-                for averaged, current in zip(average.parameters(), model.parameters(), strict=True):
-                    averaged.lerp_(current, 1 - decay)
+            average_into(average, model, config.ema, step)
             losses.append(loss.item())
             if not math.isfinite(losses[-1]):
                 raise ValueError(f"loss: got {losses[-1]} at step {step + 1}, expected a finite one: training diverged")
@@ -160,7 +174,7 @@ def train_tiny_dit(
                 losses.clear()
                 writer.writerow([row["step"]] + [f"{row[k]:.5g}" for k in ("loss", "validation_error", "seconds")])
                 file.flush()
-                _save(average, out / "transformer")
+                save_model(average, out / "transformer")
                 if on_log is not None:
                     on_log(row)
     return row
@@ -198,7 +212,7 @@ def train_classifier(out: Path, epochs: int = 60, seed: int = 0) -> dict[str, fl
     return {"test_accuracy": accuracy, "seconds": time.perf_counter() - started}
 
 
-def describe(config: TrainConfig) -> dict[str, object]:
+def describe(config: Any) -> dict[str, object]:
     """The settings of a run and the versions that produced it, to be kept beside the checkpoint."""
     import diffusers
 

@@ -79,6 +79,12 @@ WRONG = [
     (["train-tiny", "--log-every", "0"], "log_every: got 0"),
     (["train-tiny", "--epochs", "-1"], "epochs: got -1"),
     (["train-tiny", "--threads", "-1"], "threads: got -1"),
+    (["train-tiny", "--model", "vae"], "model: got 'vae'"),
+    (["train-tiny", "--model", "unet", "--steps", "3"], "steps: got 3"),
+    (["train-tiny", "--model", "unet", "--log-every", "0"], "log_every: got 0"),
+    (["train-tiny", "--model", "dit", "--resume", "--overwrite"], "resume: got --overwrite"),
+    (["train-tiny", "--stages", "8:1:2"], "stages: got 8:1:2"),
+    (["train-tiny", "--resume"], "resume: got True"),
 ]
 
 

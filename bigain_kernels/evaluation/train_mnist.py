@@ -1,0 +1,313 @@
+"""Training of the models of `mnist_models`: on coarse images first, then on fine ones, resumable to the bit.
+
+What is learned on 16 x 16 pixels costs a fifth there of what it costs on 32 x 32, and most of it stays.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention
+from safetensors.torch import save_file
+
+from .checkpoints import EMBEDDINGS
+from .data import MNIST_SIZE, Digits, load_mnist
+from .denoisers import Denoiser, diffuse
+from .mnist_models import FOLDERS, build_mnist_model, class_embeddings, mnist_denoiser
+from .output import replacing
+from .tiny_models import NUM_CLASSES
+from .train_tiny import augment, average_into, drop_labels, save_model, spread_timesteps
+from .training_state import load_state, save_state
+
+LOG = "training_log.csv"
+STATE = "state.safetensors"
+# By a few of these the right label is to beat a wrong one, in mean squared error of the prediction.
+_MARGIN = 0.002
+# At less noise no label is needed, at more noise no digit can be told: there labels are not contrasted.
+_CONTRASTED = (100, 700)
+# Where, and on how many images, the validation error is logged.
+_VALIDATION_TIMESTEPS = (100, 250, 400, 550, 700)
+_VALIDATION_IMAGES, _VALIDATION_BATCH = 100, 20
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` steps on images of `size` x `size` pixels, `batch` at a time, at `rate` times the learning rate.
+
+    With `contrast` above 0 each image is denoised with a wrong label too, at twice the cost, and so much of
+    `contrast_loss` is added to the loss: the right label is to leave the smaller error, which the denoising loss alone
+    asks for in the end only.
+    """
+
+    size: int
+    steps: int
+    batch: int
+    rate: float = 1.0
+    contrast: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.size not in (8, 16, MNIST_SIZE):
+            raise ValueError(f"stages: got size {self.size}, expected 8, 16 or {MNIST_SIZE}")
+        for name in ("steps", "batch"):
+            if not 1 <= getattr(self, name) <= 10**9:
+                raise ValueError(f"stages: got {name} {getattr(self, name)}, expected 1 to 1e9")
+        for name in ("rate", "contrast"):
+            if not 0 <= getattr(self, name) <= 1e3:
+                raise ValueError(f"stages: got {name} {getattr(self, name)}, expected 0 to 1000")
+
+    def __str__(self) -> str:
+        return f"{self.size}:{self.steps}:{self.batch}:{self.rate:g}:{self.contrast:g}"
+
+
+STAGES = {
+    "unet": (Stage(16, 400, 32), Stage(16, 1000, 16, 1.0, 1.0), Stage(32, 4000, 12, 0.5, 1.0)),
+    "dit": (Stage(16, 600, 64), Stage(16, 2000, 32, 1.0, 1.0), Stage(32, 4000, 16, 0.5, 1.0)),
+}
+
+
+@dataclass(frozen=True)
+class MnistConfig:
+    """Everything that decides the result of `train_mnist`, apart from the thread count and the torch version.
+
+    The learning rate warms up over `warmup` steps and then stays: the average of the weights does what its decay would
+    do, and so a run can be ended, or continued with other stages, anywhere.
+
+    Attributes:
+        model: "unet" or "dit".
+        stages: one after the other.
+        snr_limit: timesteps with a higher ratio of signal to noise do not weigh more (Hang et al., "Efficient Diffusion
+            Training via Min-SNR Weighting Strategy", 2023).
+        log_every: steps between log lines; everything is saved at each.
+    """
+
+    model: str = "unet"
+    stages: tuple[Stage, ...] = STAGES["unet"]
+    learning_rate: float = 2e-3
+    warmup: int = 100
+    ema: float = 0.995
+    label_dropout: float = 0.1
+    weight_decay: float = 0.01
+    snr_limit: float = 5.0
+    log_every: int = 100
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.model not in FOLDERS:
+            raise ValueError(f"model: got {self.model!r}, expected one of {list(FOLDERS)}")
+        if not self.stages:
+            raise ValueError("stages: got none, expected at least one")
+        if not 1 <= self.log_every <= 10**9:
+            raise ValueError(f"log_every: got {self.log_every}, expected 1 to 1e9")
+        limits = {"learning_rate": 1e3, "weight_decay": 1e3, "ema": 1.0, "label_dropout": 1.0, "snr_limit": 1e6}
+        for name, high in limits.items():
+            if not 0 <= getattr(self, name) <= high:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 to {high:g}")
+        for name in ("warmup", "seed"):
+            if not 0 <= getattr(self, name) < 2**63:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a whole number of at least 0")
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+    def stage(self, step: int) -> Stage:
+        """The stage that step `step`, from 0, belongs to."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise ValueError(f"step: got {step} past the last one, expected less than {self.steps}")
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step `step`, from 0."""
+        return self.learning_rate * self.stage(step).rate * min(1.0, (step + 1) / max(1, self.warmup))
+
+
+class _PlainAttention:
+    """Attention with its matrix written out: to train on up to 1,024 tokens in bfloat16 the faster way on a CPU."""
+
+    def __call__(
+        self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_: Any
+    ) -> torch.Tensor:
+        source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        query, key, value = (
+            layer(x).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            for layer, x in ((attn.to_q, hidden_states), (attn.to_k, source), (attn.to_v, source))
+        )
+        # Autocast would take the softmax to float32, and most of the time with it.
+        with torch.autocast("cpu", enabled=False):
+            weights = ((query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2)).softmax(-1)
+            mixed = weights @ value
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+
+def _resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(n, 1, s, s) to (n, 1, size, size), by means of pixels."""
+    return images if size == images.shape[-1] else F.interpolate(images, size=(size, size), mode="area")
+
+
+def contrast_loss(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
+    """What the errors of a right and of a wrong label cost, each (n,): the less, the larger the wrong one is.
+
+    Its slope is at most that of the errors themselves and fades once `wrong` is ahead by a few margins, so a label
+    that is told apart is left to the denoising loss.
+    """
+    return F.softplus((right - wrong) / _MARGIN) * _MARGIN
+
+
+@torch.no_grad()
+def _validation_error(denoiser: Denoiser, data: Digits, size: int) -> float:
+    images, labels = _resized(data.images[:_VALIDATION_IMAGES], size), data.labels[:_VALIDATION_IMAGES]
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
+    errors = []
+    for timestep in _VALIDATION_TIMESTEPS:
+        t = torch.full((len(images),), timestep)
+        noisy, target = diffuse(denoiser.scheduler, images, noise, t)
+        parts = [x.split(_VALIDATION_BATCH) for x in (noisy, t, labels)]
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = torch.cat([denoiser(*part) for part in zip(*parts, strict=True)])
+        errors.append(F.mse_loss(predicted.float(), target))
+    return torch.stack(errors).mean().item()
+
+
+class Run:
+    """All that a training is made of: weights, averaged weights, optimizer, generator, step, and the log so far."""
+
+    def __init__(self, config: MnistConfig) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model, self.average = build_mnist_model(config.model), build_mnist_model(config.model)
+        self.model.train()
+        self.average.eval().load_state_dict(self.model.state_dict())
+        for module in self.model.modules():
+            if isinstance(module, Attention):
+                module.set_processor(_PlainAttention())
+        self.config = config
+        self.denoiser = mnist_denoiser(config.model, self.model)
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
+        )
+        self.step = 0
+        self.rows: list[dict[str, float]] = []
+
+    def advance(self, data: Digits) -> float:
+        """Take one step; returns the denoising part of its loss."""
+        stage = self.config.stage(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.rate(self.step)
+        denoising, loss = self._losses(data, stage)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        average_into(self.average, self.model, self.config.ema, self.step)
+        self.step += 1
+        return denoising.item()
+
+    def _losses(self, data: Digits, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
+        n, generator, scheduler = stage.batch, self.generator, self.denoiser.scheduler
+        index = torch.randint(len(data), (n,), generator=generator)
+        images, true = _resized(augment(data.images[index], generator), stage.size), data.labels[index]
+        labels = drop_labels(true, self.config.label_dropout, generator)
+        t = spread_timesteps(n, scheduler.config.num_train_timesteps, generator)
+        noise = torch.randn(images.shape, generator=generator)
+        noisy, target = diffuse(scheduler, images, noise, t)
+        # v-prediction alone would weigh the error of the clean image by SNR + 1.
+        weight = ((self.config.snr_limit + 1) * (1 - scheduler.alphas_cumprod[t])).clamp(max=1.0)
+        rows, dropped = 1, labels == NUM_CLASSES
+        if stage.contrast:
+            # An image that has lost its label gets it back in its second row.
+            other = (true + torch.randint(1, NUM_CLASSES, (n,), generator=generator)) % NUM_CLASSES
+            rows, labels = 2, torch.cat([labels, torch.where(dropped, true, other)])
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = self.denoiser(noisy.repeat(rows, 1, 1, 1), t.repeat(rows), labels)
+        errors = (predicted.float() - target.repeat(rows, 1, 1, 1)).square().mean(dim=(1, 2, 3))
+        first = errors[:n]
+        denoising = (first * weight).mean()
+        if not stage.contrast:
+            return denoising, denoising
+        second = errors[n:]
+        compared = ~dropped & (t >= _CONTRASTED[0]) & (t < _CONTRASTED[1])
+        contrast = (contrast_loss(first, second) * compared).mean()
+        return denoising, denoising + (second * weight * dropped).mean() + stage.contrast * contrast
+
+
+def _write(out: Path, run: Run) -> None:
+    """The checkpoint, the log, and last the state, from which the others can be written again."""
+    save_model(run.average, out / FOLDERS[run.config.model])
+    run.denoiser.scheduler.save_pretrained(out / "scheduler")
+    if run.config.model == "unet":
+        with replacing(out / EMBEDDINGS) as part:
+            save_file({"embeddings": class_embeddings()}, part)
+    with replacing(out / LOG) as part, open(part, "w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(run.rows[-1])
+        writer.writerows(
+            [[f"{value:.5g}" if isinstance(value, float) else value for value in r.values()] for r in run.rows]
+        )
+    save_state(out / STATE, run)
+
+
+def train_mnist(
+    out: Path, config: MnistConfig, resume: bool = False, on_log: Callable[[dict[str, float]], None] | None = None
+) -> dict[str, float]:
+    """Train a U-Net or a DiT on MNIST and save it as a diffusers checkpoint.
+
+    Writes `out/unet/` or `out/transformer/`, `out/scheduler/`, for the U-Net `out/embeddings.safetensors`, and
+    `out/training_log.csv`: step, size of the images, images seen, denoising loss, validation error of the averaged
+    weights, seconds and seconds of the processor. All are written at every log line together with
+    `out/state.safetensors`, from which a run goes on as if it had not been interrupted.
+
+    Args:
+        out: folder of the checkpoint; made if missing.
+        config: all settings of the run.
+        resume: go on from the state in `out`. The stages may differ in what is still to come, and `log_every`.
+        on_log: called with each row of the log.
+
+    Returns:
+        The last row of the log.
+
+    Raises:
+        ValueError: the state is of a run with other settings, or is damaged, or the loss is not finite.
+        FileNotFoundError: there is no state, or no MNIST.
+    """
+    train, validation = load_mnist("train"), load_mnist("validation")
+    run = Run(config)
+    if resume:
+        load_state(out / STATE, run)
+    out.mkdir(parents=True, exist_ok=True)
+    last = run.rows[-1] if run.rows else {"images": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+    started, started_cpu = time.perf_counter() - last["seconds"], time.process_time() - last["cpu_seconds"]
+    images, losses = last["images"], []
+    while run.step < config.steps:
+        stage = config.stage(run.step)
+        losses.append(run.advance(train))
+        images += stage.batch
+        if not math.isfinite(losses[-1]):
+            raise ValueError(f"loss: got {losses[-1]} at step {run.step}, expected a finite one: training diverged")
+        if run.step % config.log_every == 0 or run.step == config.steps:
+            averaged = mnist_denoiser(config.model, run.average)
+            row = {
+                "step": run.step,
+                "size": stage.size,
+                "images": images,
+                "loss": sum(losses) / len(losses),
+                "validation_error": _validation_error(averaged, validation, stage.size),
+                "seconds": time.perf_counter() - started,
+                "cpu_seconds": time.process_time() - started_cpu,
+            }
+            losses.clear()
+            run.rows.append(row)
+            _write(out, run)
+            if on_log is not None:
+                on_log(row)
+    return run.rows[-1]
