@@ -60,6 +60,10 @@ def train_tiny(
     out: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.", show_default="tiny_MODEL")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="unet, dit: go on with the training in --out.")] = False,
+    state: Annotated[
+        Path | None,
+        typer.Option(help="unet, dit: go on from the state.safetensors of another run.", show_default=False),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="digits: training steps. [12000]")] = None,
     batch_size: Annotated[int | None, typer.Option(help="digits: images of one step. [64]")] = None,
     stages: Annotated[
@@ -104,15 +108,15 @@ def train_tiny(
         "log_every": log_every,
     }
     own = {"steps": steps, "batch_size": batch_size, "epochs": epochs}
-    other = {"stages": stages, "snr_limit": snr_limit, "resume": resume or None}
+    other = {"stages": stages, "snr_limit": snr_limit, "resume": resume or None, "state": state}
     if not digits:
         own, other = other, own
     for name, value in other.items():
         if value is not None:
             raise ValueError(f"{name}: got {value}, expected none with --model {model}")
     given = {name: value for name, value in (given | own).items() if value is not None}
-    if resume and overwrite:
-        raise ValueError("resume: got --overwrite with it, expected one of the two")
+    if resume and (overwrite or state):
+        raise ValueError(f"resume: got --{'overwrite' if overwrite else 'state'} with it, expected one of the two")
     set_threads(threads)
     from ..evaluation.output import OutputFolder
 
@@ -151,10 +155,10 @@ def _of_digits(given: dict[str, Any]) -> Callable[[OutputFolder], None]:
 
 def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], None]:
     """What trains the U-Net or the DiT of MNIST, with settings that have been looked at."""
-    from ..evaluation.train_mnist import STAGES, MnistConfig, train_mnist
+    from ..evaluation.train_mnist import STAGES, STATE, MnistConfig, train_mnist
 
     text = given.pop("stages", None)
-    resume = given.pop("resume", False)
+    resume, state = given.pop("resume", False), given.pop("state", None)
     config = MnistConfig(model=model, stages=STAGES[model] if text is None else _read_stages(text), **given)
     options = {**asdict(config), "stages": ",".join(map(str, config.stages))}
 
@@ -167,7 +171,7 @@ def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], Non
                 _write_settings(output, options, config)
                 shown(row)
 
-            last = train_mnist(output.path, config, resume, log)
+            last = train_mnist(output.path, config, output.path / STATE if resume else state, log)
         error, seconds = last["validation_error"], last["seconds"]
         say(f"{model}: validation error {error:.4f} in {seconds:.0f} s; saved in {output.path}")
 

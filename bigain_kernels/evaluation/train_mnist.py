@@ -258,7 +258,7 @@ def _write(out: Path, run: Run) -> None:
 
 
 def train_mnist(
-    out: Path, config: MnistConfig, resume: bool = False, on_log: Callable[[dict[str, float]], None] | None = None
+    out: Path, config: MnistConfig, state: Path | None = None, on_log: Callable[[dict[str, float]], None] | None = None
 ) -> dict[str, float]:
     """Train a U-Net or a DiT on MNIST and save it as a diffusers checkpoint.
 
@@ -270,7 +270,8 @@ def train_mnist(
     Args:
         out: folder of the checkpoint; made if missing.
         config: all settings of the run.
-        resume: go on from the state in `out`. The stages may differ in what is still to come, and `log_every`.
+        state: the file to go on from, such as `out/state.safetensors`; None starts anew. The stages may differ in what
+            is still to come, and `log_every`.
         on_log: called with each row of the log.
 
     Returns:
@@ -282,8 +283,8 @@ def train_mnist(
     """
     train, validation = load_mnist("train"), load_mnist("validation")
     run = Run(config)
-    if resume:
-        load_state(out / STATE, run)
+    if state is not None:
+        load_state(state, run)
     out.mkdir(parents=True, exist_ok=True)
     last = run.rows[-1] if run.rows else {"images": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     started, started_cpu = time.perf_counter() - last["seconds"], time.process_time() - last["cpu_seconds"]

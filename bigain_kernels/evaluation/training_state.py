@@ -58,7 +58,7 @@ def load_state(path: Path, run: Run) -> None:
         ValueError: it is damaged, or of a run whose settings differ in what has been done already.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"resume: got no {path}, expected the state that `bigain train-tiny --model` writes")
+        raise FileNotFoundError(f"state: got no {path}, expected the file that `bigain train-tiny --model` writes")
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads(file.metadata()["run"])
@@ -78,4 +78,4 @@ def load_state(path: Path, run: Run) -> None:
         run.optimizer.load_state_dict({**run.optimizer.state_dict(), "state": moments})
         run.step, run.rows = about["step"], about["rows"]
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
-        raise ValueError(f"resume: got {path}, expected the state of such a run, whole ({error})") from error
+        raise ValueError(f"state: got {path}, expected the state of such a run, whole ({error})") from error

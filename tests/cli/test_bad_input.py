@@ -85,6 +85,8 @@ WRONG = [
     (["train-tiny", "--model", "dit", "--resume", "--overwrite"], "resume: got --overwrite"),
     (["train-tiny", "--stages", "8:1:2"], "stages: got 8:1:2"),
     (["train-tiny", "--resume"], "resume: got True"),
+    (["train-tiny", "--model", "dit", "--resume", "--state", "x"], "resume: got --state"),
+    (["train-tiny", "--model", "dit", "--state", "nowhere"], "state: got no nowhere"),
 ]
 
 

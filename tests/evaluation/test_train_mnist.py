@@ -41,7 +41,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     with torch.enable_grad():
         train_mnist(whole, _config(kind, FIRST, SECOND))
         train_mnist(parts, _config(kind, FIRST, replace(SECOND, steps=2)))
-        train_mnist(parts, _config(kind, FIRST, SECOND), resume=True)
+        train_mnist(parts, _config(kind, FIRST, SECOND), parts / STATE)
     return kind, whole, parts
 
 
@@ -83,13 +83,13 @@ def test_a_state_of_another_run_is_refused(trained: tuple[str, Path, Path], tmp_
         (replace(config, model="dit" if kind == "unet" else "unet"), "model: got "),
     ):
         with pytest.raises(ValueError, match=f"^{named}"):
-            train_mnist(tmp_path, other, resume=True)
-    with pytest.raises(FileNotFoundError, match=r"^resume: got no "):
-        train_mnist(tmp_path / "empty", config, resume=True)
+            train_mnist(tmp_path, other, tmp_path / STATE)
+    with pytest.raises(FileNotFoundError, match=r"^state: got no "):
+        train_mnist(tmp_path, config, tmp_path / "nothing")
     tensors = load_file(tmp_path / STATE)
     save_file({key: tensors[key] for key in list(tensors)[1:]}, tmp_path / STATE, {"run": "{}"})
-    with pytest.raises(ValueError, match=r"^resume: got .*, expected the state of such a run"):
-        train_mnist(tmp_path, config, resume=True)
+    with pytest.raises(ValueError, match=r"^state: got .*, expected the state of such a run"):
+        train_mnist(tmp_path, config, tmp_path / STATE)
 
 
 def test_contrast_fades_once_the_right_label_is_ahead() -> None:
