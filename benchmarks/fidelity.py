@@ -1,8 +1,8 @@
 """What a method costs in fidelity on the shipped models of MNIST: `python -m benchmarks.fidelity --model unet`.
 
 On validation images at three timesteps, with the true label: by how much the denoising error rises, and how far the
-prediction moves (squared distance to the uncompressed one), both in percent of the uncompressed error. A method is a row
-for each timestep; rows that are there already, of the same weights and images, are not measured again, so an
+prediction moves (squared distance to the uncompressed one), both in percent of the uncompressed error. A row is a
+method at a timestep. Rows that are there already, of the same weights and images, are not measured again, so an
 interrupted run goes on.
 """
 
