@@ -24,7 +24,7 @@ from .denoisers import Denoiser, diffuse
 from .mnist_models import FOLDERS, build_mnist_model, class_embeddings, mnist_denoiser
 from .output import replacing
 from .tiny_models import NUM_CLASSES
-from .train_tiny import augment, average_into, drop_labels, save_model, spread_timesteps
+from .train_tiny import augment, average_into, check_settings, drop_labels, save_model, spread_timesteps
 from .training_state import load_state, save_state
 
 LOG = "training_log.csv"
@@ -104,15 +104,8 @@ class MnistConfig:
             raise ValueError(f"model: got {self.model!r}, expected one of {list(FOLDERS)}")
         if not self.stages:
             raise ValueError("stages: got none, expected at least one")
-        if not 1 <= self.log_every <= 10**9:
-            raise ValueError(f"log_every: got {self.log_every}, expected 1 to 1e9")
         limits = {"learning_rate": 1e3, "weight_decay": 1e3, "ema": 1.0, "label_dropout": 1.0, "snr_limit": 1e6}
-        for name, high in limits.items():
-            if not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 to {high:g}")
-        for name in ("warmup", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a whole number of at least 0")
+        check_settings(self, ("log_every",), limits)
 
     @property
     def steps(self) -> int:

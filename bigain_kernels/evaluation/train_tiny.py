@@ -7,7 +7,7 @@ import math
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,20 @@ from .tiny_models import NUM_CLASSES, DigitClassifier, build_scheduler, build_ti
 
 # Timesteps at which the validation error is logged; past 700 the digits drown in noise.
 _VALIDATION_TIMESTEPS = (50, 150, 250, 350, 450, 600)
+
+
+def check_settings(config: Any, counts: Sequence[str], limits: Mapping[str, float]) -> None:
+    """ValueError naming the first setting out of its range: counts from 1 up, others from 0 to their limit, and
+    `warmup` and `seed`, whole numbers from 0 up."""
+    for name in counts:
+        if not 1 <= getattr(config, name) <= 10**9:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected 1 to 1e9")
+    for name, high in limits.items():
+        if not 0 <= getattr(config, name) <= high:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected 0 to {high:g}")
+    for name in ("warmup", "seed"):
+        if not 0 <= getattr(config, name) < 2**63:
+            raise ValueError(f"{name}: got {getattr(config, name)}, expected a whole number of at least 0")
 
 
 @dataclass(frozen=True)
@@ -38,15 +52,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "log_every"):
-            if not 1 <= getattr(self, name) <= 10**9:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 1 to 1e9")
-        for name, high in (("learning_rate", 1e3), ("weight_decay", 1e3), ("ema", 1.0), ("label_dropout", 1.0)):
-            if not 0 <= getattr(self, name) <= high:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected 0 to {high:g}")
-        for name in ("warmup", "seed"):
-            if not 0 <= getattr(self, name) < 2**63:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a whole number of at least 0")
+        limits = {"learning_rate": 1e3, "weight_decay": 1e3, "ema": 1.0, "label_dropout": 1.0}
+        check_settings(self, ("steps", "batch_size", "log_every"), limits)
 
 
 def augment(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
