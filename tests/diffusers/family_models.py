@@ -515,8 +515,63 @@ WRITTEN_OUT = {
 }
 
 
+def _controlled(inputs: dict[str, Any], condition: Tensor) -> dict[str, Any]:
+    return {**inputs, "controlnet_cond": condition}
+
+
+def _sd3_controlnet(batch, grid):
+    inputs = sd3_inputs(batch, (2 * grid[1], 2 * grid[2]))
+    return _controlled(inputs, noise(batch, 4, 2 * grid[1], 2 * grid[2], seed=7))
+
+
+def _tokens_controlnet(make):
+    def inputs(batch, grid):
+        return _controlled(make(batch, grid[1:]), noise(batch, grid[1] * grid[2], 16, seed=7))
+
+    return inputs
+
+
+JOINT = {"num_layers": 2, "joint_attention_dim": 32, **HEADS}
+# Copies of the first blocks of a model.
+CONTROLNETS = {
+    "flux_controlnet": Case(
+        "FluxControlNetModel",
+        {
+            **JOINT,
+            "in_channels": 16,
+            "num_single_layers": 1,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": (4, 6, 6),
+        },
+        _tokens_controlnet(flux_inputs),
+        TEXT,
+        _double(),
+    ),
+    "sd3_controlnet": Case(
+        "SD3ControlNetModel",
+        {
+            **JOINT,
+            "sample_size": 16,
+            "in_channels": 4,
+            "caption_projection_dim": 32,
+            "pooled_projection_dim": 32,
+            "pos_embed_max_size": 16,
+            "extra_conditioning_channels": 0,
+        },
+        _sd3_controlnet,
+    ),
+    "qwen_controlnet": Case(
+        "QwenImageControlNetModel",
+        {**JOINT, "in_channels": 16, "out_channels": 4, "axes_dims_rope": (4, 6, 6)},
+        _tokens_controlnet(qwen_inputs),
+        TEXT,
+        _double(),
+    ),
+}
+
+
 def case_of(name: str) -> Case:
-    return CASES[name] if name in CASES else WRITTEN_OUT[name]
+    return {**CASES, **WRITTEN_OUT, **CONTROLNETS}[name]
 
 
 def build(name: str) -> nn.Module:

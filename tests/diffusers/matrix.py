@@ -16,12 +16,13 @@ import pytest
 from bigain_kernels.diffusers.families import REFUSED, registered
 from bigain_kernels.diffusers.families.recommended import Recommendation
 
-from .family_models import CASES, WRITTEN_OUT
+from .family_models import CASES, CONTROLNETS, WRITTEN_OUT
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "models.md"
 MARK = "<!-- written by `python -m tests.diffusers.matrix` -->"
-NAMES = {case.model: name for name, case in (*CASES.items(), *WRITTEN_OUT.items())} | {"UNet2DConditionModel": "unet"}
+NAMES = {case.model: name for name, case in (*CASES.items(), *WRITTEN_OUT.items(), *CONTROLNETS.items())}
+NAMES |= {"UNet2DConditionModel": "unet", "ControlNetModel": "unet_controlnet"}
 RECOMMENDED = """## What to begin with
 
 `recommended_config(model)` gives these. They are starting points, not results: the last column says what stands behind
@@ -48,7 +49,22 @@ MODELS = {
     "cogvideox": "CogVideoX (video)",
     "allegro": "Allegro (video)",
     "latte": "Latte (video)",
+    "unet_controlnet": "ControlNet of the U-Nets",
+    "flux_controlnet": "ControlNet of Flux.1",
+    "sd3_controlnet": "ControlNet of Stable Diffusion 3",
+    "qwen_controlnet": "ControlNet of Qwen-Image",
 }
+FILES = (
+    "families",
+    "joint",
+    "behaviour",
+    "goldens",
+    "compile",
+    "proportional",
+    "mlp",
+    "rebound_hidden",
+    "controlnet",
+)
 NO_HIDDEN = "attention only"
 NO_MLP = "refused"
 AS_DIT = "one code with DiT"
@@ -78,6 +94,23 @@ def row(name: str) -> dict[str, Shown | str]:
         "one graph": Shown("test_the_whole_model_compiles_as_one_graph", own),
         "16 bits": Shown("test_bfloat16_is_close_to_float32", own),
     }
+    if name.endswith("controlnet"):
+        written_out, as_model = "test_a_controlnet_equals_attention_written_out", "one code with its model"
+        cells = {
+            "exact": Shown("test_a_controlnet_with_nothing_to_do_is_the_unpatched_one", (name,)),
+            "pool": Shown(written_out, (name + "-pool",)),
+            "merge hidden": as_model,
+            "merge attention": Shown(written_out, (name + "-merge",)),
+            "around the MLP": Shown("test_hidden_states_and_mlps_of_controlnets", (name,)),
+            "one graph": "not tested",
+            "16 bits": "not tested",
+        }
+        beside = Shown("test_a_unet_and_its_controlnet", ("",))
+        if name == "unet_controlnet":
+            cells |= dict.fromkeys(("exact", "pool", "merge attention", "around the MLP"), as_model)
+            cells |= {"exact": beside}
+        if name == "sd3_controlnet":
+            cells |= {"merge hidden": Shown("test_merged_hidden_states_of_a_stable_diffusion_3_controlnet", ("",))}
     if name == "pixart":
         cells |= {"pool": AS_DIT, "merge hidden": AS_DIT}
     if name in ("unet", "dit"):
@@ -102,7 +135,10 @@ def row(name: str) -> dict[str, Shown | str]:
             "one graph": Shown("test_whole_joint_models_compile", ("",)),
             "16 bits": Shown("test_half_precision", (tiny,)),
         }
-    if name in ("wan", "flux2"):
+    if name == "flux_controlnet":
+        halves = Shown("test_bfloat16_is_close_and_one_graph_compiles", (name,))
+        cells |= {"one graph": halves, "16 bits": halves}
+    if name in ("wan", "flux2", "flux_controlnet"):
         written_out = "test_merged_hidden_states_of_rebound_families_equal_attention_written_out"
         cells |= {"merge hidden": Shown(written_out, (name,))}
     if name in ("hidream", "lumina2"):
@@ -166,8 +202,7 @@ def recommended_table() -> str:
 
 def main() -> None:
     outcomes = Outcomes()
-    files = ("families", "joint", "behaviour", "goldens", "compile", "proportional", "mlp", "rebound_hidden")
-    pytest.main(["-q", "-p", "no:cacheprovider", *(str(HERE / f"test_{name}.py") for name in files)], [outcomes])
+    pytest.main(["-q", "-p", "no:cacheprovider", *(str(HERE / f"test_{name}.py") for name in FILES)], [outcomes])
     if outcomes.failed:
         raise SystemExit(f"{len(outcomes.failed)} tests failed")
     before, _, _ = PAGE.read_text().partition(MARK)

@@ -28,7 +28,7 @@ from bigain_kernels.diffusers import (
 from bigain_kernels.diffusers.families import REFUSED, registered
 from bigain_kernels.methods import PoolConfig
 
-from .family_models import CASES, WRITTEN_OUT, build, case_of, module_of, noise, outputs
+from .family_models import CASES, CONTROLNETS, WRITTEN_OUT, build, case_of, module_of, noise, outputs
 
 SIZES = [(6, 8), (5, 9)]
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}
@@ -424,8 +424,8 @@ def test_what_a_family_does_not_offer_is_refused_by_name():
 
 def test_every_registered_family_has_a_case():
     names = {family.model.__name__ for family in registered()}
-    cases = {case.model for case in (*CASES.values(), *WRITTEN_OUT.values())}
-    assert names == {"UNet2DConditionModel"} | cases
+    cases = {case.model for case in (*CASES.values(), *WRITTEN_OUT.values(), *CONTROLNETS.values())}
+    assert names == {"UNet2DConditionModel", "ControlNetModel"} | cases
 
 
 @pytest.mark.parametrize("name", REFUSED)

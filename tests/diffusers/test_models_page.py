@@ -2,18 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+
 from bigain_kernels.diffusers.families import REFUSED, registered
 
-from . import (
-    matrix,
-    test_behaviour,
-    test_compile,
-    test_families,
-    test_goldens,
-    test_joint,
-    test_mlp,
-    test_rebound_hidden,
-)
+from . import matrix
 
 
 def test_the_page_has_every_family_and_every_refusal():
@@ -35,7 +28,7 @@ def test_what_is_recommended_is_on_the_page():
 
 
 def test_its_cells_are_shown_by_tests_that_there_are():
-    modules = (test_behaviour, test_compile, test_families, test_goldens, test_joint, test_mlp, test_rebound_hidden)
+    modules = [importlib.import_module(f"tests.diffusers.test_{name}") for name in matrix.FILES]
     for family in registered():
         for cell in matrix.row(matrix.NAMES[family.model.__name__]).values():
             assert isinstance(cell, str) or any(hasattr(module, cell.test) for module in modules), cell

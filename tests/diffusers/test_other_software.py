@@ -211,7 +211,23 @@ def _pyramid(model):
     )
 
 
-@pytest.mark.parametrize("enable", [_first_block_cache, _pyramid], ids=["first-block", "pyramid"])
+def _mag_cache(model):
+    from diffusers.hooks import MagCacheConfig
+
+    # Ratios of 1 for five steps, of which the first 80 % are computed.
+    model.enable_cache(MagCacheConfig(num_inference_steps=5, retention_ratio=0.8, mag_ratios=[1.0] * 5))
+
+
+def _taylor(model):
+    from diffusers.hooks import TaylorSeerCacheConfig
+
+    model.enable_cache(TaylorSeerCacheConfig(disable_cache_before_step=5))
+
+
+CACHES = [_first_block_cache, _pyramid, _mag_cache, _taylor]
+
+
+@pytest.mark.parametrize("enable", CACHES, ids=["first-block", "pyramid", "mag", "taylor"])
 @pytest.mark.parametrize("before", [True, False])
 def test_caches_of_diffusers(enable, before):
     """With a threshold at which nothing is reused, a cached and compressed model is the compressed one."""
@@ -225,4 +241,17 @@ def test_caches_of_diffusers(enable, before):
     if not before:
         enable(model)
     with model.cache_context("cond"):
-        torch.testing.assert_close(run(model, flux_inputs()), expected, atol=1e-5, rtol=1e-5)
+        for _ in range(2):
+            torch.testing.assert_close(run(model, flux_inputs()), expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("enable", [_first_block_cache, _mag_cache], ids=["first-block", "mag"])
+def test_caches_around_merged_mlps(enable):
+    """Those of whole blocks stand around what is merged, where blocks have two streams."""
+    config = LGTMConfig(modules=("attn1", "ff"), blocks=(0, 1))
+    alone, model = tiny_flux(), tiny_flux()
+    apply_token_compression(alone, config)
+    apply_token_compression(model, config)
+    enable(model)
+    with model.cache_context("cond"):
+        torch.testing.assert_close(run(model, flux_inputs()), run(alone, flux_inputs()), atol=1e-5, rtol=1e-5)

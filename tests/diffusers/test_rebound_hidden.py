@@ -9,10 +9,10 @@ from torch import nn
 from bigain_kernels import reference
 from bigain_kernels.diffusers import LGTMConfig, SiToConfig, ToMeConfig, apply_token_compression, token_compression
 
-from .family_models import CASES, TEXT, build, outputs
+from .family_models import TEXT, build, case_of, outputs
 
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}
-NAMES = ["wan", "flux2"]
+NAMES = ["wan", "flux2", "flux_controlnet"]
 CONFIGS = [
     LGTMConfig(merge="hidden"),
     LGTMConfig(merge="hidden", ratio=0.7, proportional=True, share_plan=2),
@@ -78,7 +78,7 @@ def _wan(config, grid):
     return processor
 
 
-def _flux2(config, grid):
+def _flux(config, grid):
     def processor(attn, hidden_states, encoder_hidden_states=None, image_rotary_emb=None):
         text = encoder_hidden_states
         front = 0 if text is not None else TEXT
@@ -86,7 +86,8 @@ def _flux2(config, grid):
         image = hidden_states[:, front : front + count]
         merged = Merged(config, image, grid, TEXT)
         x = torch.cat([hidden_states[:, :front], merged.down(image), hidden_states[:, front + count :]], dim=1)
-        if text is None:
+        fused = hasattr(attn, "to_qkv_mlp_proj")  # with the MLP of its block
+        if fused:
             inside = attn.to_qkv_mlp_proj(x)
             inner = 3 * attn.inner_dim
             query, key, value = inside[..., :inner].chunk(3, -1)
@@ -108,6 +109,8 @@ def _flux2(config, grid):
             parts = y[:, :front], merged.up(y[:, front : front + slots]), y[:, front + slots :]
             return torch.cat(parts, dim=1)
 
+        if text is None and not fused:
+            return whole(out, TEXT)
         if text is None:
             return whole(attn.to_out(torch.cat([out, attn.mlp_act_fn(mlp)], dim=-1)), TEXT)
         return whole(attn.to_out[0](out[:, TEXT:]), 0), attn.to_add_out(out[:, :TEXT])
@@ -120,7 +123,7 @@ def expected(name, config, grid, inputs):
     with token_compression(model, config) as report:
         layers = [row.name for row in report.patched]
     for layer in layers:
-        attn, processor = model.get_submodule(layer), {"wan": _wan, "flux2": _flux2}[name](config, grid)
+        attn, processor = model.get_submodule(layer), (_wan if name == "wan" else _flux)(config, grid)
         if name == "wan":
             attn.forward = lambda *args, attn=attn, processor=processor, **kwargs: processor(attn, *args, **kwargs)
         else:
@@ -129,7 +132,7 @@ def expected(name, config, grid, inputs):
 
 
 def given(name, batch, size, references=0):
-    inputs = CASES[name].inputs(batch, (CASES[name].frames, *size))
+    inputs = case_of(name).inputs(batch, (case_of(name).frames, *size))
     if references:
         extra = torch.randn(batch, references, 4, generator=torch.Generator().manual_seed(9))
         ids = inputs["img_ids"][:, :references] + torch.tensor([10.0, 0, 0, 0])
@@ -145,7 +148,7 @@ def test_merged_hidden_states_of_rebound_families_equal_attention_written_out(na
     for batch, size in ((2, (6, 8)), (2, (5, 7)), (1, (6, 6))):
         if config.share_plan == 2 and batch == 1:
             continue
-        grid = (CASES[name].frames, *size)
+        grid = (case_of(name).frames, *size)
         inputs = given(name, batch, size)
         wanted = expected(name, config, grid, inputs)
         with token_compression(model, config):
@@ -193,7 +196,7 @@ def test_bfloat16_is_close_and_one_graph_compiles(name):
     assert (found.float() - wanted).abs().mean() < 0.04 * wanted.abs().mean()
     apply_token_compression(model, LGTMConfig(proportional=True, modules=("attn1", "ff")))
     wanted = outputs(model, inputs)
-    if name == "flux2":
+    if name != "wan":
         inputs["joint_attention_kwargs"] = {"bigain_grid": (6, 6)}
     found = outputs(torch.compile(model, fullgraph=True, backend="eager"), inputs)
     torch.testing.assert_close(found, wanted, **CLOSE)

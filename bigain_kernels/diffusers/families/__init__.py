@@ -18,6 +18,7 @@ from .aura_flow import AuraFlow
 from .chroma import Chroma
 from .cogvideox import CogVideoX
 from .cogview4 import CogView4
+from .controlnet import FluxControlNet, QwenControlNet, SD3ControlNet, UNetControlNet
 from .dit import DiT
 from .family import Family, Layer, Place
 from .flux import Flux
@@ -130,6 +131,10 @@ for _family in (
     CogVideoX,
     Allegro,
     Latte,
+    UNetControlNet,
+    FluxControlNet,
+    SD3ControlNet,
+    QwenControlNet,
 ):
     register_family(_family())
 

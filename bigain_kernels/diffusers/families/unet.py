@@ -54,7 +54,7 @@ def _levels(unet: UNet2DConditionModel) -> dict[str, int]:
         levels[f"down_blocks.{i}."] = level
         level *= 2 if stage.downsamplers is not None else 1
     levels["mid_block."] = level
-    for i, stage in enumerate(unet.up_blocks):
+    for i, stage in enumerate(getattr(unet, "up_blocks", ())):  # a ControlNet has none
         levels[f"up_blocks.{i}."] = level
         level //= 2 if stage.upsamplers is not None else 1
     return levels
