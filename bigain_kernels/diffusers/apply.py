@@ -224,7 +224,7 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
     remove_token_compression(model)
 
     merges = isinstance(config, MergeConfig)
-    wholes = {}
+    wholes: dict[Any, LayerPatch] = {}
     for layer in compressed:
         told_layer = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source, layer.level)
         if layer.is_whole:
@@ -238,25 +238,30 @@ def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: Time
             layer.attn.register_buffer("bigain_block", index, persistent=False)
     for entry in patch.layers:
         patch.install(entry)
-    hooks: list[tuple[nn.Module, Callable[..., Any]]] = [(model, enter_model)]
-    hooks += family.hooks(model, compressed, merges)
+    hooks: list[tuple[Any, Callable[..., Any]]] = [(model, enter_model), *family.hooks(model, compressed, merges)]
     patch.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
-    mlps = [layer for layer in compressed if layer.kind == "ff" and not layer.is_whole]
-    with_mlp = {layer.block for layer in mlps}
-    for block in (module for module, hook in hooks if hook in (enter_block, enter_whole_block)):
-        block._bigain = BlockPatch(family.block, family.needs_source, block in with_mlp, wholes.get(block))
-        patch.told_modules.append(block)
-    for block in wholes:
-        patch.handles.append(block.register_forward_hook(leave_whole_block, always_call=True))
-    for layer in mlps:
-        patch.told_modules.append(layer.attn)
-        patch.handles.append(layer.attn.register_forward_pre_hook(enter_mlp))
-        patch.handles.append(layer.attn.register_forward_hook(leave_mlp))
-        patch.handles.append(layer.block.register_forward_hook(leave_block, always_call=True))
+    blocks = [module for module, hook in hooks if hook in (enter_block, enter_whole_block)]
+    _enter_blocks(patch, blocks, [layer for layer in compressed if layer.kind == "ff"], wholes)
     # After an exception too: the next pass must not find what this one left.
     patch.handles.append(model.register_forward_hook(leave_model, always_call=True))
     model._bigain = patch
     return report
+
+
+def _enter_blocks(patch: Patch, blocks: list[Any], mlps: list[Layer], wholes: dict[Any, LayerPatch]) -> None:
+    """Tell blocks whose layers share a plan, and put hooks around MLPs and behind blocks."""
+    family, handles = patch.family, patch.handles
+    with_mlp = {layer.block for layer in mlps if not layer.is_whole}
+    for block in blocks:
+        block._bigain = BlockPatch(family.block, family.needs_source, block in with_mlp, wholes.get(block))
+        patch.told_modules.append(block)
+    for layer in mlps:
+        leave = leave_whole_block if layer.is_whole else leave_block
+        handles.append(layer.block.register_forward_hook(leave, always_call=True))
+        if not layer.is_whole:
+            patch.told_modules.append(layer.attn)
+            handles.append(layer.attn.register_forward_pre_hook(enter_mlp))
+            handles.append(layer.attn.register_forward_hook(leave_mlp))
 
 
 def remove_token_compression(model_or_pipe: Any) -> None:

@@ -164,18 +164,19 @@ def make_forward(config: CompressionConfig, sample: Tensor, timestep: Tensor | f
         ValueError: a timestep is needed and missing, or differs between the rows where it must not.
     """
     steps = numbered(config.train_timesteps)
-    levels = config.levels or (1,)
-    ratios = {level: config.ratio_at(level) if isinstance(config, MergeConfig) else 0.0 for level in levels}
     alpha: float | Tensor | tuple[float, float] = config.alpha if isinstance(config, PoolConfig) else 1.0
-    active = True
+    active, noise = True, 0.0
     if config.has_window or (isinstance(config, MergeConfig) and config.is_scheduled):
         noise = steps.noise(host_timestep(timestep))
         active = config.start <= 1.0 - noise <= config.end
-        ratios = {level: between(each, noise) if isinstance(each, tuple) else each for level, each in ratios.items()}
     if isinstance(alpha, tuple):
         # Where nothing is compressed no timestep is needed either.
         alpha = between(alpha, steps.noise(timestep_rows(timestep, sample))) if active else alpha[0]
     rows = timestep_rows(timestep, sample) if active and config.is_random else None
     cached = active and isinstance(config, MergeConfig) and config.cached_assignment
+    ratios: dict[int, float] = {}
+    for level in config.levels or (1,):
+        each = config.ratio_at(level) if isinstance(config, MergeConfig) else 0.0
+        ratios[level] = between(each, noise) if isinstance(each, tuple) else each
     ratio = ratios[1] if config.levels is None else ratios
     return Forward(active, ratio, alpha, rows, slots=PlanSlots() if cached else None)

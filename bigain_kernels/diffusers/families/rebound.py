@@ -24,8 +24,8 @@ class ReboundFamily(Family):
     """
 
     layer_names: ClassVar[str] = r"transformer_blocks\.\d+\.attn1"
-    merges = ("attention",)
-    pools = ("keys",)
+    merges: ClassVar[tuple[str, ...]] = ("attention",)
+    pools: ClassVar[tuple[str, ...]] = ("keys",)
     passes_on = False
     recommended = POOL
 

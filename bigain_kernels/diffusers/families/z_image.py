@@ -19,6 +19,7 @@ class ZImage(ReboundFamily):
 
     model = ZImageTransformer2DModel
     mlp = "feed_forward"
+    block = Signature(("x",))
     signature = Signature(
         (
             "x",
