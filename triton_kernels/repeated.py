@@ -26,6 +26,7 @@ from . import configs, direct, launching
 # Kinds of calls that are kept for each op, before all are forgotten.
 MOST = 256
 _MISALIGNED = 15
+_NEW: Any = object()
 _PLAIN = {int, str, bool, type(None)}
 _aten = torch.ops.aten
 _EMPTY = {_aten.empty.memory_format, _aten.new_empty.default, _aten.empty_like.default}
@@ -161,9 +162,9 @@ def repeated(launch: Callable[..., Any]) -> Callable[..., Any]:
             else:
                 return launch(*args)
         kind = tuple(key)
-        if kind not in kept:
+        call = kept.get(kind, _NEW)
+        if call is _NEW:
             return watched(kind, inputs, args)
-        call = kept[kind]
         results = None if call is None else _repeat(call, inputs, device)
         return launch(*args) if results is None else results
 
