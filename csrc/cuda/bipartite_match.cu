@@ -14,16 +14,16 @@ namespace {
 
 // x (B, N, C), destinations (B, D) int32, ascending -> similarity (B, N) float32, match (B, N) int32
 //
-// window is -1 for none. split and large choose how blocks share the work, see launch_match; they do not change
+// window is -1 for none. blocks and large choose how blocks share the work, see launch_match; they do not change
 // results.
 std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& destinations_in, int64_t window,
-                                           int64_t height, int64_t width, int64_t sy, int64_t sx, int64_t split,
+                                           int64_t height, int64_t width, int64_t sy, int64_t sx, int64_t blocks,
                                            int64_t large) {
   check_match(input, destinations_in, window, height, width, sy, sx);
   const int64_t batch = input.size(0), tokens = input.size(1), channels = input.size(2),
                 count = destinations_in.size(1);
   check_token_count("x", channels);
-  if (split < 0) fail("split: got ", split, ", expected at least 1, or 0 to choose");
+  if (blocks < 0) fail("blocks: got ", blocks, ", expected at least 1, or 0 to choose");
   const OnDeviceOf on(input);
   const Tensor x = with_unit_stride(input), destinations = with_unit_stride(destinations_in);
   Tensor similarity = new_tensor(x, {batch, tokens}, ScalarType::Float);
@@ -64,12 +64,9 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& de
     p.num_sources = tokens - count;
     p.num_destinations = count;
     p.window = window;
-    p.height = height;
-    p.width = width;
-    // Tiles larger than the grid are one tile. Without a window none of the four is read.
-    p.sy = std::min(sy, height);
-    p.sx = std::min(sx, width);
-    launch_match(p, multiprocessors(), on.stream(), split, static_cast<int>(large));
+    // Tiles larger than the grid are one tile. Without a window the four are not checked.
+    if (window >= 0) p.grid = TileGrid(height, width, std::min(sy, height), std::min(sx, width));
+    launch_match(p, multiprocessors(), on.stream(), blocks, static_cast<int>(large));
   });
   launch_match_unpack(words, mutable_data_of<float>(similarity), mutable_data_of<int32_t>(match), batch * tokens,
                       on.stream());
@@ -81,7 +78,7 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& de
 
 STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cuda, m) {
   m.def(
-      "bipartite_match(Tensor x, Tensor destinations, int window, int height, int width, int sy, int sx, int split=0,"
+      "bipartite_match(Tensor x, Tensor destinations, int window, int height, int width, int sy, int sx, int blocks=0,"
       " int large=-1) -> (Tensor, Tensor)");
 }
 BIGAIN_IMPL(bigain_cuda, m) { m.impl("bipartite_match", TORCH_BOX(&bigain::bipartite_match)); }

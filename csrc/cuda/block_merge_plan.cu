@@ -1,5 +1,4 @@
 // block_merge_plan for CUDA tensors: one launch.
-#include <algorithm>
 #include <string>
 
 #include "bigain/merge_plan.cuh"
@@ -27,11 +26,7 @@ Tables block_merge_plan(const Tensor& input, int64_t height, int64_t width, int6
   BlockPlanInputs p = {};
   p.score = data_of<float>(score);
   p.score_stride = score.stride(0);
-  p.height = height;
-  p.width = width;
-  // Larger than the grid is as good as one more than it.
-  p.sy = std::min(sy, height + 1);
-  p.sx = std::min(sx, width + 1);
+  p.grid = TileGrid(height, width, sy, sx);
   p.count = sizes.merged;
   p.reduce = reduce_of(reduce);
   const int64_t slots = tokens - sizes.merged * sizes.removed;

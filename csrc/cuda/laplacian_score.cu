@@ -19,7 +19,7 @@ Tensor laplacian_score(const Tensor& input, int64_t height, int64_t width, const
     problem.token_stride = x.stride(1);
     problem.rows = to_int(x.size(0));
     problem.channels = x.size(2);
-    problem.grid = tile_grid(height, width, 1, 1);
+    problem.grid = TileGrid(height, width, 1, 1);
     problem.score = mutable_data_of<float>(score);
     if (norm == "l1") {
       launch_laplacian_score<T, ScoreMode::kL1>(problem, on.stream());

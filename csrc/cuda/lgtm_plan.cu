@@ -88,10 +88,7 @@ void plan(const Tensor& x, const TileGrid& grid, int64_t r, int64_t window, int6
   matched.num_sources = tokens - count;
   matched.num_destinations = count;
   matched.window = window;
-  matched.height = grid.height;
-  matched.width = grid.width;
-  matched.sy = grid.sy;
-  matched.sx = grid.sx;
+  matched.grid = grid;
   launch_match(matched, multiprocessors(), stream);
   launch_merge_plan_packed(scored.tables.packed, rows, tokens, r, tables, scratch.at<void>(for_tables), stream);
 }
@@ -108,7 +105,7 @@ Tables lgtm_plan(const Tensor& input, int64_t height, int64_t width, int64_t sy,
     fail("share: got ", share, ", expected a divisor of the batch, ", input.size(0));
   }
   check_window(window, height, width, sy, sx, input.size(1));
-  const TileGrid grid = tile_grid(height, width, sy, sx);
+  const TileGrid grid(height, width, sy, sx);
   const int64_t rows = input.size(0) / share, tokens = input.size(1);
   check_removed(r, grid.tiles() > 0 ? tokens - grid.tiles() : 0);
   const OnDeviceOf on(input);

@@ -10,7 +10,7 @@ Tensor select_destinations(const Tensor& input, int64_t height, int64_t width, i
   check_tiles(input, height, width, sy, sx);
   const OnDeviceOf on(input);
   const Tensor score = with_unit_stride(input);
-  const TileGrid grid = tile_grid(height, width, sy, sx);
+  const TileGrid grid(height, width, sy, sx);
   Tensor destinations = new_tensor(score, {score.size(0), grid.tiles()}, ScalarType::Int);
   const Tensor by_tile = new_tensor(score, {score.size(0), grid.tiles()}, ScalarType::Int);
   const TileTables tables = {mutable_data_of<int32_t>(destinations), mutable_data_of<int32_t>(by_tile), nullptr};

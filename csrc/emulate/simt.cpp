@@ -50,6 +50,7 @@ struct Thread {
   // Groups of copies that were committed, oldest first, and the open one.
   std::deque<std::vector<Copy>> groups;
   std::vector<Copy> open;
+  int64_t loads;
 };
 
 // A stack and the place where it goes on. It outlives the thread that ran on it and takes one of the next block.
@@ -60,7 +61,7 @@ struct Fiber {
 };
 
 std::mutex launch_mutex;
-int64_t launch_count = 0, launch_order = 0;
+int64_t launch_count = 0, launch_order = 0, load_count = 0, load_count_of_busiest = 0;
 
 std::vector<Fiber> fibers;
 std::vector<Thread> threads;
@@ -168,6 +169,7 @@ void run_block(size_t shared_bytes, int64_t salt) {
     thread.index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
     thread.groups.clear();
     thread.open.clear();
+    thread.loads = 0;
   }
   const std::vector<int64_t> order = order_of(count, salt);
   for (int done = 0; done < count;) {
@@ -183,6 +185,12 @@ void run_block(size_t shared_bytes, int64_t salt) {
     }
     if (!progress && done < count) fail_deadlock();
   }
+  int64_t most = 0;
+  for (const Thread& thread : threads) {
+    load_count += thread.loads;
+    most = std::max(most, thread.loads);
+  }
+  load_count_of_busiest += most;
   for (size_t i = 0; i < kGuardBytes; ++i) {
     if (shared_memory[shared_bytes + i] != 0xff) throw std::runtime_error("a write past the dynamic shared memory");
   }
@@ -226,6 +234,8 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 }
 
 int64_t launches() { return launch_count; }
+void count_load() { ++threads[current].loads; }
+std::vector<int64_t> loads() { return {load_count, load_count_of_busiest}; }
 void set_order(int64_t order) { launch_order = order; }
 unsigned char* dynamic_shared() { return shared_memory; }
 uint64_t block_number() { return blocks_begun; }

@@ -19,6 +19,7 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #define __global__ inline
 #define __device__
@@ -61,6 +62,10 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 
 // Launches since the start of the process.
 int64_t launches();
+// Counts a load of a vector by the current thread, and says the counts since the start: of all threads, and, summed over
+// the blocks, of the thread of a block that had the most.
+void count_load();
+std::vector<int64_t> loads();
 // Which block and which thread of a block goes first: 0 ascending, -1 descending, above 0 shuffled with this seed.
 void set_order(int64_t order);
 
@@ -254,6 +259,9 @@ To bigain_bits(From value) {
 inline unsigned __float_as_uint(float value) { return bigain_bits<unsigned>(value); }
 inline float __uint_as_float(unsigned value) { return bigain_bits<float>(value); }
 
+inline unsigned __umulhi(unsigned a, unsigned b) {
+  return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32);
+}
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
 #define BIGAIN_MIN_MAX(type)                                \

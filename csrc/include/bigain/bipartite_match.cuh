@@ -2,11 +2,11 @@
 //
 // A block multiplies a tile of sources with one tile of destinations after another on the tensor cores. Rows are
 // gathered by token index with asynchronous 16-byte copies, three stages deep. The epilogue scales by the inverse norms
-// and keeps a running maximum of (similarity, lowest token) for every source. Where there are too few tiles of sources
-// to fill the chip, several blocks share one, each with a part of the destinations; all combine through a 64-bit atomic
-// maximum of packed words, which is the same in any order.
+// and keeps a running maximum of (similarity, lowest token) for every source. There are as many blocks as the chip runs
+// at a time, and each has an equal share of all pairs of tiles, wherever it begins and ends; blocks that share a tile of
+// sources combine through a 64-bit atomic maximum of packed words, which is the same in any order.
 //
-// The same bits whatever the tile and the split: the channels of a similarity are summed in one order (below), scaled
+// The same bits whatever the tile and the number of blocks: the channels of a similarity are summed in one order (below), scaled
 // in one order, and every comparison is between scaled similarities, ties to the lowest token.
 //
 // Tensor cores truncate when they add to their accumulator, always in one direction. So they sum 256 channels (32 of
@@ -19,6 +19,7 @@
 #include "bigain/device.cuh"
 #include "bigain/match_tile.cuh"
 #include "bigain/packed.cuh"
+#include "bigain/tile_grid.cuh"
 
 namespace bigain {
 
@@ -34,7 +35,8 @@ struct MatchProblem {
   int64_t num_first;  // the lowest destination is among the first num_first
   Packed* packed;     // (P, N): pack(ordered_key(similarity), match); 0 at sources before the launch
   int64_t rows, tokens, channels, num_sources, num_destinations;
-  int64_t window, height, width, sy, sx;  // window < 0: all destinations, and the rest is not read
+  int64_t window;  // below 0: all destinations, and the grid is not read
+  TileGrid grid;
 };
 
 namespace match {
@@ -63,11 +65,11 @@ constexpr int blocks_per_multiprocessor(bool aligned, bool window) {
 }
 
 // Tiles of the grid; leftover strips belong to the nearest real tile.
-template <typename T>
-__device__ __forceinline__ Place place_of(const MatchProblem<T>& p, int token) {
-  const int width = static_cast<int>(p.width), sy = static_cast<int>(p.sy), sx = static_cast<int>(p.sx);
-  const int last_y = max(static_cast<int>(p.height) / sy - 1, 0), last_x = max(width / sx - 1, 0);
-  return {min(token / width / sy, last_y), min(token % width / sx, last_x)};
+__device__ __forceinline__ Place place_of(const TileGrid& grid, int token) {
+  unsigned row = token;
+  const unsigned column = grid.by_width.take(row);
+  const int tile_y = grid.by_sy.quotient(row), tile_x = grid.by_sx.quotient(column);
+  return {min(tile_y, max(grid.tiles_y() - 1, 0)), min(tile_x, max(grid.tiles_x() - 1, 0))};
 }
 
 // Entry i of a list of tokens. A list with entries out of range is a mistake of the caller; it must not read elsewhere.
@@ -89,16 +91,21 @@ __device__ __forceinline__ int lower_bound(const int32_t* list, int count, int64
   return low;
 }
 
-}  // namespace match
+// How the blocks share the work. A part is a tile of sources with one tile of destinations, or, with a window, with all
+// that the windows reach. Parts are numbered row by row, tile of sources by tile of sources; each block has a run.
+struct Parts {
+  Divisor by_parts, by_tiles;  // parts of a tile of sources, tiles of sources of a row
+  unsigned parts;              // of a tile of sources
+  unsigned each, extra;        // of a block; the first `extra` blocks have one more
+};
 
-// Grid (tiles of sources * P, split). kResident keeps the sources in shared memory for all tiles of destinations.
+// One tile of sources of row i_b, from first_source on, with its parts first_part to first_part + num_parts - 1.
+// kResident keeps the sources in shared memory for all tiles of destinations. Begins and ends in step with the block.
 template <typename T, typename Shape, bool kAligned, bool kWindow, bool kResident>
-__global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiprocessor<Shape>(kAligned, kWindow))
-    bipartite_match_kernel(const MatchProblem<T> p) {
-  using namespace match;
+__device__ __forceinline__ void match_tile(const MatchProblem<T>& p, unsigned char* stages /* (kStages, kN rows) */,
+                                           int64_t i_b, int first_source, int first_part, int num_parts) {
   constexpr int kRows = Shape::kRowsOfThread, kStep = Shape::kThreads / kChunks;
   constexpr int kCopiesM = Shape::kM / kStep, kCopiesN = Shape::kN / kStep;
-  BIGAIN_DYNAMIC_SHARED(unsigned char, stages);  // (kStages, kN rows)
   Column* const columns = reinterpret_cast<Column*>(stages + kStages * Shape::kBytesN);
   Place* const places = reinterpret_cast<Place*>(columns + kStages * Shape::kN);
   // (steps, kM rows) with kResident, else (kStages, kM rows)
@@ -110,9 +117,6 @@ __global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiproces
   const int first_m = warp / Shape::kWarpsN * Shape::kWarpM, first_n = warp % Shape::kWarpsN * Shape::kWarpN;
   const int num_sources = static_cast<int>(p.num_sources), channels = static_cast<int>(p.channels);
   const int tokens = static_cast<int>(p.tokens);
-  const int tiles_m = (num_sources + Shape::kM - 1) / Shape::kM;
-  const int64_t i_b = blockIdx.x / tiles_m;
-  const int first_source = blockIdx.x % tiles_m * Shape::kM;
   const T* const x = p.x + i_b * p.x_batch_stride;
   const float* const inverse_norm = p.inverse_norm + i_b * p.tokens;
   const int32_t* const sources = p.sources + i_b * p.num_sources;
@@ -138,7 +142,7 @@ __global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiproces
     row_scale[r] = row < num_sources ? inverse_norm[token] : 0.0f;
     best[r] = minus_infinity();
     best_token[r] = INT_MAX;
-    if constexpr (kWindow) row_place[r] = place_of(p, token);
+    if constexpr (kWindow) row_place[r] = place_of(p.grid, token);
   }
 
   if (thread == 0) {
@@ -152,7 +156,7 @@ __global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiproces
   }
   if (lowest < INT_MAX) atomicMin(&bounds[0], lowest);
   if (kWindow && thread < Shape::kM && first_source + thread < num_sources) {
-    const int tile_y = place_of(p, token_at(sources, first_source + thread, tokens)).tile_y;
+    const int tile_y = place_of(p.grid, token_at(sources, first_source + thread, tokens)).tile_y;
     atomicMin(&bounds[1], tile_y);
     atomicMax(&bounds[2], tile_y);
   }
@@ -161,21 +165,17 @@ __global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiproces
   const int first_tile_y = bounds[1], last_tile_y = bounds[2];
   __syncthreads();
 
-  // The destinations of this block: [begin, end).
+  // The destinations of the parts: [begin, end).
   const int num_destinations = static_cast<int>(p.num_destinations), window = static_cast<int>(p.window);
-  int begin = 0, end = num_destinations;
+  int begin = first_part * Shape::kN, end = min(begin + num_parts * Shape::kN, num_destinations);
   if constexpr (kWindow) {
-    const int64_t row_of_tiles = p.sy * p.width;
+    const int64_t row_of_tiles = static_cast<int64_t>(p.grid.sy) * p.grid.width;
     begin = lower_bound(destinations, num_destinations, (first_tile_y - window) * row_of_tiles);
     // The leftover strip below belongs to the last row of tiles.
-    if (last_tile_y + window < static_cast<int>(p.height / p.sy) - 1) {
-      end = lower_bound(destinations, num_destinations, (last_tile_y + window + 1) * row_of_tiles);
-    }
+    const bool to_the_end = last_tile_y + window >= p.grid.tiles_y() - 1;
+    end = num_destinations;
+    if (!to_the_end) end = lower_bound(destinations, num_destinations, (last_tile_y + window + 1) * row_of_tiles);
   }
-  const int all_tiles = (end - begin + Shape::kN - 1) / Shape::kN, split = gridDim.y;
-  const int part = (all_tiles + split - 1) / split * Shape::kN;
-  begin = min(begin + static_cast<int>(blockIdx.y) * part, end);
-  end = min(begin + part, end);
   const int steps_of_tile = (channels + kBlockK<T> - 1) / kBlockK<T>;
   const int steps = (end - begin + Shape::kN - 1) / Shape::kN * steps_of_tile;
 
@@ -243,7 +243,7 @@ __global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiproces
   const auto store_column = [&] {
     if (column_slot < 0) return;
     columns[column_slot] = column;
-    if constexpr (kWindow) places[column_slot] = place_of(p, max(column.token, 0));
+    if constexpr (kWindow) places[column_slot] = place_of(p.grid, max(column.token, 0));
   };
 
   read_ahead(0);
@@ -326,17 +326,38 @@ __global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiproces
     }
     atomicMax(p.packed + i_b * p.tokens + token_at(sources, first_source + thread, tokens), packed);
   }
+  __syncthreads();
+}
+
+}  // namespace match
+
+template <typename T, typename Shape, bool kAligned, bool kWindow, bool kResident>
+__global__ void __launch_bounds__(Shape::kThreads, match::blocks_per_multiprocessor<Shape>(kAligned, kWindow))
+    bipartite_match_kernel(const MatchProblem<T> p, const match::Parts work) {
+  BIGAIN_DYNAMIC_SHARED(unsigned char, stages);
+  unsigned part = blockIdx.x * work.each + min(blockIdx.x, work.extra);
+  const unsigned last = part + work.each + (blockIdx.x < work.extra ? 1 : 0);
+  follow_launches();
+#pragma unroll 1
+  while (part < last) {
+    unsigned row = part;
+    const unsigned first_part = work.by_parts.take(row), num_parts = min(work.parts - first_part, last - part);
+    const unsigned tile = work.by_tiles.take(row);
+    match::match_tile<T, Shape, kAligned, kWindow, kResident>(p, stages, row, tile * Shape::kM, first_part, num_parts);
+    part += num_parts;
+  }
 }
 
 // The list of sources, ascending, and the packed words before matching, for calls in which no score pass has made them.
 // Grid (blocks of 256 tokens * P).
 static __global__ void __launch_bounds__(256)
     match_lists_kernel(const int32_t* destinations /* (P, D), ascending */, int64_t destination_stride,
-                       int num_destinations, int tokens, int32_t* sources /* (P, N - D) */,
+                       int num_destinations, int tokens, const Divisor by_blocks, int32_t* sources /* (P, N - D) */,
                        Packed* packed /* (P, N) */) {
-  const int blocks = (tokens + 255) / 256;
-  const int64_t i_b = blockIdx.x / blocks;
-  const int token = blockIdx.x % blocks * 256 + static_cast<int>(threadIdx.x);
+  unsigned row = blockIdx.x;
+  const int token = static_cast<int>(by_blocks.take(row) * 256 + threadIdx.x);
+  const int64_t i_b = row;
+  follow_launches();
   if (token >= tokens) return;
   const int32_t* const list = destinations + i_b * destination_stride;
   const int before = match::lower_bound(list, num_destinations, token);
@@ -353,6 +374,7 @@ static __global__ void __launch_bounds__(256)
 static __global__ void __launch_bounds__(256)
     match_unpack_kernel(const Packed* packed, float* similarity, int32_t* match, int64_t count) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * 256 + threadIdx.x;
+  follow_launches();
   if (i >= count) return;
   similarity[i] = key_to_float(unpack_key(packed[i]));
   match[i] = unpack_token(packed[i]);
@@ -362,41 +384,40 @@ static __global__ void __launch_bounds__(256)
 
 namespace match {
 
-struct Split {
-  int parts;
+// What a launch with one tile shape does: all parts, and the blocks that share them.
+struct Share {
+  int64_t parts, blocks;
   double cost;
 };
 
-// How many blocks share a tile of sources: the count with the least work on the busiest multiprocessor, in steps of
-// `step_cost`. A block also pays the filling of its pipeline and its epilogues, about four steps.
+// As many blocks as run at a time. The cost is that of the busiest multiprocessor, in steps of `step_cost`: a block also
+// pays the filling of its pipeline and its epilogues, about four steps.
 template <typename T, typename Shape>
-Split best_split(const MatchProblem<T>& p, int multiprocessors, double step_cost) {
-  const int64_t tiles_m = ceil_div(p.num_sources, Shape::kM) * p.rows,
-                tiles_n = ceil_div(p.num_destinations, Shape::kN);
-  const int64_t steps = ceil_div(p.channels, kBlockK<T>);
-  Split best = {1, 0};
-  for (int64_t tiles = tiles_n; tiles >= 1; --tiles) {
-    const int64_t parts = ceil_div(tiles_n, tiles);
-    const double cost =
-        static_cast<double>(ceil_div(tiles_m * parts, multiprocessors) * (tiles * steps + 4)) * step_cost;
-    if (best.cost == 0 || cost < best.cost) best = {static_cast<int>(parts), cost};
-  }
-  return best;
+Share share_of(const MatchProblem<T>& p, int multiprocessors, int64_t resident, double step_cost) {
+  const int64_t tiles_n = p.window < 0 ? ceil_div(p.num_destinations, Shape::kN) : 1;
+  const int64_t parts = ceil_div(p.num_sources, Shape::kM) * p.rows * tiles_n, room = multiprocessors * resident;
+  const int64_t blocks = parts < room ? parts : room;
+  const int64_t steps = ceil_div(parts, blocks) * ceil_div(p.channels, kBlockK<T>) + 4;
+  return {parts, blocks, static_cast<double>(ceil_div(blocks, multiprocessors) * steps) * step_cost};
 }
 
 template <typename T, typename Shape, bool kAligned, bool kWindow, bool kResident = false>
-void launch_tile(const MatchProblem<T>& p, int64_t split, cudaStream_t stream) {
-  const dim3 grid(grid_extent(ceil_div(p.num_sources, Shape::kM) * p.rows), grid_extent(split, kMaxGridYZ));
-  launch(bipartite_match_kernel<T, Shape, kAligned, kWindow, kResident>, grid, dim3(Shape::kThreads),
-         shared_bytes<T, Shape, kWindow>(kResident, p.channels), stream, p);
+void launch_tile(const MatchProblem<T>& p, int multiprocessors, int64_t blocks, cudaStream_t stream) {
+  const Share share = share_of<T, Shape>(p, multiprocessors, blocks_per_multiprocessor<Shape>(kAligned, kWindow), 1);
+  blocks = blocks > 0 && blocks < share.parts ? blocks : share.blocks;
+  const int64_t tiles_m = ceil_div(p.num_sources, Shape::kM), parts = share.parts / (tiles_m * p.rows);
+  const Parts work = {Divisor(parts), Divisor(tiles_m), grid_extent(parts), grid_extent(share.parts / blocks),
+                      grid_extent(share.parts % blocks)};
+  launch(bipartite_match_kernel<T, Shape, kAligned, kWindow, kResident>, dim3(grid_extent(blocks)),
+         dim3(Shape::kThreads), shared_bytes<T, Shape, kWindow>(kResident, p.channels), stream, p, work);
 }
 
 }  // namespace match
 
 // One launch, or none without sources or destinations: then `packed` is complete before.
-// split: blocks that share a tile of sources, 0 to choose; large: whether to use the large tile, -1 to choose.
+// blocks: how many share the work, 0 to choose; large: whether to use the large tile, -1 to choose.
 template <typename T>
-void launch_match(const MatchProblem<T>& p, int multiprocessors, cudaStream_t stream, int64_t split = 0,
+void launch_match(const MatchProblem<T>& p, int multiprocessors, cudaStream_t stream, int64_t blocks = 0,
                   int large = -1) {
   using namespace match;
   if (p.rows * p.num_sources * p.num_destinations == 0) return;
@@ -405,28 +426,25 @@ void launch_match(const MatchProblem<T>& p, int multiprocessors, cudaStream_t st
   if (p.window >= 0) {
     // A larger window than the grid would overflow.
     MatchProblem<T> clipped = p;
-    const int64_t everything = p.height > p.width ? p.height : p.width;
+    const int64_t everything = p.grid.height > p.grid.width ? p.grid.height : p.grid.width;
     clipped.window = p.window < everything ? p.window : everything;
-    const int64_t parts = split > 0 ? split : 1;
-    return aligned ? launch_tile<T, SmallTile, true, true>(clipped, parts, stream)
-                   : launch_tile<T, SmallTile, false, true>(clipped, parts, stream);
+    return aligned ? launch_tile<T, SmallTile, true, true>(clipped, multiprocessors, blocks, stream)
+                   : launch_tile<T, SmallTile, false, true>(clipped, multiprocessors, blocks, stream);
   }
   // In steps of the small tile by operations. The small tile moves more bytes per operation, which is taken to cost a
   // third; no GPU has measured it yet.
   using Large = LargeTile<T>;
   constexpr double kLargeCost = static_cast<double>(Large::kM) * Large::kN / (SmallTile::kM * SmallTile::kN);
   constexpr double kSmallCost = 4.0 / 3.0;
-  const Split big = best_split<T, Large>(p, multiprocessors, kLargeCost);
-  const Split small = best_split<T, SmallTile>(p, multiprocessors, kSmallCost);
-  if (aligned && (large < 0 ? big.cost <= small.cost : large > 0)) {
-    const int64_t parts = split > 0 ? split : big.parts;
+  const double big = share_of<T, Large>(p, multiprocessors, 1, kLargeCost).cost;
+  const double small = share_of<T, SmallTile>(p, multiprocessors, 3, kSmallCost).cost;
+  if (aligned && (large < 0 ? big <= small : large > 0)) {
     const bool resident = shared_bytes<T, Large, false>(true, p.channels) <= shared_limit();
-    return resident ? launch_tile<T, Large, true, false, true>(p, parts, stream)
-                    : launch_tile<T, Large, true, false>(p, parts, stream);
+    return resident ? launch_tile<T, Large, true, false, true>(p, multiprocessors, blocks, stream)
+                    : launch_tile<T, Large, true, false>(p, multiprocessors, blocks, stream);
   }
-  const int64_t parts = split > 0 ? split : small.parts;
-  return aligned ? launch_tile<T, SmallTile, true, false>(p, parts, stream)
-                 : launch_tile<T, SmallTile, false, false>(p, parts, stream);
+  return aligned ? launch_tile<T, SmallTile, true, false>(p, multiprocessors, blocks, stream)
+                 : launch_tile<T, SmallTile, false, false>(p, multiprocessors, blocks, stream);
 }
 
 // destinations (P, D) ascending -> sources (P, N - D), packed (P, N) as launch_match expects them; one launch.
@@ -434,7 +452,7 @@ inline void launch_match_lists(const int32_t* destinations, int64_t destination_
                                int64_t num_destinations, int64_t tokens, int32_t* sources, Packed* packed,
                                cudaStream_t stream) {
   launch(match_lists_kernel, dim3(grid_extent(ceil_div(tokens, 256) * rows)), dim3(256), 0, stream, destinations,
-         destination_stride, num_destinations, tokens, sources, packed);
+         destination_stride, num_destinations, tokens, Divisor(ceil_div(tokens, 256)), sources, packed);
 }
 
 // packed (count) -> similarity (count), match (count); one launch.

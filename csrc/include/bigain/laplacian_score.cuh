@@ -26,7 +26,7 @@ template <typename T>
 struct LaplacianScore {
   const T* x;  // (share * rows, N, channels), unit stride in channels; batch row b belongs to row b mod rows
   int64_t batch_stride, token_stride;
-  int rows, share;  // share is read by kPlanShared
+  int rows, share;  // share, at least 2, is read by kPlanShared
   int64_t channels;
   TileGrid grid;  // its tiles are read in the modes kPlan and kPlanShared
   float* score;   // (rows, N)
@@ -36,34 +36,70 @@ struct LaplacianScore {
   T* mean;  // (rows, N, channels), written by kPlanShared: the tokens averaged and rounded to T
 };
 
-// How the launch cuts the grid: a block owns `rows` x `columns` tokens, which are whole tiles.
+// How the launch cuts the grid: a block owns `rows` x `columns` tokens, which are whole tiles, `tiles_x` of them side by
+// side where the kernel selects.
 struct ScoreBlocks {
-  int lanes, rows, columns;
+  Lanes lanes;
+  int rows, columns, tiles_x;
   bool select;
+  Divisor by_columns, by_tiles_x, by_blocks_x, by_blocks_y;
 };
 
-// Channels from c on of one token of row b, averaged in mode kPlanShared; zero outside the grid.
-template <typename T, bool kAligned, ScoreMode kMode>
-__device__ __forceinline__ Vector<T> load_token(const LaplacianScore<T>& p, int b, int row, int column, int64_t c) {
-  if (row < 0 || row >= p.grid.height || column < 0 || column >= p.grid.width) return Vector<T>{};
-  const T* token = p.x + b * p.batch_stride + (row * p.grid.width + column) * p.token_stride;
-  Vector<T> vector = load_vector<kAligned>(token, c, p.channels);
-  if constexpr (kMode == ScoreMode::kPlanShared) {
-    float sum[kVector<T>];
+// What kScoreRows tokens of a column and their neighbours have in the channels of one vector.
+template <typename T>
+struct Stencil {
+  static constexpr int kTokens = 3 * kScoreRows + 2;
+  // The tokens from above the first to below the last one, then those to the left, then those to the right.
+  Vector<T> token[kTokens];
+
+  __device__ const Vector<T>& centre(int i) const { return token[i + 1]; }
+  __device__ const Vector<T>& above(int i) const { return token[i]; }
+  __device__ const Vector<T>& below(int i) const { return token[i + 2]; }
+  __device__ const Vector<T>& left(int i) const { return token[kScoreRows + 2 + i]; }
+  __device__ const Vector<T>& right(int i) const { return token[2 * kScoreRows + 2 + i]; }
+
+  // Of the batch row at x; all loads are on their way before the first is used. Zero outside the grid.
+  template <bool kAligned>
+  __device__ __forceinline__ void load(const LaplacianScore<T>& p, const T* x, int row, int column, int64_t c) {
 #pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) sum[i] = to_float(vector.value[i]);
-#pragma unroll 1
-    for (int k = 1; k < p.share; ++k) {
-      token += p.rows * p.batch_stride;
-      vector = load_vector<kAligned>(token, c, p.channels);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) sum[i] += to_float(vector.value[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) vector.value[i] = from_float<T>(sum[i] / static_cast<float>(p.share));
+    for (int i = 0; i < kTokens; ++i) token[i] = load_token<kAligned>(p, x, i, row, column, c);
   }
-  return vector;
-}
+
+  // The same of the mean of the two or more batch rows that share a plan, the first of which is at x.
+  template <bool kAligned>
+  __device__ __forceinline__ void load_mean(const LaplacianScore<T>& p, const T* x, int row, int column, int64_t c) {
+    const int64_t stride = p.rows * p.batch_stride;
+    Stencil second;
+    load<kAligned>(p, x, row, column, c);
+    second.template load<kAligned>(p, x + stride, row, column, c);
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      float sum[kVector<T>];
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) sum[j] = token[i][j] + second.token[i][j];
+#pragma unroll 1
+      for (int k = 2; k < p.share; ++k) {
+        const Vector<T> next = load_token<kAligned>(p, x + k * stride, i, row, column, c);
+#pragma unroll
+        for (int j = 0; j < kVector<T>; ++j) sum[j] += next[j];
+      }
+#pragma unroll
+      for (int j = 0; j < kVector<T>; ++j) sum[j] /= static_cast<float>(p.share);
+      token[i] = to_vector<T>(sum);
+    }
+  }
+
+  template <bool kAligned>
+  static __device__ __forceinline__ Vector<T> load_token(const LaplacianScore<T>& p, const T* x, int i, int row,
+                                                         int column, int64_t c) {
+    const bool in_column = i < kScoreRows + 2, on_left = i < 2 * kScoreRows + 2;
+    row += in_column ? i - 1 : (i - kScoreRows - 2) % kScoreRows;
+    column += in_column ? 0 : on_left ? -1 : 1;
+    const bool inside = static_cast<unsigned>(row) < static_cast<unsigned>(p.grid.height) &&
+                        static_cast<unsigned>(column) < static_cast<unsigned>(p.grid.width);
+    return load_vector<kAligned>(x + (row * p.grid.width + column) * p.token_stride, c, p.channels, inside);
+  }
+};
 
 // A block of kScoreThreads / lanes groups; a group owns kScoreRows tokens of a column at a time and reads a vector of
 // each and of their neighbours. Left and right neighbours are the centres of other groups, found in the cache.
@@ -72,52 +108,49 @@ __global__ void __launch_bounds__(kScoreThreads, kMode == ScoreMode::kPlanShared
     laplacian_score_kernel(const LaplacianScore<T> p, const ScoreBlocks blocks) {
   constexpr bool kPlan = kMode == ScoreMode::kPlan || kMode == ScoreMode::kPlanShared;
   BIGAIN_DYNAMIC_SHARED(float, block_score);  // (rows, columns) of the block, when it selects
-  const unsigned blocks_x = (p.grid.width + blocks.columns - 1) / blocks.columns;
-  const unsigned blocks_y = (p.grid.height + blocks.rows - 1) / blocks.rows;
-  const int b = blockIdx.x / blocks_x / blocks_y;
-  const int top = blockIdx.x / blocks_x % blocks_y * blocks.rows, left = blockIdx.x % blocks_x * blocks.columns;
-  const int64_t first_token = static_cast<int64_t>(b) * p.grid.tokens(), vectors = num_vectors<T>(p.channels);
-  const int lanes = blocks.lanes, lane = threadIdx.x % lanes;
+  unsigned number = blockIdx.x;
+  const int block_x = blocks.by_blocks_x.take(number), block_y = blocks.by_blocks_y.take(number);
+  const int b = number, top = block_y * blocks.rows, left = block_x * blocks.columns;
+  const int64_t first_token = static_cast<int64_t>(b) * p.grid.tokens();
+  const T* const x = p.x + b * p.batch_stride;
+  const int lanes = blocks.lanes.count(), lane = blocks.lanes.lane();
+  const int vectors = static_cast<int>(num_vectors<T>(p.channels));
   const int groups = kScoreThreads / lanes, strips = (blocks.rows + kScoreRows - 1) / kScoreRows;
+  follow_launches();
 
   // Every thread makes every round, for the shuffles; groups without a token load nothing.
   for (int first = 0; first < strips * blocks.columns; first += groups) {
-    const int own = first + threadIdx.x / lanes;
-    const int strip = own / blocks.columns * kScoreRows, column_in_block = own % blocks.columns;
+    unsigned own = first + blocks.lanes.group();
+    const int column_in_block = blocks.by_columns.take(own), strip = own * kScoreRows;
     const int row = top + strip, column = left + column_in_block;
     const bool exists = strip < blocks.rows && row < p.grid.height && column < p.grid.width;
     float response_sum[kScoreRows] = {}, squares[kScoreRows] = {};
-    for (int64_t v = exists ? lane : vectors; v < vectors; v += lanes) {
+    for (int v = exists ? lane : vectors; v < vectors; v += lanes) {
       const int64_t c = v * kVector<T>;
-      // centre[0] and centre[kScoreRows + 1] are the tokens above and below.
-      Vector<T> centre[kScoreRows + 2], beside[2][kScoreRows];
-#pragma unroll
-      for (int i = 0; i < kScoreRows + 2; ++i) {
-        centre[i] = load_token<T, kAligned, kMode>(p, b, row + i - 1, column, c);
-      }
-#pragma unroll
-      for (int i = 0; i < kScoreRows; ++i) {
-        beside[0][i] = load_token<T, kAligned, kMode>(p, b, row + i, column - 1, c);
-        beside[1][i] = load_token<T, kAligned, kMode>(p, b, row + i, column + 1, c);
+      Stencil<T> tokens;
+      if constexpr (kMode == ScoreMode::kPlanShared) {
+        tokens.template load_mean<kAligned>(p, x, row, column, c);
+      } else {
+        tokens.template load<kAligned>(p, x, row, column, c);
       }
 #pragma unroll
       for (int i = 0; i < kScoreRows; ++i) {
         float parts[kVector<T>];
 #pragma unroll
         for (int j = 0; j < kVector<T>; ++j) {
-          float response = 4.0f * to_float(centre[i + 1].value[j]);
-          response -= to_float(centre[i].value[j]);
-          response -= to_float(centre[i + 2].value[j]);
-          response -= to_float(beside[0][i].value[j]);
-          response -= to_float(beside[1][i].value[j]);
+          float response = 4.0f * tokens.centre(i)[j];
+          response -= tokens.above(i)[j];
+          response -= tokens.below(i)[j];
+          response -= tokens.left(i)[j];
+          response -= tokens.right(i)[j];
           parts[j] = kMode == ScoreMode::kL2 ? response * response : fabsf(response);
         }
         response_sum[i] += tree_sum(parts);
-        if constexpr (kPlan) squares[i] += sum_of_squares(centre[i + 1]);
+        if constexpr (kPlan) squares[i] += sum_of_squares(tokens.centre(i));
         if constexpr (kMode == ScoreMode::kPlanShared) {
           if (strip + i < blocks.rows && row + i < p.grid.height) {
             T* const out = p.mean + (first_token + (row + i) * p.grid.width + column) * p.channels;
-            store_vector<kAligned>(out, c, p.channels, centre[i + 1]);
+            store_vector<kAligned>(out, c, p.channels, tokens.centre(i));
           }
         }
       }
@@ -142,20 +175,24 @@ __global__ void __launch_bounds__(kScoreThreads, kMode == ScoreMode::kPlanShared
     if (!blocks.select) return;
     __syncthreads();
     const TileGrid grid = p.grid;
-    const int sy = grid.sy, sx = grid.sx, across = blocks.columns / sx;
+    const int sy = grid.sy, sx = grid.sx, tiles_x = blocks.tiles_x;
+    const int first_y = grid.by_sy.quotient(top), first_x = block_x * tiles_x;
     int* const block_best = reinterpret_cast<int*>(block_score + blocks.rows * blocks.columns);
-    for (int tile = threadIdx.x; tile < blocks.rows / sy * across; tile += kScoreThreads) {
-      const int y = tile / across * sy, x = tile % across * sx;
-      const int tile_y = top / sy + tile / across, tile_x = left / sx + tile % across;
+    for (int tile = threadIdx.x;; tile += kScoreThreads) {
+      unsigned y = tile;
+      const int x = blocks.by_tiles_x.take(y), tile_y = first_y + y, tile_x = first_x + x;
+      if (static_cast<int>(y) * sy >= blocks.rows) break;
       if (tile_y >= grid.tiles_y() || tile_x >= grid.tiles_x()) continue;
       int best = 0;
       float lowest = -minus_infinity();
-      for (int i = 0; i < sy * sx; ++i) {
-        // Strictly less: ties to the lowest token. False for NaN, which counts as infinity.
-        const float score = block_score[(y + i / sx) * blocks.columns + x + i % sx];
-        if (score < lowest) {
-          lowest = score;
-          best = i;
+      const float* score = block_score + y * sy * blocks.columns + x * sx;
+      for (int i = 0; i < sy; ++i, score += blocks.columns) {
+        for (int j = 0; j < sx; ++j) {
+          // Strictly less: ties to the lowest token. False for NaN, which counts as infinity.
+          if (score[j] < lowest) {
+            lowest = score[j];
+            best = i * sx + j;
+          }
         }
       }
       block_best[tile] = best;
@@ -164,9 +201,11 @@ __global__ void __launch_bounds__(kScoreThreads, kMode == ScoreMode::kPlanShared
     }
     __syncthreads();
     for (int i = threadIdx.x; i < blocks.rows * blocks.columns; i += kScoreThreads) {
-      const int y = i / blocks.columns, x = i % blocks.columns;
-      if (top + y >= p.grid.height || left + x >= p.grid.width) continue;
-      write_token(p.tables, grid, b, top + y, left + x, [&] { return block_best[y / sy * across + x / sx]; });
+      unsigned y = i;
+      const unsigned x = blocks.by_columns.take(y);
+      if (top + static_cast<int>(y) >= p.grid.height || left + static_cast<int>(x) >= p.grid.width) continue;
+      write_token(p.tables, grid, b, top + y, left + x,
+                  [&] { return block_best[grid.by_sy.quotient(y) * tiles_x + grid.by_sx.quotient(x)]; });
     }
   }
 }
@@ -175,21 +214,30 @@ __global__ void __launch_bounds__(kScoreThreads, kMode == ScoreMode::kPlanShared
 template <typename T, ScoreMode kMode>
 void launch_laplacian_score(const LaplacianScore<T>& p, cudaStream_t stream) {
   constexpr bool kPlan = kMode == ScoreMode::kPlan || kMode == ScoreMode::kPlanShared;
-  ScoreBlocks blocks;
-  blocks.lanes = lanes_per_token<T>(p.channels);
-  blocks.select = kPlan && static_cast<int64_t>(p.grid.sy) * p.grid.sx <= kLargestFusedTile;
-  const int sy = blocks.select ? p.grid.sy : 1, sx = blocks.select ? p.grid.sx : 1;
-  blocks.rows = sy * static_cast<int>(ceil_div(kScoreRows, sy));
+  const bool select = kPlan && static_cast<int64_t>(p.grid.sy) * p.grid.sx <= kLargestFusedTile;
+  const Lanes lanes = lanes_per_token<T>(p.channels);
+  const int sy = select ? p.grid.sy : 1, sx = select ? p.grid.sx : 1;
+  const int rows = sy * static_cast<int>(ceil_div(kScoreRows, sy));
   // As many columns as fill the block's groups once.
-  const int strips = static_cast<int>(ceil_div(blocks.rows, kScoreRows));
-  blocks.columns = sx * static_cast<int>(ceil_div(ceil_div(kScoreThreads / blocks.lanes, strips), sx));
-  const size_t shared_bytes = blocks.select ? 2 * sizeof(float) * blocks.rows * blocks.columns : 0;
-  const int64_t blocks_of_row = ceil_div(p.grid.height, blocks.rows) * ceil_div(p.grid.width, blocks.columns);
-  const unsigned grid = grid_extent(p.rows * blocks_of_row);
+  const int strips = static_cast<int>(ceil_div(rows, kScoreRows));
+  const int tiles_x = static_cast<int>(ceil_div(ceil_div(kScoreThreads / lanes.count(), strips), sx));
+  const int columns = sx * tiles_x;
+  const int64_t blocks_x = ceil_div(p.grid.width, columns), blocks_y = ceil_div(p.grid.height, rows);
+  const ScoreBlocks blocks = {lanes,
+                              rows,
+                              columns,
+                              tiles_x,
+                              select,
+                              Divisor(columns),
+                              Divisor(tiles_x),
+                              Divisor(blocks_x),
+                              Divisor(blocks_y)};
+  const size_t shared_bytes = select ? 2 * sizeof(float) * rows * columns : 0;
+  const unsigned grid = grid_extent(p.rows * blocks_y * blocks_x);
   const bool aligned = has_vectors<T>(p.x, p.channels, p.batch_stride, p.token_stride);
   launch(aligned ? laplacian_score_kernel<T, true, kMode> : laplacian_score_kernel<T, false, kMode>, grid,
          kScoreThreads, shared_bytes, stream, p, blocks);
-  if (kPlan && !blocks.select) {
+  if (kPlan && !select) {
     launch_select_destinations<false>({p.score, p.grid.tokens(), p.rows, p.grid, p.tables}, stream);
   }
 }

@@ -54,12 +54,7 @@ __device__ __forceinline__ void copy_chunk(unsigned char* shared, const T* x, Ro
   if constexpr (kAligned) {
     copy_async_16(shared, reinterpret_cast<const uint4*>(x + c) + offset, left * static_cast<int>(sizeof(T)));
   } else {
-    Vector<T> vector;
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) {
-      vector.value[i] = i < left ? x[offset + c + i] : T{};
-    }
-    *reinterpret_cast<Vector<T>*>(shared) = vector;
+    *reinterpret_cast<Vector<T>*>(shared) = load_vector<false>(x + offset + c, 0, left);
   }
 }
 

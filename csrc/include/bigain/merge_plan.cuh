@@ -11,6 +11,7 @@
 
 #include "bigain/device.cuh"
 #include "bigain/packed.cuh"
+#include "bigain/tile_grid.cuh"
 
 namespace bigain {
 
@@ -37,7 +38,7 @@ enum class Reduce { kMax, kSum, kMean, kMin, kStd };
 struct BlockPlanInputs {
   const float* score;  // (P, N)
   int64_t score_stride;
-  int64_t height, width, sy, sx;
+  TileGrid grid;
   int64_t count;  // tiles that merge
   Reduce reduce;
 };
@@ -54,11 +55,11 @@ constexpr int kMostKeyBytes = 8;
 struct Share {
   int lane, warp, warps, steps, count;
 
-  __device__ explicit Share(int tokens)
+  __device__ Share(int tokens, const Divisor& by_threads)
       : lane(threadIdx.x % kWarp),
         warp(threadIdx.x / kWarp),
         warps(blockDim.x / kWarp),
-        steps((tokens + blockDim.x - 1) / blockDim.x),
+        steps(by_threads.quotient(tokens + blockDim.x - 1)),
         count(tokens) {}
   // Token of this lane in a step; may be past the end.
   __device__ int token(int step) const { return (warp * steps + step) * kWarp + lane; }
@@ -103,10 +104,11 @@ __device__ __forceinline__ void find_digit(const int* histogram /* (kDigits) */,
 // Calls mark(n, chosen) for every n < count, chosen for the r highest keys, ties to the lowest n. The r-th highest key
 // is not 0. `counters` has kMostKeyBytes * kDigits entries. Ends without a barrier.
 template <int kKeyBytes, typename Word, typename Mark>
-__device__ __forceinline__ void choose_highest(const Word* keys /* (count) */, int count, int r, int* counters,
+__device__ __forceinline__ void choose_highest(const Word* keys /* (count) */, int count, int r,
+                                               const Divisor& by_threads, int* counters,
                                                int* totals /* (kMostWarps) */, const Mark& mark) {
   BIGAIN_SHARED(int, digit_and_left, 2);
-  const Share share(count);
+  const Share share(count, by_threads);
   Word threshold = 0;
   int left = r;
   if (r > 0) {
@@ -149,8 +151,9 @@ __device__ __forceinline__ void choose_highest(const Word* keys /* (count) */, i
 // One pass of a stable radix sort: `from` (count) to `to` (count) by the digit of `bits` bits at `shift`.
 template <typename Word>
 __device__ __forceinline__ void sort_by_digit(const Word* from, Word* to, int count, int shift, int bits,
-                                              int* counters /* (2 ** bits, kPitch) */, int* totals) {
-  const Share share(count);
+                                              const Divisor& by_threads, int* counters /* (2 ** bits, kPitch) */,
+                                              int* totals) {
+  const Share share(count, by_threads);
   const int digits = 1 << bits, entries = digits * kPitch;
   for (int i = threadIdx.x; i < entries; i += blockDim.x) counters[i] = 0;
   __syncthreads();
@@ -162,7 +165,7 @@ __device__ __forceinline__ void sort_by_digit(const Word* from, Word* to, int co
   __syncthreads();
   // Where the first token of (digit, warp) goes: the sum of all counters before it. A thread sums a run of odd length,
   // so that a warp's reads hit different banks.
-  const int run = (entries + blockDim.x - 1) / blockDim.x | 1;
+  const int run = by_threads.quotient(entries + blockDim.x - 1) | 1;
   const int begin = min(static_cast<int>(threadIdx.x) * run, entries), end = min(begin + run, entries);
   int own = 0;
   for (int i = begin; i < end; ++i) own += counters[i];
@@ -198,18 +201,25 @@ __device__ __forceinline__ void sort_by_digit(const Word* from, Word* to, int co
   __syncthreads();
 }
 
+// The bits of a digit where numbers of `bits` bits are sorted in as few passes as there can be.
+__host__ __device__ constexpr int digit_width(int bits) {
+  static_assert(kDigitBits == 8, "at most four passes");
+  return bits <= 8 ? bits : bits <= 16 ? (bits + 1) / 2 : bits <= 24 ? (bits + 2) / 3 : (bits + 3) / 4;
+}
+
 // The tables of one row from assign (N): the token that represents each token, itself for anchors, of which there are
 // `num_slots`. `words` (N) and, once it has been read, `assign` are the buffers of the sort.
 template <typename Word>
 __device__ __forceinline__ void write_tables(Word* assign, Word* words, int count, int num_slots, int64_t i_b,
-                                             const PlanTables& tables, int* counters, int* totals) {
+                                             const PlanTables& tables, const Divisor& by_threads, int* counters,
+                                             int* totals) {
   constexpr int kTokenBits = 4 * sizeof(Word);  // a word is (slot, token)
   constexpr Word kTokenMask = (Word{1} << kTokenBits) - 1;
   int32_t* const slot = tables.slot + i_b * count;
   int32_t* const members = tables.members + i_b * count;
   int32_t* const offsets = tables.offsets + i_b * (num_slots + int64_t{1});
   int32_t* const anchor = tables.anchor + i_b * num_slots;
-  const Share share(count);
+  const Share share(count, by_threads);
 
   int anchors = 0;
   for (int step = 0; step < share.steps; ++step) {
@@ -243,9 +253,9 @@ __device__ __forceinline__ void write_tables(Word* assign, Word* words, int coun
 
   Word *from = words, *to = assign;
   const int bits = num_slots > 1 ? kWarp - __clz(num_slots - 1) : 0, passes = (bits + kDigitBits - 1) / kDigitBits;
+  const int width = digit_width(bits);
   for (int pass = 0; pass < passes; ++pass) {
-    const int width = (bits + passes - 1) / passes;
-    sort_by_digit(from, to, count, kTokenBits + pass * width, width, counters, totals);
+    sort_by_digit(from, to, count, kTokenBits + pass * width, width, by_threads, counters, totals);
     Word* const sorted = to;
     to = from;
     from = sorted;
@@ -264,8 +274,7 @@ __device__ __forceinline__ void write_tables(Word* assign, Word* words, int coun
 inline size_t counter_bytes(int64_t num_slots) {
   int bits = 0;
   while (((num_slots - 1) >> bits) > 0) ++bits;
-  const int passes = (bits + kDigitBits - 1) / kDigitBits, width = passes > 0 ? (bits + passes - 1) / passes : 0;
-  const size_t sort = size_t{kPitch} << width, search = kMostKeyBytes * kDigits;
+  const size_t sort = size_t{kPitch} << digit_width(bits), search = kMostKeyBytes * kDigits;
   return sizeof(int) * (sort > search ? sort : search);
 }
 
@@ -281,15 +290,16 @@ __device__ __forceinline__ Word* buffers(unsigned char* shared, size_t counter_b
 // Grid (P). scratch: (P, 2, N) words, not read with kInShared.
 template <typename Word, bool kInShared, bool kPacked>
 __global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
-    merge_plan_kernel(const PlanInputs p, int count, int r, const PlanTables tables, size_t counter_bytes,
-                      Word* scratch) {
+    merge_plan_kernel(const PlanInputs p, int count, int r, const PlanTables tables, const Divisor by_threads,
+                      size_t counter_bytes, Word* scratch) {
   BIGAIN_DYNAMIC_SHARED(unsigned char, shared);
   BIGAIN_SHARED(int, totals, plan::kMostWarps);
   int* const counters = reinterpret_cast<int*>(shared);
   const int64_t i_b = blockIdx.x;
   Word* const keys = plan::buffers<kInShared>(shared, counter_bytes, scratch, count, i_b);
   Word* const assign = keys + count;
-  const plan::Share share(count);
+  const plan::Share share(count, by_threads);
+  follow_launches();
   for (int step = 0; step < share.steps; ++step) {
     const int n = share.token(step);
     if (n >= count) break;
@@ -314,11 +324,11 @@ __global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
     }
     __syncthreads();
   }
-  plan::choose_highest<4>(keys, count, r, counters, totals, [&](int n, bool merged) {
+  plan::choose_highest<4>(keys, count, r, by_threads, counters, totals, [&](int n, bool merged) {
     if (!merged) assign[n] = static_cast<Word>(n);
   });
   __syncthreads();
-  plan::write_tables(assign, keys, count, count - r, i_b, tables, counters, totals);
+  plan::write_tables(assign, keys, count, count - r, i_b, tables, by_threads, counters, totals);
 }
 
 // One number for the scores of a tile, in float64 as in the reference; NaN counts as +inf.
@@ -364,34 +374,39 @@ __device__ __forceinline__ uint64_t ordered_key_64(double value) {
 // Grid (P). The `count` tiles of the lowest reduced score merge whole into their top-left tokens.
 template <bool kInShared>
 __global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
-    block_merge_plan_kernel(const BlockPlanInputs p, const PlanTables tables, size_t counter_bytes, uint64_t* scratch) {
+    block_merge_plan_kernel(const BlockPlanInputs p, const PlanTables tables, const Divisor by_threads,
+                            size_t counter_bytes, uint64_t* scratch) {
   BIGAIN_DYNAMIC_SHARED(unsigned char, shared);
   BIGAIN_SHARED(int, totals, plan::kMostWarps);
   int* const counters = reinterpret_cast<int*>(shared);
   const int64_t i_b = blockIdx.x;
-  const int width = static_cast<int>(p.width), count = static_cast<int>(p.height) * width;
-  const int sy = static_cast<int>(p.sy), sx = static_cast<int>(p.sx);
-  const int tiles_x = width / sx, tiles_y = static_cast<int>(p.height) / sy, tiles = tiles_y * tiles_x;
+  const TileGrid grid = p.grid;
+  const int width = grid.width, count = grid.tokens(), tiles = grid.tiles(), sy = grid.sy, sx = grid.sx;
   uint64_t* const keys = plan::buffers<kInShared>(shared, counter_bytes, scratch, count, i_b);
   uint64_t* const is_merged = keys + count;
   const float* const score = p.score + i_b * p.score_stride;
+  follow_launches();
   for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
-    const int64_t corner = int64_t{tile / tiles_x} * sy * width + tile % tiles_x * sx;
-    keys[tile] = ordered_key_64(-reduce_tile(score + corner, width, sy, sx, p.reduce));
+    unsigned tile_y = tile;
+    const unsigned tile_x = grid.by_tiles_x.take(tile_y);
+    keys[tile] = ordered_key_64(-reduce_tile(score + grid.token(tile_y, tile_x, 0), width, sy, sx, p.reduce));
   }
   __syncthreads();
-  plan::choose_highest<8>(keys, tiles, static_cast<int>(p.count), counters, totals,
+  plan::choose_highest<8>(keys, tiles, static_cast<int>(p.count), by_threads, counters, totals,
                           [&](int tile, bool merged) { is_merged[tile] = merged; });
   __syncthreads();
   uint64_t* const assign = keys;
   for (int n = threadIdx.x; n < count; n += blockDim.x) {
-    const int tile_y = n / width / sy, tile_x = n % width / sx;
-    const bool merged = tile_y < tiles_y && tile_x < tiles_x && is_merged[tile_y * tiles_x + tile_x] != 0;
-    assign[n] = merged ? static_cast<uint64_t>(tile_y) * sy * width + tile_x * sx : n;
+    unsigned row = n;
+    const unsigned column = grid.by_width.take(row);
+    const int tile_y = grid.by_sy.quotient(row), tile_x = grid.by_sx.quotient(column);
+    const bool merged =
+        tile_y < grid.tiles_y() && tile_x < grid.tiles_x() && is_merged[tile_y * grid.tiles_x() + tile_x] != 0;
+    assign[n] = merged ? grid.token(tile_y, tile_x, 0) : n;
   }
   __syncthreads();
   const int num_slots = count - static_cast<int>(p.count) * (sy * sx - 1);
-  plan::write_tables(assign, is_merged, count, num_slots, i_b, tables, counters, totals);
+  plan::write_tables(assign, is_merged, count, num_slots, i_b, tables, by_threads, counters, totals);
 }
 
 // ---- launchers -------------------------------------------------------------------------------------------------
@@ -425,7 +440,7 @@ void launch_words(const PlanInputs& p, int64_t rows, int64_t tokens, int64_t r, 
   const Layout layout(tokens, tokens - r, sizeof(Word));
   launch(layout.in_shared ? merge_plan_kernel<Word, true, kPacked> : merge_plan_kernel<Word, false, kPacked>,
          dim3(grid_extent(rows)), threads(tokens), layout.shared_bytes(), stream, p, static_cast<int>(tokens),
-         static_cast<int>(r), tables, layout.counter_bytes, static_cast<Word*>(scratch));
+         static_cast<int>(r), tables, Divisor(threads(tokens).x), layout.counter_bytes, static_cast<Word*>(scratch));
 }
 
 }  // namespace plan
@@ -467,13 +482,13 @@ inline int64_t block_merge_plan_scratch_bytes(int64_t tokens, int64_t num_slots)
 // The p.count tiles of the lowest score merge; M = N - p.count * (sy * sx - 1). One launch, or none without tokens.
 inline void launch_block_merge_plan(const BlockPlanInputs& p, int64_t rows, const PlanTables& tables, void* scratch,
                                     cudaStream_t stream) {
-  const int64_t tokens = p.height * p.width;
+  const int64_t tokens = p.grid.tokens();
   if (rows * tokens == 0) return;
-  const int64_t removed = p.count > 0 ? p.sy * p.sx - 1 : 0;
+  const int64_t removed = p.count > 0 ? int64_t{p.grid.sy} * p.grid.sx - 1 : 0;
   const plan::Layout layout(tokens, tokens - p.count * removed, sizeof(uint64_t));
   launch(layout.in_shared ? block_merge_plan_kernel<true> : block_merge_plan_kernel<false>, dim3(grid_extent(rows)),
-         plan::threads(tokens), layout.shared_bytes(), stream, p, tables, layout.counter_bytes,
-         static_cast<uint64_t*>(scratch));
+         plan::threads(tokens), layout.shared_bytes(), stream, p, tables, Divisor(plan::threads(tokens).x),
+         layout.counter_bytes, static_cast<uint64_t*>(scratch));
 }
 
 }  // namespace bigain

@@ -1,31 +1,12 @@
 // The token of the lowest score in each tile, and the tables that matching starts from.
 #pragma once
 
-#include "bigain/common.cuh"
 #include "bigain/packed.cuh"
+#include "bigain/tile_grid.cuh"
 
 namespace bigain {
 
 constexpr int kSelectThreads = 256;
-
-// Whole sy x sx tiles cover the top-left of a grid; the strips to the right and below hold only sources.
-struct TileGrid {
-  int height, width, sy, sx;
-
-  __host__ __device__ int tiles_y() const { return height / sy; }
-  __host__ __device__ int tiles_x() const { return width / sx; }
-  __host__ __device__ int tokens() const { return height * width; }
-  __host__ __device__ int tiles() const { return tiles_y() * tiles_x(); }
-  // Token number `inside`, in raster order, of a tile.
-  __device__ int token(int tile_y, int tile_x, int inside) const {
-    return (tile_y * sy + inside / sx) * width + tile_x * sx + inside % sx;
-  }
-};
-
-// A grid of fewer than 2^31 tokens. Tiles that do not fit are none: a size that is no divisor stands for theirs.
-inline TileGrid tile_grid(int64_t height, int64_t width, int64_t sy, int64_t sx) {
-  return {to_int(height), to_int(width), to_int(sy > height ? height + 1 : sy), to_int(sx > width ? width + 1 : sx)};
-}
 
 struct TileTables {
   // (rows, tiles), in the order of the tiles, or ascending: see who writes it
@@ -41,7 +22,9 @@ template <typename Best>
 __device__ __forceinline__ void write_token(const TileTables& tables, const TileGrid& grid, int64_t b, int row,
                                             int column, const Best& best) {
   const int n = row * grid.width + column, tiles = grid.tiles(), tokens = grid.tokens();
-  const int tile_y = row / grid.sy, tile_x = column / grid.sx;
+  unsigned to_y = row, to_x = column;
+  const int in_y = grid.by_sy.take(to_y), in_x = grid.by_sx.take(to_x);
+  const int tile_y = to_y, tile_x = to_x;
   Packed* const packed = tables.packed + b * tokens + n;
   int position;
   bool is_destination = tiles == 0;
@@ -51,7 +34,7 @@ __device__ __forceinline__ void write_token(const TileTables& tables, const Tile
     const int covered = grid.tiles_x() * grid.sx;
     position = tiles * (grid.sy * grid.sx - 1) + row * (grid.width - covered) + column - covered;
   } else {
-    const int inside = row % grid.sy * grid.sx + column % grid.sx, destination = best();
+    const int inside = in_y * grid.sx + in_x, destination = best();
     position = (tile_y * grid.tiles_x() + tile_x) * (grid.sy * grid.sx - 1) + inside - (inside > destination);
     is_destination = inside == destination;
   }
@@ -75,22 +58,24 @@ struct SelectDestinations {
 // tile. kAscending sorts the destinations and writes nothing else.
 template <bool kAscending>
 __global__ void __launch_bounds__(kSelectThreads)
-    select_destinations_kernel(const SelectDestinations p, const int lanes) {
+    select_destinations_kernel(const SelectDestinations p, const Lanes lanes, const Divisor by_block_rows) {
   BIGAIN_SHARED(int, warp_count, kSelectThreads / kWarp);
   const TileGrid grid = p.grid;
-  const int tiles_x = grid.tiles_x(), block_rows = max(grid.tiles_y(), 1), size = grid.sy * grid.sx;
-  const int b = blockIdx.x / block_rows, tile_y = blockIdx.x % block_rows;
+  const int tiles_x = grid.tiles_x(), size = grid.sy * grid.sx;
+  unsigned b = blockIdx.x;
+  const int tile_y = by_block_rows.take(b);
   const float* const score = p.score + b * p.batch_stride;
   const int64_t own = static_cast<int64_t>(b) * grid.tiles() + tile_y * tiles_x;
   int32_t* const by_tile = (kAscending ? p.tables.sources : p.tables.destinations) + own;
-  const int groups = kSelectThreads / lanes, lane = threadIdx.x % lanes;
+  const int groups = kSelectThreads / lanes.count(), lane = lanes.lane();
+  follow_launches();
 
   for (int first = 0; grid.tiles() > 0 && first < tiles_x; first += groups) {
-    const int tile = first + threadIdx.x / lanes;
+    const int tile = first + static_cast<int>(lanes.group());
     const bool exists = tile < tiles_x;
     int best = size;
     float lowest = -minus_infinity();
-    for (int i = exists ? lane : size; i < size; i += lanes) {
+    for (int i = exists ? lane : size; i < size; i += lanes.count()) {
       // Strictly less: ties to the lowest token. False for NaN, which counts as infinity.
       const float value = score[grid.token(tile_y, tile, i)];
       if (value < lowest) {
@@ -98,7 +83,7 @@ __global__ void __launch_bounds__(kSelectThreads)
         best = i;
       }
     }
-    for (int distance = lanes / 2; distance > 0; distance /= 2) {
+    for (int distance = lanes.count() / 2; distance > 0; distance /= 2) {
       const float other = __shfl_xor_sync(kAllLanes, lowest, distance);
       const int other_best = __shfl_xor_sync(kAllLanes, best, distance);
       if (other < lowest || (other == lowest && other_best < best)) {
@@ -115,10 +100,12 @@ __global__ void __launch_bounds__(kSelectThreads)
     const int last_row = tile_y + 1 < grid.tiles_y() ? (tile_y + 1) * grid.sy : grid.height;
     for (unsigned n = tile_y * grid.sy * grid.width + threadIdx.x; n < static_cast<unsigned>(last_row * grid.width);
          n += kSelectThreads) {
-      const int row = n / grid.width, column = n % grid.width;
+      unsigned row = n;
+      const unsigned column = grid.by_width.take(row);
       write_token(p.tables, grid, b, row, column, [&] {
-        const int token = by_tile[column / grid.sx];
-        return token / grid.width % grid.sy * grid.sx + token % grid.width % grid.sx;
+        unsigned token_row = by_tile[grid.by_sx.quotient(column)];
+        const unsigned token_column = grid.by_width.take(token_row);
+        return static_cast<int>(grid.by_sy.remainder(token_row) * grid.sx + grid.by_sx.remainder(token_column));
       });
     }
     return;
@@ -132,7 +119,7 @@ __global__ void __launch_bounds__(kSelectThreads)
     for (int first = 0; first < tiles_x; first += kSelectThreads) {
       const int tile = first + threadIdx.x;
       const int token = tile < tiles_x ? by_tile[tile] : 0;
-      const bool here = tile < tiles_x && token / grid.width == tile_y * grid.sy + row;
+      const bool here = tile < tiles_x && static_cast<int>(grid.by_width.quotient(token)) == tile_y * grid.sy + row;
       const unsigned votes = __ballot_sync(kAllLanes, here);
       if (threadIdx.x % kWarp == 0) warp_count[warp] = __popc(votes);
       __syncthreads();
@@ -153,9 +140,10 @@ __global__ void __launch_bounds__(kSelectThreads)
 template <bool kAscending>
 void launch_select_destinations(const SelectDestinations& p, cudaStream_t stream) {
   if (p.grid.tiles() == 0 && kAscending) return;
-  const int lanes = p.grid.tiles() > 0 && p.grid.sy * p.grid.sx > kWarp ? kWarp : 1;
+  const Lanes lanes(p.grid.tiles() > 0 && p.grid.sy * p.grid.sx > kWarp ? 5 : 0);
   const int block_rows = p.grid.tiles_y() > 0 ? p.grid.tiles_y() : 1;
-  launch(select_destinations_kernel<kAscending>, grid_extent(p.rows * block_rows), kSelectThreads, 0, stream, p, lanes);
+  launch(select_destinations_kernel<kAscending>, grid_extent(p.rows * block_rows), kSelectThreads, 0, stream, p, lanes,
+         Divisor(block_rows));
 }
 
 }  // namespace bigain

@@ -1,9 +1,11 @@
 // Merging tokens by a plan.
 //
-// The order of every sum is fixed. A slot of up to kLongSlot members is summed in ascending token order. A longer one
-// is summed by kLongLanes interleaved lanes, lane i taking members i, i + kLongLanes, ... in order, and the lanes are
-// folded by tree_sum: when one destination attracts thousands of sources, a block reads them side by side instead of
-// one thread one after another. Nothing is accumulated in memory.
+// Slots have any size: most have a few members, and one destination may attract thousands of sources. So a slot is cut
+// into parts of kLongSlot members (twice, four times, ... as many where it has more than 32 parts), and the parts of a
+// block's slots are shared out evenly: a group of eight lanes sums one after another, whatever slots they belong to.
+//
+// The order of every sum is fixed by the slot alone: the members of a part are added in ascending token order, and the
+// parts, in that order, to the first. Nothing is accumulated in memory.
 //
 // Tokens may be normalized as they are read (LayerNorm). Merging is linear, so the affine parts are applied once to the
 // mean instead of to every token.
@@ -21,13 +23,16 @@
 namespace bigain {
 
 constexpr int kMergeThreads = 256;
-// Vectors of channels that a block owns: 128 bytes, so that gathered rows are read in whole cache lines.
+// Lanes of a group, each of which owns a vector of channels: 128 bytes, so that gathered rows are read in whole cache
+// lines.
 constexpr int kMergeVectors = 8;
-constexpr int kMergeSlots = kMergeThreads / kMergeVectors;
-constexpr int kLongSlot = 32;
-constexpr int kLongLanes = kMergeSlots;
-// Members whose rows are loaded before the first is added.
-constexpr int kMergeUnroll = 4;
+constexpr int kMergeGroups = kMergeThreads / kMergeVectors;
+// Slots of a block: fewer than groups, so that one round of parts does for most blocks. docs/kernels.md has the counts
+// by which this and kLongSlot were chosen.
+constexpr int kMergeSlots = 24;
+constexpr int kLongSlotBits = 3, kLongSlot = 1 << kLongSlotBits;
+constexpr int kMostPartsBits = 5;
+static_assert(kMergeSlots <= kWarp && kLongSlot <= kMergeVectors, "a lane for each slot and for each member of a part");
 
 // Which tokens each slot holds, for plan_rows rows; batch row b uses plan row b mod plan_rows.
 struct MergeTables {
@@ -35,16 +40,22 @@ struct MergeTables {
   const int32_t* members;  // (plan_rows, tokens)
   int plan_rows, tokens, slots;
 
+  // Members begin to begin + size - 1 of a row.
   struct Slot {
-    const int32_t* members;
-    int size;
+    int begin, size;
+
+    // A part has at most 2 ** bits() members; there are at most 2 ** kMostPartsBits parts, and at least one.
+    __device__ int bits() const {
+      const int above = kWarp - __clz(max(size - 1, 0)) - kMostPartsBits;
+      return max(above, kLongSlotBits);
+    }
+    __device__ int parts() const { return max((size + (1 << bits()) - 1) >> bits(), 1); }
   };
 
-  __device__ Slot slot(int b, int m) const {
-    const int64_t row = b % plan_rows;
-    const int32_t* const bounds = offsets + row * (slots + 1) + m;
+  __device__ Slot slot(unsigned row, int m) const {
+    const int32_t* const bounds = offsets + row * (slots + int64_t{1}) + m;
     const int begin = min(max(bounds[0], 0), tokens), end = min(max(bounds[1], begin), tokens);
-    return {members + row * tokens + begin, end - begin};
+    return {begin, end - begin};
   }
 
   __device__ int token(int32_t member) const {
@@ -70,136 +81,158 @@ struct MergeNorm {
 };
 struct NoNorm {};
 
-// Adds members first, first + step, ... of a slot to sum and their weights to total, in this order. x, weights and
-// moments are those of the batch element.
-template <typename T, bool kAligned, bool kWeighted, bool kNorm>
-__device__ __forceinline__ void add_members(const TokenMerge<T>& p, const T* x, const float* weights,
-                                            const Moments* moments, const MergeTables::Slot& slot, unsigned first,
-                                            unsigned step, int64_t c, float (&sum)[kVector<T>], float& total) {
-  const unsigned size = slot.size;
-  for (unsigned i = first; i < size; i += kMergeUnroll * step) {
-    Vector<T> rows[kMergeUnroll];
-    float weight[kMergeUnroll];
-    Moments moment[kMergeUnroll];
+// How a launch counts: slabs of kMergeVectors vectors, blocks of kMergeSlots slots, rows of the plan.
+struct MergeCounts {
+  Divisor by_slabs, by_slot_blocks, by_plan_rows;
+};
+
+// The sum of one thread's channels over members of a slot, and of their weights.
+template <typename T>
+struct MergeSum {
+  float sum[kVector<T>] = {}, weight = 0.0f;
+
+  __device__ __forceinline__ void add(const MergeSum& other) {
 #pragma unroll
-    for (int j = 0; j < kMergeUnroll; ++j) {
-      if (i + j * step < size) {
-        const int token = p.tables.token(slot.members[i + j * step]);
-        rows[j] = load_vector<kAligned>(x + token * p.token_stride, c, p.channels);
-        if constexpr (kWeighted) weight[j] = weights[token];
-        if constexpr (kNorm) moment[j] = moments[token];
+    for (int k = 0; k < kVector<T>; ++k) sum[k] += other.sum[k];
+    weight += other.weight;
+  }
+};
+
+// Sums `count` members the first of which is at `members`; x, members, weights and moments are those of the batch
+// element. Nothing is read of tokens unless `reads`.
+template <typename T, bool kAligned, bool kWeighted, bool kNorm>
+__device__ __forceinline__ MergeSum<T> sum_members(const TokenMerge<T>& p, const T* x, const int32_t* members,
+                                                   const float* weights, const Moments* moments, int count, int64_t c,
+                                                   bool reads) {
+  MergeSum<T> whole;
+  // As many loads as registers allow.
+  constexpr int kAhead = kAligned ? kLongSlot : kLongSlot / 2;
+  // In vectors, whose 32 bits reach 64 GiB, or in elements.
+  const int64_t row_stride = kAligned ? p.token_stride / kVector<T> : p.token_stride;
+#pragma unroll 1
+  for (int i = 0; i < count; i += kAhead) {
+    const int left = count - i;
+    unsigned token[kAhead];
+    float weight[kAhead];
+    Moments moment[kAhead];
+    Vector<T> rows[kAhead];
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) token[j] = p.tables.token(members[i + min(j, left - 1)]);
+#pragma unroll
+    for (int j = 0; j < kAhead; ++j) {
+      const bool wanted = reads && j < left;
+      if constexpr (kAligned) {
+        const uint4* const row = reinterpret_cast<const uint4*>(x + c) + token[j] * static_cast<unsigned>(row_stride);
+        rows[j] = load_vector<true>(reinterpret_cast<const T*>(row), 0, kVector<T>, wanted);
+      } else {
+        rows[j] = load_vector<false>(x + token[j] * row_stride, c, p.channels, wanted);
       }
+      if constexpr (kWeighted) weight[j] = weights[token[j]];
+      if constexpr (kNorm) moment[j] = moments[token[j]];
     }
 #pragma unroll
-    for (int j = 0; j < kMergeUnroll; ++j) {
-      if (i + j * step < size) {
+    for (int j = 0; j < kAhead; ++j) {
+      if (j < left) {
 #pragma unroll
         for (int k = 0; k < kVector<T>; ++k) {
-          float value = to_float(rows[j].value[k]);
+          float value = rows[j][k];
           if constexpr (kNorm) value = (value - moment[j].mean) * moment[j].inverse;
-          sum[k] += kWeighted ? value * weight[j] : value;
+          whole.sum[k] += kWeighted ? value * weight[j] : value;
         }
-        if constexpr (kWeighted) total += weight[j];
+        if constexpr (kWeighted) whole.weight += weight[j];
       }
     }
   }
+  return whole;
 }
 
 // y (batch, slots, channels), contiguous, is the mean over members in type Out. A block owns kMergeSlots slots and
-// kMergeVectors vectors of channels; a thread sums one vector of one slot.
+// kMergeVectors vectors of channels, a thread a vector of the parts of its group.
 template <typename T, typename Out, bool kAligned, bool kWeighted, typename Norm>
 __global__ void __launch_bounds__(kMergeThreads, kAligned&& std::is_same_v<Norm, NoNorm> ? 3 : 2)
-    token_merge_kernel(const TokenMerge<T> p, const Norm norm, Out* const y) {
+    token_merge_kernel(const TokenMerge<T> p, const Norm norm, Out* const y, const MergeCounts counts) {
   constexpr bool kNorm = std::is_same_v<Norm, MergeNorm>;
-  constexpr int kWidth = kMergeVectors * kVector<T>;
-  BIGAIN_SHARED(float, partial, kLongLanes* kWidth);
-  BIGAIN_SHARED(float, partial_total, kLongLanes);
-  const int slots = p.tables.slots;
-  const unsigned slot_blocks = ceil_div(slots, kMergeSlots);
-  const unsigned slabs = ceil_div(num_vectors<T>(p.channels), kMergeVectors);
-  const int b = blockIdx.x / slabs / slot_blocks;
-  const int first_slot = blockIdx.x / slabs % slot_blocks * kMergeSlots;
-  const int64_t first_channel = static_cast<int64_t>(blockIdx.x % slabs) * kWidth;
+  // What folds is in the group of its first part; [kMergeGroups + i % 2] is what round i leaves to the next one.
+  BIGAIN_SHARED(MergeSum<T>, partial, (kMergeGroups + 2) * kMergeVectors);
+  unsigned b = blockIdx.x;
+  const unsigned slab = counts.by_slabs.take(b);
+  const int first_slot = counts.by_slot_blocks.take(b) * kMergeSlots, slots = p.tables.slots;
+  const unsigned plan_row = counts.by_plan_rows.remainder(b);
+  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kMergeVectors, vector = threadIdx.x % kMergeVectors;
+  const int64_t c = (static_cast<int64_t>(slab) * kMergeVectors + vector) * kVector<T>;
+  const bool reads = c < p.channels;
   const T* const x = p.x + b * p.batch_stride;
+  const int32_t* const members = p.tables.members + static_cast<int64_t>(plan_row) * p.tables.tokens;
   const float* const weights = kWeighted ? p.weights + b * p.weight_batch_stride : nullptr;
   const Moments* moments = nullptr;
   if constexpr (kNorm) moments = norm.moments + b * static_cast<int64_t>(p.tables.tokens);
-  const int lane = threadIdx.x / kMergeVectors;
-  const int m = first_slot + lane;
-  const int64_t c = first_channel + threadIdx.x % kMergeVectors * kVector<T>,
-                first_out = b * static_cast<int64_t>(slots);
-  bool is_long = false;
-  if (m < slots && c < p.channels) {
-    const MergeTables::Slot slot = p.tables.slot(b, m);
-    is_long = slot.size > kLongSlot;
-    if (!is_long) {
-      float sum[kVector<T>] = {}, total = 0.0f;
-      add_members<T, kAligned, kWeighted, kNorm>(p, x, weights, moments, slot, 0, 1, c, sum, total);
-      if constexpr (!kWeighted) total = static_cast<float>(max(slot.size, 1));
-      if constexpr (kNorm) {
-#pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) sum[k] /= total;
-        apply_affine<kAligned, T>(norm.affine, b, c, p.channels, sum);
-      }
-      Out* const out = y + (first_out + m) * p.channels;
-      if constexpr (sizeof(Out) == sizeof(T)) {
-        Vector<Out> mean;
-#pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) mean.value[k] = from_float<Out>(kNorm ? sum[k] : sum[k] / total);
-        store_vector<kAligned>(out, c, p.channels, mean);
-      } else {
-        static_assert(!kNorm, "normalized tokens are merged to their own type");
-#pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) {
-          if (c + k < p.channels) out[c + k] = from_float<Out>(sum[k] / total);
-        }
-      }
-    }
-  }
-  if (!__syncthreads_or(is_long)) return;
+  follow_launches();
 
-  for (int i = first_slot; i < min(slots, first_slot + kMergeSlots); ++i) {
-    const MergeTables::Slot slot = p.tables.slot(b, i);
-    if (slot.size <= kLongSlot) continue;
-    float sum[kVector<T>] = {}, total = 0.0f;
-    if (c < p.channels) {
-      add_members<T, kAligned, kWeighted, kNorm>(p, x, weights, moments, slot, lane, kLongLanes, c, sum, total);
+  RawAffine<T> affine;
+  if constexpr (kNorm) affine.template load<kAligned>(norm.affine, b, reads ? c : 0, p.channels);
+  // A lane knows one slot of the block, and how many parts there are up to its end.
+  const bool has_slot = lane < kMergeSlots && first_slot + lane < slots;
+  MergeTables::Slot own = {};
+  if (has_slot) own = p.tables.slot(plan_row, first_slot + lane);
+  int end = has_slot ? own.parts() : 0;
+  const bool any_long = __ballot_sync(kAllLanes, end > 1) != 0;
+#pragma unroll
+  for (int distance = 1; distance < kWarp; distance *= 2) {
+    const int before = __shfl_up_sync(kAllLanes, end, distance);
+    if (lane >= distance) end += before;
+  }
+  const int num_parts = __shfl_sync(kAllLanes, end, kWarp - 1);
+
+  for (int first = 0, round = 0; first < num_parts; first += kMergeGroups, ++round) {
+    // The slot of a part is the first that ends after it.
+    int in_block = 0;
+#pragma unroll
+    for (int i = 0; i < kWarp / kMergeVectors; ++i) {
+      const int up_to = __popc(__ballot_sync(kAllLanes, end <= first + group / 4 * 4 + i));
+      if (group % 4 == i) in_block = min(up_to, kWarp - 1);
     }
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) {
-      partial[lane * kWidth + threadIdx.x % kMergeVectors * kVector<T> + k] = sum[k];
-    }
-    if (kWeighted && threadIdx.x % kMergeVectors == 0) partial_total[lane] = total;
-    __syncthreads();
-    if (threadIdx.x < kWidth && first_channel + threadIdx.x < p.channels) {
-      float lanes[kLongLanes];
-#pragma unroll
-      for (int j = 0; j < kLongLanes; ++j) lanes[j] = partial[j * kWidth + threadIdx.x];
-      const float whole = tree_sum(lanes);
-      total = static_cast<float>(slot.size);
-      if constexpr (kWeighted) {
-#pragma unroll
-        for (int j = 0; j < kLongLanes; ++j) lanes[j] = partial_total[j];
-        total = tree_sum(lanes);
-      }
-      if constexpr (kNorm) {
-        partial[threadIdx.x] = whole / total;  // no other thread reads this column
-      } else {
-        y[(first_out + i) * p.channels + first_channel + threadIdx.x] = from_float<Out>(whole / total);
-      }
-    }
-    __syncthreads();
-    if constexpr (kNorm) {
-      if (lane == 0 && c < p.channels) {
-#pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) sum[k] = partial[threadIdx.x * kVector<T> + k];
-        apply_affine<kAligned, T>(norm.affine, b, c, p.channels, sum);
-        Vector<Out> mean;
-#pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) mean.value[k] = from_float<Out>(sum[k]);
-        store_vector<kAligned>(y + (first_out + i) * p.channels, c, p.channels, mean);
+    const MergeTables::Slot slot = {__shfl_sync(kAllLanes, own.begin, in_block),
+                                    __shfl_sync(kAllLanes, own.size, in_block)};
+    const int slot_end = __shfl_sync(kAllLanes, end, in_block), parts = slot.parts();
+    const bool exists = first + group < num_parts;
+    const int part = exists ? first + group - (slot_end - parts) : 0, begin = part << slot.bits();
+    const int count = exists ? min(slot.size - begin, 1 << slot.bits()) : 0;
+    MergeSum<T> whole = sum_members<T, kAligned, kWeighted, kNorm>(p, x, members + slot.begin + begin, weights, moments,
+                                                                   count, c, reads);
+    bool done = exists && parts == 1;
+    if (any_long) {
+      const bool shares = exists && parts > 1;
+      if (shares) partial[threadIdx.x] = whole;
+      __syncthreads();
+      if (shares && (part == 0 || group == 0)) {
+        if (part > 0) {
+          MergeSum<T> before = partial[(kMergeGroups + (round + 1) % 2) * kMergeVectors + vector];
+          before.add(whole);
+          whole = before;
+        }
+        const int together = min(parts - part, kMergeGroups - group);
+        for (int i = 1; i < together; ++i) whole.add(partial[threadIdx.x + i * kMergeVectors]);
+        done = part + together == parts;
+        if (!done) partial[(kMergeGroups + round % 2) * kMergeVectors + vector] = whole;
       }
       __syncthreads();
+    }
+    if (!done || !reads) continue;
+    const float total = kWeighted ? whole.weight : static_cast<float>(max(slot.size, 1));
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) whole.sum[k] /= total;
+    if constexpr (kNorm) affine.apply(norm.affine, whole.sum);
+    Out* const out = y + (b * static_cast<int64_t>(slots) + first_slot + in_block) * p.channels;
+    if constexpr (sizeof(Out) == sizeof(T)) {
+      store_vector<kAligned>(out, c, p.channels, to_vector<Out>(whole.sum));
+    } else {
+#pragma unroll
+      for (int k = 0; k < kVector<T>; k += kVector<Out>) {
+        float values[kVector<Out>];
+#pragma unroll
+        for (int i = 0; i < kVector<Out>; ++i) values[i] = whole.sum[k + i];
+        store_vector<kAligned>(out, c + k, p.channels, to_vector<Out>(values));
+      }
     }
   }
 }
@@ -208,15 +241,17 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned&& std::is_same_v<Norm,
 template <typename T, typename Out, typename Norm = NoNorm>
 void launch_token_merge_mean(const TokenMerge<T>& p, Out* y, cudaStream_t stream, const Norm& norm = {}) {
   const int64_t slabs = ceil_div(num_vectors<T>(p.channels), kMergeVectors);
-  const unsigned blocks = grid_extent(p.batch * ceil_div(p.tables.slots, kMergeSlots) * slabs);
+  const int64_t slot_blocks = ceil_div(p.tables.slots, kMergeSlots);
+  const MergeCounts counts = {Divisor(slabs), Divisor(slot_blocks), Divisor(p.tables.plan_rows)};
   bool aligned = has_vectors<T>(p.x, p.channels, p.batch_stride, p.token_stride) &&
-                 has_vectors<Out>(y, p.channels, p.channels, p.channels);
+                 has_vectors<Out>(y, p.channels, p.channels, p.channels) &&
+                 p.tables.tokens * (p.token_stride / kVector<T>) <= UINT32_MAX;
   if constexpr (std::is_same_v<Norm, MergeNorm>) aligned = aligned && affine_has_vectors<T>(norm.affine, p.channels);
   const auto kernel =
       p.weights == nullptr
           ? (aligned ? token_merge_kernel<T, Out, true, false, Norm> : token_merge_kernel<T, Out, false, false, Norm>)
           : (aligned ? token_merge_kernel<T, Out, true, true, Norm> : token_merge_kernel<T, Out, false, true, Norm>);
-  launch(kernel, blocks, kMergeThreads, 0, stream, p, norm, y);
+  launch(kernel, grid_extent(p.batch * slot_blocks * slabs), kMergeThreads, 0, stream, p, norm, y, counts);
 }
 
 constexpr int kRescaleThreads = 128;
@@ -231,40 +266,55 @@ struct MergeRescale {
   T* y;  // (batch, slots, channels), contiguous: the mean, as long as the longest member
 };
 
-// `lanes` lanes own a slot; see lanes_per_token for the order of the sum.
+// A group of lanes owns a slot; see Lanes for the order of the sum.
 template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kRescaleThreads) merge_rescale_kernel(const MergeRescale<T> p, const int lanes) {
-  const int64_t vectors = num_vectors<float>(p.channels);
-  const int64_t row = blockIdx.x * static_cast<int64_t>(kRescaleThreads / lanes) + threadIdx.x / lanes;
-  const bool exists = row < static_cast<int64_t>(p.batch) * p.tables.slots;
-  const int lane = threadIdx.x % lanes;
+__global__ void __launch_bounds__(kRescaleThreads)
+    merge_rescale_kernel(const MergeRescale<T> p, const Lanes lanes, const Divisor by_slots, const Divisor by_plan_rows) {
+  const unsigned row = lanes.groups_before(kRescaleThreads) + lanes.group();
+  const bool exists = row < static_cast<unsigned>(p.batch * p.tables.slots);
+  const int lane = lanes.lane(), step = lanes.count();
+  unsigned b = row;
+  const int m = by_slots.take(b);
+  const unsigned plan_row = by_plan_rows.remainder(b);
+  const int vectors = exists ? static_cast<int>(num_vectors<float>(p.channels)) : 0;
   const float* const mean = p.mean + row * p.channels;
+  const float* const norms = p.norms + static_cast<int64_t>(b) * p.tables.tokens;
+  follow_launches();
   float squares = 0.0f, largest = 0.0f;
-  if (exists) {
-    for (int64_t v = lane; v < vectors; v += lanes) {
-      squares += sum_of_squares(load_vector<kAligned>(mean, v * kVector<float>, p.channels));
+#pragma unroll 1
+  for (int v = lane; v < vectors; v += kLoadsAhead * step) {
+    Vector<float> ahead[kLoadsAhead];
+    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, lanes);
+#pragma unroll
+    for (int i = 0; i < kLoadsAhead; ++i) {
+      if (v + i * step < vectors) squares += sum_of_squares(ahead[i]);
     }
-    const int b = static_cast<int>(row / p.tables.slots), m = static_cast<int>(row % p.tables.slots);
-    const float* const norms = p.norms + static_cast<int64_t>(b) * p.tables.tokens;
-    const MergeTables::Slot slot = p.tables.slot(b, m);
-    for (int i = lane; i < slot.size; i += lanes) {
-      const float norm = norms[p.tables.token(slot.members[i])];
+  }
+  if (exists) {
+    const MergeTables::Slot slot = p.tables.slot(plan_row, m);
+    const int32_t* const members = p.tables.members + static_cast<int64_t>(plan_row) * p.tables.tokens + slot.begin;
+    for (int i = lane; i < slot.size; i += step) {
+      const float norm = norms[p.tables.token(members[i])];
       if (norm > largest || is_nan(norm)) largest = norm;
     }
   }
-  squares = group_sum(squares, lanes);
-  for (int distance = lanes / 2; distance > 0; distance /= 2) {
+  squares = group_sum(squares, step);
+  for (int distance = step / 2; distance > 0; distance /= 2) {
     const float other = __shfl_xor_sync(kAllLanes, largest, distance);
     if (other > largest || is_nan(other)) largest = other;
   }
-  if (!exists) return;
   const float length = sqrtf(squares), scale = largest / (length == 0.0f ? 1.0f : length);
-  for (int64_t v = lane; v < vectors; v += lanes) {
-    const int64_t c = v * kVector<float>;
-    const Vector<float> values = load_vector<kAligned>(mean, c, p.channels);
+#pragma unroll 1
+  for (int v = lane; v < vectors; v += kLoadsAhead * step) {
+    Vector<float> ahead[kLoadsAhead];
+    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, lanes);
 #pragma unroll
-    for (int k = 0; k < kVector<float>; ++k) {
-      if (c + k < p.channels) p.y[row * p.channels + c + k] = from_float<T>(values.value[k] * scale);
+    for (int i = 0; i < kLoadsAhead; ++i) {
+#pragma unroll
+      for (int k = 0; k < kVector<float>; ++k) {
+        const int64_t c = (v + i * step) * kVector<float> + k;
+        if (c < p.channels) p.y[row * p.channels + c] = from_float<T>(ahead[i][k] * scale);
+      }
     }
   }
 }
@@ -272,12 +322,12 @@ __global__ void __launch_bounds__(kRescaleThreads) merge_rescale_kernel(const Me
 // One launch.
 template <typename T>
 void launch_merge_rescale(const MergeRescale<T>& p, cudaStream_t stream) {
-  const int lanes = lanes_per_token<float>(p.channels);
-  const unsigned blocks =
-      grid_extent(ceil_div(static_cast<int64_t>(p.batch) * p.tables.slots, kRescaleThreads / lanes));
+  const Lanes lanes = lanes_per_token<float>(p.channels);
+  const int rows = to_int(static_cast<int64_t>(p.batch) * p.tables.slots);
+  const unsigned blocks = grid_extent(ceil_div(rows, kRescaleThreads / lanes.count()));
   const bool aligned = has_vectors<float>(p.mean, p.channels, p.channels, p.channels);
   launch(aligned ? merge_rescale_kernel<T, true> : merge_rescale_kernel<T, false>, blocks, kRescaleThreads, 0, stream,
-         p, lanes);
+         p, lanes, Divisor(p.tables.slots), Divisor(p.tables.plan_rows));
 }
 
 }  // namespace bigain

@@ -1,4 +1,4 @@
-"""The CUDA matching kernel against the reference: every dtype, tile, split, layout and window."""
+"""The CUDA matching kernel against the reference: every dtype, tile, number of blocks, layout and window."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def destinations_of(x, grid, stride):
 def match(cuda_ops):
     """bipartite_match of tensors on the CPU, results there; one call, on the device that the library takes."""
 
-    def call(x, destinations, window=None, grid=(1, 1), stride=(1, 1), split=0, large=-1):
+    def call(x, destinations, window=None, grid=(1, 1), stride=(1, 1), blocks=0, large=-1):
         where = (-1 if window is None else window, *grid, *stride)
         inputs = on_device(x, cuda_ops.device), on_device(destinations, cuda_ops.device)
-        return tuple(out.cpu() for out in cuda_ops.ops.bipartite_match(*inputs, *where, split, large))
+        return tuple(out.cpu() for out in cuda_ops.ops.bipartite_match(*inputs, *where, blocks, large))
 
     return call
 
@@ -46,16 +46,16 @@ def assert_agrees(result, x, destinations, window, grid, stride):
 
 @pytest.mark.parametrize("channels", [136, 320, 321])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_every_tile_split_and_order_gives_the_same_bits(match, cuda_ops, dtype, channels):
+def test_every_tile_number_of_blocks_and_order_gives_the_same_bits(match, cuda_ops, dtype, channels):
     """300 destinations are 3 large tiles of 128. Sources of 136 channels stay in shared memory, those of 320 do not;
     321 channels cannot be copied in whole vectors."""
     x = odd_tokens(1, 460, channels, dtype)
     destinations = torch.arange(40, 340, dtype=torch.int32)[None]
     configs = [(ORDERS[0], 1, SMALL), (ORDERS[0], 1, LARGE), (ORDERS[1], 2, LARGE), (ORDERS[2], 7, SMALL)]
     results = []
-    for order, split, large in configs:
+    for order, blocks, large in configs:
         cuda_ops.set_order(order)
-        results.append(match(x, destinations, split=split, large=large))
+        results.append(match(x, destinations, blocks=blocks, large=large))
     cuda_ops.set_order(0)
     assert_match_is_best(x, destinations, *results[0])
     for config, result in zip(configs, results, strict=True):
@@ -64,13 +64,13 @@ def test_every_tile_split_and_order_gives_the_same_bits(match, cuda_ops, dtype, 
 
 
 @pytest.mark.parametrize(("grid", "window"), [((9, 15), 1), ((30, 20), 3)])
-def test_windows_give_the_same_bits_for_every_split_and_order(match, cuda_ops, grid, window):
+def test_windows_give_the_same_bits_for_every_number_of_blocks_and_order(match, cuda_ops, grid, window):
     x = odd_tokens(1, grid[0] * grid[1], 24, torch.bfloat16)
     destinations = destinations_of(x, grid, (2, 2))
     results = []
-    for order, split in zip(ORDERS, (1, 2, 7), strict=True):
+    for order, blocks in zip(ORDERS, (1, 2, 7), strict=True):
         cuda_ops.set_order(order)
-        results.append(match(x, destinations, window, grid, (2, 2), split))
+        results.append(match(x, destinations, window, grid, (2, 2), blocks))
     cuda_ops.set_order(0)
     assert_agrees(results[0], x, destinations, window, grid, (2, 2))
     for result in results[1:]:
@@ -78,23 +78,23 @@ def test_windows_give_the_same_bits_for_every_split_and_order(match, cuda_ops, g
         assert torch.equal(result[1], results[0][1])
 
 
-@pytest.mark.parametrize("split", [1, 3])
+@pytest.mark.parametrize("blocks", [1, 3])
 @pytest.mark.parametrize("large", [SMALL, LARGE])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_tokens_match_the_lowest_destination(match, dtype, large, split):
+def test_equal_tokens_match_the_lowest_destination(match, dtype, large, blocks):
     x = torch.full((2, 300, 64), 0.3, dtype=dtype)
     destinations = torch.arange(1, 300, 2, dtype=torch.int32).repeat(2, 1)
-    similarity, best = match(x, destinations, split=split, large=large)
+    similarity, best = match(x, destinations, blocks=blocks, large=large)
     assert (best[:, ::2] == 1).all()
     assert_match_is_best(x, destinations, similarity, best)
 
 
-@pytest.mark.parametrize("split", [1, 2])
-def test_without_any_direction(match, split):
+@pytest.mark.parametrize("blocks", [1, 2])
+def test_without_any_direction(match, blocks):
     x = torch.zeros(1, 140, 64)
     destinations = torch.tensor([[7, 9, 30, *range(40, 130)]], dtype=torch.int32)
     expected = reference.bipartite_match(x, destinations)
-    for actual, wanted in zip(match(x, destinations, split=split), expected, strict=True):
+    for actual, wanted in zip(match(x, destinations, blocks=blocks), expected, strict=True):
         assert torch.equal(actual, wanted)
 
 
@@ -127,7 +127,7 @@ def test_bad_arguments(match):
         ("window", (x, destinations, -2)),
         ("grid", (x, destinations, 0, (3, 3))),
         ("stride", (x, destinations, 0, (2, 2), (0, 1))),
-        ("split", (x, destinations, None, (1, 1), (1, 1), -1)),
+        ("blocks", (x, destinations, None, (1, 1), (1, 1), -1)),
     ]:
         with pytest.raises((ValueError, RuntimeError), match=message):
             match(*arguments)
