@@ -83,12 +83,11 @@ def parts(out: Path, tune: bool, models: bool, minutes: float) -> list[Part]:
 
 
 def gpu_arch() -> str:
-    """What BIGAIN_CUDA_ARCHS shall be for the first GPU, `90a` for sm_90; empty (all of them) where it is unknown."""
+    """What BIGAIN_CUDA_ARCHS shall be for the first GPU, `90` for sm_90; empty (all of them) where it is unknown."""
     if shutil.which("nvidia-smi") is None:
         return ""
     query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].replace(".", "")
-    return f"{told}a" if told in ("90", "100") else told
+    return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].replace(".", "")
 
 
 def run(part: Part, out: Path, seconds: float) -> str:

@@ -1,6 +1,6 @@
 """Builds the native CUDA library with nvcc and ninja, and its emulation on the CPU: used by setup.py and the tests.
 
-    python csrc/build_cuda.py --output /tmp/_native_cuda.so [--archs "80;90a"] [--emulate] [--jobs 2]
+    python csrc/build_cuda.py --output /tmp/_native_cuda.so [--archs "80;90"] [--emulate] [--jobs 2]
 
 Neither a GPU nor a CUDA build of torch is needed: the headers of the stable ABI are those of any torch, and the one
 function of libtorch_cuda that the library calls is linked against a stand-in of the same name. The CUDA runtime is
@@ -38,8 +38,10 @@ from build_tools import (
 
 SWITCH = "BIGAIN_BUILD_CUDA"
 ARCHS = "BIGAIN_CUDA_ARCHS"
-# PTX of the last one runs on what comes later.
-DEFAULT_ARCHS = "80;86;89;90a;100a;120"
+DEFAULT_ARCHS = "80;86;89;90;100;120"
+# The newest architecture whose PTX the driver translates for all of 10.x, 11.x, 12.x and later; that of 120 would leave
+# out 11.0 (Jetson Thor), and code for 100 runs on 10.x alone.
+NEWEST_PTX = 100
 
 OPS = tuple(sorted(path.stem for path in (ROOT / "cuda").glob("*.cu")))
 
@@ -104,17 +106,29 @@ def architectures(text: str | None = None) -> list[str]:
     return found
 
 
-def ninja_file(output: Path, archs: list[str]) -> str:
+def targets(archs: list[str]) -> str:
+    """The options of nvcc that make code for each architecture, and PTX for GPUs that have none of it.
+
+    PTX is that of the newest architecture up to NEWEST_PTX, or of the oldest one. Names with a suffix, as 90a, are for
+    their own GPU (or family) and give no PTX that others can run.
+    """
+    plain = sorted(int(arch) for arch in archs if arch.isdigit())
+    code = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs]
+    if plain:
+        ptx = max((arch for arch in plain if arch <= NEWEST_PTX), default=plain[0])
+        code.append(f"-gencode arch=compute_{ptx},code=compute_{ptx}")
+    return " ".join(code)
+
+
+def ninja_file(output: Path, archs: list[str], lines: bool = False) -> str:
     """The text of build.ninja for the CUDA library."""
-    targets = " ".join(f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs)
-    newest = f"-gencode arch=compute_{archs[-1]},code=compute_{archs[-1]}"
     define = f'-DBIGAIN_CUDA_ARCHS=\\"{",".join(archs)}\\"'
     lines = [
         "ninja_required_version = 1.5",
         f"nvcc = {quote(*find_nvcc(), *host_compiler())}",
         f"cxx = {quote(*find_compiler())}",
         f"flags = {NVCC} {quote('-I' + str(ROOT / 'include'))} {torch_flags()} -DUSE_CUDA {define}",
-        f"targets = {targets} {newest}",
+        f"targets = {targets(archs)}{' -lineinfo' if lines else ''}",
         # What ptxas says of registers, stack and spills stays beside the object, for the tests.
         "rule compile",
         "  command = $nvcc -MD -MF $out.d $flags $targets -c $in -o $out > $out.log 2>&1 || (cat $out.log && false)",
@@ -164,13 +178,18 @@ def emulated_ninja_file(output: Path, sanitize: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build(output: Path, folder: Path, archs: list[str] | None = None, jobs: int | None = None) -> None:
-    """Build the CUDA library at `output`, with objects in `folder`; what is up to date is not built again."""
+def build(
+    output: Path, folder: Path, archs: list[str] | None = None, jobs: int | None = None, lines: bool = False
+) -> None:
+    """Build the CUDA library at `output`, with objects in `folder`; what is up to date is not built again.
+
+    With `lines`, the machine code says which line of source it comes from, for profilers and the static report.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     stand_in = folder / "stand_in.cpp"
     if not stand_in.exists() or stand_in.read_text() != STAND_IN:
         stand_in.write_text(STAND_IN)
-    run_ninja(ninja_file(output.resolve(), archs or architectures()), output, folder, jobs)
+    run_ninja(ninja_file(output.resolve(), archs or architectures(), lines), output, folder, jobs)
 
 
 def build_emulated(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:
@@ -183,10 +202,11 @@ if __name__ == "__main__":
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--archs", help=f"architectures, separated by semicolons; default {DEFAULT_ARCHS}")
     parser.add_argument("--emulate", action="store_true", help="the emulation on the CPU")
+    parser.add_argument("--lines", action="store_true", help="with the lines of source, for profilers and the report")
     parser.add_argument("--jobs", type=int)
     arguments = parser.parse_args()
     objects = arguments.output.with_suffix(".objects")
     if arguments.emulate:
         build_emulated(arguments.output, objects, jobs=arguments.jobs)
     else:
-        build(arguments.output, objects, architectures(arguments.archs), arguments.jobs)
+        build(arguments.output, objects, architectures(arguments.archs), arguments.jobs, arguments.lines)

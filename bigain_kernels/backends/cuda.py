@@ -35,4 +35,5 @@ def _refuses(op: str, arguments: tuple[Any, ...]) -> str:
     return ""
 
 
-CUDA = Backend("cuda", _implement, devices=("cuda",), priority=20, missing=native.CUDA_REASON, refuses=_refuses)
+# Below Triton's: neither has been measured yet, and Triton's matching uses the instructions of newer GPUs.
+CUDA = Backend("cuda", _implement, devices=("cuda",), priority=5, missing=native.CUDA_REASON, refuses=_refuses)

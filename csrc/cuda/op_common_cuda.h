@@ -44,7 +44,7 @@ class OnDeviceOf {
 // Multiprocessors of the current device.
 inline int multiprocessors() {
 #ifdef BIGAIN_EMULATE
-  return 8;
+  return simt::multiprocessors();
 #else
   int device = 0, count = 0;
   check_cuda(cudaGetDevice(&device));

@@ -9,6 +9,7 @@
 
 #include "simt.h"
 
+#include <dlfcn.h>
 #include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
@@ -62,6 +63,12 @@ struct Fiber {
 
 std::mutex launch_mutex;
 int64_t launch_count = 0, launch_order = 0, load_count = 0, load_count_of_busiest = 0;
+
+// The least shared memory of all devices from sm_80 on.
+constexpr int64_t kMultiprocessors = 8, kSharedLimit = 101376;
+int64_t device_multiprocessors = kMultiprocessors, device_shared_limit = kSharedLimit;
+bool recording = false;
+std::vector<int64_t> records;
 
 std::vector<Fiber> fibers;
 std::vector<Thread> threads;
@@ -198,7 +205,7 @@ void run_block(size_t shared_bytes, int64_t salt) {
 
 }  // namespace
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread) {
   const std::lock_guard<std::mutex> lock(launch_mutex);
   const int64_t count = int64_t{block.x} * block.y * block.z, blocks = int64_t{grid.x} * grid.y * grid.z;
   if (count < 1 || count > kMostThreads || block.z > 64) {
@@ -213,6 +220,14 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
                              std::to_string(kMostShared) + " expected");
   }
   ++launch_count;
+  if (recording) {
+    Dl_info library = {};
+    dladdr(kernel, &library);
+    const auto* const address = static_cast<const char*>(kernel);
+    const auto bytes = static_cast<int64_t>(shared_bytes);
+    records.insert(records.end(), {address - static_cast<const char*>(library.dli_fbase), blocks, count, bytes});
+    return;
+  }
   gridDim = grid;
   blockDim = block;
   body = &thread;
@@ -234,6 +249,15 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 }
 
 int64_t launches() { return launch_count; }
+int multiprocessors() { return static_cast<int>(device_multiprocessors); }
+size_t shared_limit() { return static_cast<size_t>(device_shared_limit); }
+void record(int64_t multiprocessors, int64_t shared_limit) {
+  recording = multiprocessors > 0;
+  records.clear();
+  device_multiprocessors = recording ? multiprocessors : kMultiprocessors;
+  device_shared_limit = recording ? shared_limit : kSharedLimit;
+}
+std::vector<int64_t> recorded() { return records; }
 void count_load() { ++threads[current].loads; }
 std::vector<int64_t> loads() { return {load_count, load_count_of_busiest}; }
 void set_order(int64_t order) { launch_order = order; }
@@ -300,6 +324,7 @@ void copy_async(void* shared, const void* global, size_t bytes, size_t copied) {
   if (address % bytes != 0 || (copied > 0 && reinterpret_cast<uintptr_t>(global) % bytes != 0)) {
     throw std::runtime_error("an asynchronous copy of " + std::to_string(bytes) + " bytes is not aligned");
   }
+  if (copied > 0) count_load();
   memset(shared, 0xff, bytes);
   threads[current].open.push_back({shared, global, bytes, copied});
 }

@@ -52,18 +52,27 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffffu;
 
 // Runs `thread` for every thread of every block; std::runtime_error says what went wrong in which thread.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
+void run(const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& thread);
 
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, Arguments&&... arguments) {
   const std::tuple<Parameters...> values(static_cast<Parameters>(arguments)...);
-  run(grid, block, shared_bytes, [&] { std::apply(kernel, values); });
+  run(reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, [&] { std::apply(kernel, values); });
 }
+
+// What launchers ask of the device: its multiprocessors, and bytes of shared memory that a block can have.
+int multiprocessors();
+size_t shared_limit();
+// From now on takes launches down instead of running them, as on a device with so many; 0 runs them again.
+void record(int64_t multiprocessors, int64_t shared_limit);
+// Of each launch taken down: the address of the kernel, from the start of the library, blocks, threads, bytes of
+// dynamic shared memory.
+std::vector<int64_t> recorded();
 
 // Launches since the start of the process.
 int64_t launches();
-// Counts a load of a vector by the current thread, and says the counts since the start: of all threads, and, summed over
-// the blocks, of the thread of a block that had the most.
+// Counts a read of a vector, or the copy of one, by the current thread, and says the counts since the start: of all
+// threads, and, summed over the blocks, of the thread of a block that had the most.
 void count_load();
 std::vector<int64_t> loads();
 // Which block and which thread of a block goes first: 0 ascending, -1 descending, above 0 shuffled with this seed.

@@ -3,11 +3,11 @@
 // A block multiplies a tile of sources with one tile of destinations after another on the tensor cores. Rows are
 // gathered by token index with asynchronous 16-byte copies, three stages deep. The epilogue scales by the inverse norms
 // and keeps a running maximum of (similarity, lowest token) for every source. There are as many blocks as the chip runs
-// at a time, and each has an equal share of all pairs of tiles, wherever it begins and ends; blocks that share a tile of
-// sources combine through a 64-bit atomic maximum of packed words, which is the same in any order.
+// at a time, and each has an equal share of all pairs of tiles, wherever it begins and ends; blocks that share a tile
+// of sources combine through a 64-bit atomic maximum of packed words, which is the same in any order.
 //
-// The same bits whatever the tile and the number of blocks: the channels of a similarity are summed in one order (below), scaled
-// in one order, and every comparison is between scaled similarities, ties to the lowest token.
+// The same bits whatever the tile and the number of blocks: the channels of a similarity are summed in one order
+// (below), scaled in one order, and every comparison is between scaled similarities, ties to the lowest token.
 //
 // Tensor cores truncate when they add to their accumulator, always in one direction. So they sum 256 channels (32 of
 // float32), and ordinary float32 additions, rounded to nearest, sum those. What that error would be, and why tiles have
@@ -390,8 +390,8 @@ struct Share {
   double cost;
 };
 
-// As many blocks as run at a time. The cost is that of the busiest multiprocessor, in steps of `step_cost`: a block also
-// pays the filling of its pipeline and its epilogues, about four steps.
+// As many blocks as run at a time. The cost is that of the busiest multiprocessor, in steps of `step_cost`: a block
+// also pays the filling of its pipeline and its epilogues, about four steps.
 template <typename T, typename Shape>
 Share share_of(const MatchProblem<T>& p, int multiprocessors, int64_t resident, double step_cost) {
   const int64_t tiles_n = p.window < 0 ? ceil_div(p.num_destinations, Shape::kN) : 1;

@@ -8,7 +8,7 @@ namespace bigain {
 // Bytes of shared memory that one block can ask for.
 inline size_t shared_limit() {
 #ifdef BIGAIN_EMULATE
-  return 101376;  // the least of all devices from sm_80 on
+  return simt::shared_limit();
 #else
   int device = 0, bytes = 0;
   check_cuda(cudaGetDevice(&device));

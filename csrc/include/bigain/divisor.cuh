@@ -17,9 +17,7 @@ class Divisor {
     multiplier_ = static_cast<uint32_t>((above << 32) / divisor_ + 1);
   }
 
-  __device__ __forceinline__ unsigned quotient(unsigned n) const {
-    return (__umulhi(n, multiplier_) + n) >> shift_;
-  }
+  __device__ __forceinline__ unsigned quotient(unsigned n) const { return (__umulhi(n, multiplier_) + n) >> shift_; }
   __device__ __forceinline__ unsigned remainder(unsigned n) const { return n - quotient(n) * divisor_; }
   // What remains of n, which becomes the quotient: the innermost coordinate of a number of several.
   __device__ __forceinline__ unsigned take(unsigned& n) const {

@@ -36,8 +36,8 @@ struct LaplacianScore {
   T* mean;  // (rows, N, channels), written by kPlanShared: the tokens averaged and rounded to T
 };
 
-// How the launch cuts the grid: a block owns `rows` x `columns` tokens, which are whole tiles, `tiles_x` of them side by
-// side where the kernel selects.
+// How the launch cuts the grid: a block owns `rows` x `columns` tokens, which are whole tiles, `tiles_x` of them side
+// by side where the kernel selects.
 struct ScoreBlocks {
   Lanes lanes;
   int rows, columns, tiles_x;
@@ -223,15 +223,8 @@ void launch_laplacian_score(const LaplacianScore<T>& p, cudaStream_t stream) {
   const int tiles_x = static_cast<int>(ceil_div(ceil_div(kScoreThreads / lanes.count(), strips), sx));
   const int columns = sx * tiles_x;
   const int64_t blocks_x = ceil_div(p.grid.width, columns), blocks_y = ceil_div(p.grid.height, rows);
-  const ScoreBlocks blocks = {lanes,
-                              rows,
-                              columns,
-                              tiles_x,
-                              select,
-                              Divisor(columns),
-                              Divisor(tiles_x),
-                              Divisor(blocks_x),
-                              Divisor(blocks_y)};
+  const ScoreBlocks blocks = {
+      lanes, rows, columns, tiles_x, select, Divisor(columns), Divisor(tiles_x), Divisor(blocks_x), Divisor(blocks_y)};
   const size_t shared_bytes = select ? 2 * sizeof(float) * rows * columns : 0;
   const unsigned grid = grid_extent(p.rows * blocks_y * blocks_x);
   const bool aligned = has_vectors<T>(p.x, p.channels, p.batch_stride, p.token_stride);

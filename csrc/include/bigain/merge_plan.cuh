@@ -105,8 +105,8 @@ __device__ __forceinline__ void find_digit(const int* histogram /* (kDigits) */,
 // is not 0. `counters` has kMostKeyBytes * kDigits entries. Ends without a barrier.
 template <int kKeyBytes, typename Word, typename Mark>
 __device__ __forceinline__ void choose_highest(const Word* keys /* (count) */, int count, int r,
-                                               const Divisor& by_threads, int* counters,
-                                               int* totals /* (kMostWarps) */, const Mark& mark) {
+                                               const Divisor& by_threads, int* counters, int* totals /* (kMostWarps) */,
+                                               const Mark& mark) {
   BIGAIN_SHARED(int, digit_and_left, 2);
   const Share share(count, by_threads);
   Word threshold = 0;

@@ -59,8 +59,8 @@ void launch_row_norms(const RowNorms<T>& p, cudaStream_t stream) {
   const Lanes lanes = lanes_per_token<T>(p.channels);
   const unsigned blocks = grid_extent(ceil_div(to_int(p.rows * p.tokens), kRowNormThreads / lanes.count()));
   const bool aligned = has_vectors<T>(p.x, p.channels, p.batch_stride, p.token_stride);
-  launch(aligned ? row_norms_kernel<T, true> : row_norms_kernel<T, false>, blocks, kRowNormThreads, 0, stream, p,
-         lanes, Divisor(p.tokens));
+  launch(aligned ? row_norms_kernel<T, true> : row_norms_kernel<T, false>, blocks, kRowNormThreads, 0, stream, p, lanes,
+         Divisor(p.tokens));
 }
 
 }  // namespace bigain

@@ -29,7 +29,7 @@ constexpr int kMergeVectors = 8;
 constexpr int kMergeGroups = kMergeThreads / kMergeVectors;
 // Slots of a block: fewer than groups, so that one round of parts does for most blocks. docs/kernels.md has the counts
 // by which this and kLongSlot were chosen.
-constexpr int kMergeSlots = 24;
+constexpr int kMergeSlots = 28;
 constexpr int kLongSlotBits = 3, kLongSlot = 1 << kLongSlotBits;
 constexpr int kMostPartsBits = 5;
 static_assert(kMergeSlots <= kWarp && kLongSlot <= kMergeVectors, "a lane for each slot and for each member of a part");
@@ -269,7 +269,8 @@ struct MergeRescale {
 // A group of lanes owns a slot; see Lanes for the order of the sum.
 template <typename T, bool kAligned>
 __global__ void __launch_bounds__(kRescaleThreads)
-    merge_rescale_kernel(const MergeRescale<T> p, const Lanes lanes, const Divisor by_slots, const Divisor by_plan_rows) {
+    merge_rescale_kernel(const MergeRescale<T> p, const Lanes lanes, const Divisor by_slots,
+                         const Divisor by_plan_rows) {
   const unsigned row = lanes.groups_before(kRescaleThreads) + lanes.group();
   const bool exists = row < static_cast<unsigned>(p.batch * p.tables.slots);
   const int lane = lanes.lane(), step = lanes.count();

@@ -88,10 +88,11 @@ __device__ __forceinline__ Vector<T> load_vector(const T* p, int64_t c, int64_t 
 #else
     // In assembly, because nvcc would put a branch around a load that is not always wanted, and move loads to where
     // they are used.
-#define BIGAIN_LOAD(words)                                                                                         \
-  asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n@wanted ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}" \
-               : words(vector.word[0]), words(vector.word[1]), words(vector.word[2]), words(vector.word[3])        \
-               : "l"(__cvta_generic_to_global(p + c)), "r"(static_cast<uint32_t>(wanted)))
+#define BIGAIN_LOAD(words)                                                                                     \
+  asm volatile(                                                                                                \
+      "{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %5, 0;\n@wanted ld.global.v4.b32 {%0, %1, %2, %3}, [%4];\n}" \
+      : words(vector.word[0]), words(vector.word[1]), words(vector.word[2]), words(vector.word[3])             \
+      : "l"(__cvta_generic_to_global(p + c)), "r"(static_cast<uint32_t>(wanted)))
     if constexpr (kUnwanted == Unwanted::kZero) {
       BIGAIN_LOAD("+r");
     } else {

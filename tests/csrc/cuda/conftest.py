@@ -91,6 +91,13 @@ class CudaOps:
         return torch.ops.bigain_emulate.launches()
 
 
+def loads(ops: CudaOps) -> tuple[int, int]:
+    """Vectors read so far: by all threads, and, summed over blocks, by the busiest thread of each."""
+    if not ops.emulated:
+        pytest.skip("loads are counted by the emulator")
+    return tuple(torch.ops.bigain_emulate.loads())
+
+
 @pytest.fixture(scope="session")
 def cuda_ops() -> CudaOps:
     if not native.CUDA_REASON and torch.cuda.is_available():
@@ -122,5 +129,5 @@ def order(request, cuda_ops):
 def cuda_library() -> Path:
     """The CUDA library built by nvcc for two architectures, beside the objects and what ptxas said of them."""
     folder = BUILD / "cuda"
-    built(folder, lambda folder: build_cuda.build(folder / "_native_cuda.so", folder, ["80", "90a"], 2))
+    built(folder, lambda folder: build_cuda.build(folder / "_native_cuda.so", folder, ["80", "90"], 2))
     return folder / "_native_cuda.so"

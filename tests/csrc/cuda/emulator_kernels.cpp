@@ -2,6 +2,7 @@
 #include <string>
 #include <vector>
 
+#include "bigain/divisor.cuh"
 #include "bigain/mma.cuh"
 
 using namespace bigain;
@@ -84,6 +85,15 @@ __global__ void neighbour_kernel(int* out /* (blockDim.x) */, int with_barrier) 
 
 __global__ void last_block_kernel(int* out) {
   if (threadIdx.x == 0) *out = blockIdx.x;
+}
+
+// n (count) -> quotients (count), remainders (count)
+__global__ void divide_kernel(const unsigned* n, unsigned* out, int count, const Divisor divisor) {
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    unsigned quotient = n[i];
+    out[count + i] = divisor.take(quotient);
+    out[i] = quotient;
+  }
 }
 
 __global__ void barrier_for_some_kernel(int) {
@@ -175,6 +185,9 @@ const char* neighbours(int* out, int with_barrier) {
 }
 const char* last_block(int* out) {
   return attempt([&] { launch(last_block_kernel, dim3(5), dim3(32), 0, nullptr, out); });
+}
+const char* divide(const unsigned* n, unsigned* out, int count, int64_t divisor) {
+  return attempt([&] { launch(divide_kernel, dim3(1), dim3(32), 0, nullptr, n, out, count, Divisor(divisor)); });
 }
 const char* wrong(const char* name) {
   const std::pair<const char*, void (*)(int)> kernels[] = {

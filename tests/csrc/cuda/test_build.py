@@ -71,6 +71,25 @@ def test_a_named_nvcc_works_or_is_refused_in_one_line(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("archs", "ptx"),
+    [
+        (build_cuda.DEFAULT_ARCHS, "100"),
+        ("90;100", "100"),
+        ("80;90", "90"),
+        ("90", "90"),
+        ("120", "120"),
+        ("90a;120", "120"),
+        ("90a", None),
+    ],
+)
+def test_the_ptx_runs_on_all_that_comes_later(archs, ptx):
+    """That of 100 on 11.0, for which nothing is compiled, as on 12.x: PTX runs on what is not older than it."""
+    found = build_cuda.targets(build_cuda.architectures(archs))
+    expected = [f"-gencode arch=compute_{arch},code=sm_{arch}" for arch in archs.split(";")]
+    assert found == " ".join([*expected, *([f"-gencode arch=compute_{ptx},code=compute_{ptx}"] if ptx else [])])
+
+
+@pytest.mark.parametrize(
     ("compiler", "expected"),
     [
         (["/bin/g++"], ["-ccbin", "/bin/g++"]),
@@ -118,7 +137,7 @@ def test_env_says_why_there_is_no_cuda_library(cuda_library):
 def test_env_names_the_cuda_library(cuda_library):
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA; the library needs one that has")
-    assert "CUDA library     sm_80,90a, CUDA " in report(BIGAIN_CUDA_LIBRARY=str(cuda_library))
+    assert "CUDA library     sm_80,90, CUDA " in report(BIGAIN_CUDA_LIBRARY=str(cuda_library))
 
 
 def test_a_wheel_holds_both_libraries(cuda_library, tmp_path):
@@ -140,7 +159,7 @@ def test_a_wheel_holds_both_libraries(cuda_library, tmp_path):
         tmp_path,
         ".",
     ]
-    run(*command, cwd=source, BIGAIN_BUILD_CUDA="1", BIGAIN_CUDA_ARCHS="80;90a", CUDACXX=str(nvcc))
+    run(*command, cwd=source, BIGAIN_BUILD_CUDA="1", BIGAIN_CUDA_ARCHS="80;90", CUDACXX=str(nvcc))
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
@@ -151,4 +170,4 @@ def test_a_wheel_holds_both_libraries(cuda_library, tmp_path):
     if torch.version.cuda is None:
         assert f"CUDA library     none: torch {torch.__version__} is built without CUDA\n" in text
     else:
-        assert "CUDA library     sm_80,90a, CUDA " in text
+        assert "CUDA library     sm_80,90, CUDA " in text

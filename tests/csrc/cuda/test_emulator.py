@@ -29,7 +29,7 @@ def emulator(tmp_path_factory):
     folders = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'emulate'}"]
     subprocess.run([compiler, *FLAGS.split(), *folders, *map(str, sources), "-o", str(output)], check=True)
     library = ctypes.CDLL(str(output))
-    for name in ("sums", "votes", "multiply", "copies", "fresh_shared", "neighbours", "last_block", "wrong"):
+    for name in ("sums", "votes", "multiply", "copies", "fresh_shared", "neighbours", "last_block", "wrong", "divide"):
         getattr(library, name).restype = ctypes.c_char_p
     library.too_many_threads.restype = ctypes.c_char_p
     library.launches.restype = ctypes.c_int64
@@ -77,6 +77,19 @@ def test_mma_against_a_plain_product(emulator, dtype, depth):
     name = str(dtype).removeprefix("torch.").encode()
     assert emulator.multiply(name, at(a), at(b), at(c)) == b""
     assert torch.equal(c, a.float() @ b.float().T)
+
+
+@pytest.mark.parametrize("divisor", [0, 1, 2, 3, 5, 7, 40, 255, 256, 257, 641, 65535, 65537, 2**30 + 1, 2**31 - 1])
+def test_divisors_are_exact(emulator, divisor):
+    """At both sides of multiples, where a rounded factor would be one off. 0, of a launch without work, counts as 1."""
+    least, most = max(divisor, 1), 2**31 - 1
+    multiples = [k * least for k in range(50)] + [most // least * least - k * least for k in range(50)]
+    values = sorted({n + d for n in [*multiples, most] for d in (-1, 0, 1) if 0 <= n + d <= most})
+    n = torch.tensor(values, dtype=torch.int32)
+    out = torch.full((2, len(values)), -1, dtype=torch.int32)
+    assert emulator.divide(at(n), at(out), len(values), ctypes.c_int64(divisor)) == b""
+    assert out[0].tolist() == [value // least for value in values]
+    assert out[1].tolist() == [value % least for value in values]
 
 
 def test_tf32_drops_the_low_bits(emulator):

@@ -11,6 +11,8 @@ from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
 from tests.shapes import DTYPES, tokens
 
+from .conftest import loads
+
 pytestmark = pytest.mark.usefixtures("on_cuda")
 FLOATS = [dtype for dtype in DTYPES if dtype != torch.float64]
 
@@ -88,6 +90,22 @@ def test_short_slots_have_the_bits_of_the_reference(on_cuda):
     plan = crowded_plan(3, [8, 7, 5, 3, 2], 120)
     x = tokens(3, 120, 40)
     assert torch.equal(bk.token_merge(x, plan), reference.token_merge(x, plan))
+
+
+@pytest.mark.parametrize("sizes", [[2000], [300] * 6, [60] * 30, [9] * 200, []])
+def test_members_are_shared_out_evenly_whatever_the_sizes_of_slots(on_cuda, sizes):
+    """In 64 channels of float16 a thread reads one vector of a member, and no thread many more than others."""
+    n = 2048
+    plan = crowded_plan(1, sizes, n).to(on_cuda.device)
+    x = tokens(1, n, 64, torch.float16).to(on_cuda.device)
+    whole, busiest = loads(on_cuda)
+    bk.token_merge(x, plan)
+    whole, busiest = (after - before for after, before in zip(loads(on_cuda), (whole, busiest), strict=True))
+    assert whole == 8 * n  # each member once, by eight lanes
+    # Slots of a block, and members of its part: a round has 32 groups, the last one may be short.
+    ordered = plan.sizes()[0].tolist()
+    blocks = [ordered[i : i + 28] for i in range(0, len(ordered), 28)]
+    assert busiest <= sum(sum(block) / 32 + max(8, max(block) / 16) for block in blocks)
 
 
 def test_launches(on_cuda):
