@@ -33,7 +33,7 @@ from . import configs
 from .aot_recipes import GRID, SHAPE, recipes
 from .launching import record_launches
 from .machine_code import MULTIPLIES, TYPES, Case, Result, examine, specialize, summary
-from .report import choose, library, table
+from .report import choose, cuda, library, table
 from .tune import dump
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -67,17 +67,22 @@ def cases(
                 yield Case(name, TYPES[dtype], text, launch)
 
 
-def report(out: Path | None = None, against: Path | None = None) -> int:
-    """Print what is predicted of every launch, and write it to a file."""
-    found = list(table.rows())
-    print(f"PREDICTED for {table.ARCHITECTURE} with triton {triton.__version__}; nothing here was measured\n")
+def report(
+    out: Path | None = None, against: Path | None = None, built: Path | None = None, emulated: Path | None = None
+) -> int:
+    """Print what is predicted of every launch, of Triton's or of a CUDA library's, and write it to a file."""
+    if built is not None and emulated is None:
+        raise SystemExit("--emulated: is missing, expected a library built with csrc/build_cuda.py --emulate")
+    found = list(table.rows() if built is None or emulated is None else cuda.rows(built, emulated))
+    compiler = f"triton {triton.__version__}" if built is None else "nvcc"
+    print(f"PREDICTED for {table.ARCHITECTURE} with {compiler}; nothing here was measured\n")
     print("\n".join(table.markdown(found)))
     if against is not None:
         print(f"\n{against} -> now\n")
         print("\n".join(table.side_by_side(table.read(against), found)))
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(table.dump(table.document(found)))
+        out.write_text(table.dump(table.document(found, compiler)))
     return 0
 
 
@@ -90,6 +95,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="with --report: a file of predictions to write")
     parser.add_argument("--against", type=Path, help="with --report: an older file of predictions to compare with")
     parser.add_argument("--library", type=Path, help="read the loops of a built CUDA library instead")
+    parser.add_argument("--emulated", type=Path, help="with --report --library: an emulated one, for its launches")
     parser.add_argument("--choose", action="store_true", help="write what the model likes best into tuned/, for sm_90")
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET"):
@@ -97,14 +103,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.choose:
         configs.path_of(table.ARCHITECTURE).write_text(dump(choose.improved(table.Compiler())))
         return 0
-    if options.library:
+    if options.library and not options.report:
         kernels = list(library.rows(options.library))
         print("\n".join(library.markdown(kernels)))
         if options.out:
             options.out.write_text(table.dump(table.document(kernels, "nvcc")))
         return 0
     if options.report:
-        return report(options.out, options.against)
+        return report(options.out, options.against, options.library, options.emulated)
     print(f"triton {triton.__version__}, torch {torch.__version__}; x is {SHAPE} on a {GRID} grid")
     failures = 0
     seen: dict[str, Result] = {}

@@ -25,7 +25,7 @@ _SHORT = 40
 _NAME = re.compile(r"\d([a-z]+(?:_[a-z0-9]+)*_kernel)(.*)")
 
 
-def _cubins(library: Path) -> Iterator[bytes]:
+def cubins(library: Path) -> Iterator[bytes]:
     with tempfile.TemporaryDirectory() as folder:
         command = [str(tool("cuobjdump")), "-xelf", "sm_90", str(library.resolve())]
         subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
@@ -33,7 +33,7 @@ def _cubins(library: Path) -> Iterator[bytes]:
             yield path.read_bytes()
 
 
-def _usage(cubin: bytes) -> dict[str, tuple[int, int, int]]:
+def usage(cubin: bytes) -> dict[str, tuple[int, int, int]]:
     """Registers, bytes of local memory and of static shared memory, by mangled name."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -48,8 +48,8 @@ def rows(library: Path) -> Iterator[dict[str, Any]]:
     """A row for every kernel of the library for sm_90, in bfloat16."""
     # Several files may have the same kernel.
     seen: set[str] = set()
-    for cubin in _cubins(library):
-        usage = _usage(cubin)
+    for cubin in cubins(library):
+        found = usage(cubin)
         for name, function in disassemble(cubin).items():
             short = _NAME.search(name)
             if short is None or not _SHOWN.search(name) or name in seen:
@@ -57,7 +57,7 @@ def rows(library: Path) -> Iterator[dict[str, Any]]:
             seen.add(name)
             walk = Walk(function, Trips(Counter(), Counter(), Counter(), {}, set()), SCHEDULERS)
             walk.time(function.code)
-            registers, spills, shared = usage[name]
+            registers, spills, shared = found[name]
             facts = loop_facts(function.code, walk, SCHEDULERS)
             yield {
                 "kernel": short[1],

@@ -193,6 +193,11 @@ class Walk:
         if times is None:
             # A loop of the source that never ran, or one that only waits.
             return 0.0 if place and self._is_loop(place) else 1.0
+        return self.unrolled(loop, among, times)
+
+    @staticmethod
+    def unrolled(loop: Loop, among: Code, times: float) -> float:
+        """How often a loop runs whose source runs so many times, but of which the compiler made several."""
         same = [len(list(flat(each.body))) for each in among if isinstance(each, Loop) and each.place == loop.place]
         size = len(list(flat(loop.body)))
         unrolled = round(size / min(same))
@@ -299,17 +304,26 @@ class Walk:
 
 
 def examine(launch: Launch, compiled: Compiled, trips: Trips) -> Facts:
-    """All that the report says of a launch."""
-    programs = math.prod(launch.grid)
+    """All that the report says of a launch of Triton's."""
+    tensors = {id(t): t for t in launch.arguments.values() if isinstance(t, torch.Tensor)}
+    hbm_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
+    warp = Walk(compiled.function, trips, compiled.warps, FROM_HBM if hbm_bytes > L2_KEEPS else FROM_L2)
+    early = launch.arguments.get("launch_pdl") and waits_first(compiled.function)
+    start = LAUNCH_EARLY if early else LAUNCH
+    facts = predict(compiled, warp, math.prod(launch.grid), hbm_bytes, start)
+    facts.assumed = bool(trips.assumed)
+    return facts
+
+
+def predict(compiled: Compiled, warp: Walk, programs: int, hbm_bytes: int, start: float) -> Facts:
+    """What a launch of so many programs costs that moves so many bytes, and begins `start` microseconds after the one
+    ahead of it."""
     facts = Facts(compiled.registers, compiled.spills, compiled.shared, compiled.warps, programs)
     facts.resident = resident(compiled.registers, compiled.shared, compiled.warps)
-    facts.assumed = bool(trips.assumed)
     facts.waves = programs / (MULTIPROCESSORS * facts.resident)
     on_one = math.ceil(programs / MULTIPROCESSORS)
     facts.wave_efficiency = programs / (MULTIPROCESSORS * on_one)
-    tensors = {id(t): t for t in launch.arguments.values() if isinstance(t, torch.Tensor)}
-    facts.hbm_bytes = sum(t.numel() * t.element_size() for t in tensors.values())
-    warp = Walk(compiled.function, trips, compiled.warps, FROM_HBM if facts.hbm_bytes > L2_KEEPS else FROM_L2)
+    facts.hbm_bytes = hbm_bytes
     code = compiled.function.code
     weighed = warp.weigh(code)
     # After the last EXIT comes a jump to itself and padding.
@@ -331,7 +345,7 @@ def examine(launch: Launch, compiled: Compiled, trips: Trips) -> Facts:
     facts.depth = warp.depth
     rounds = math.ceil(facts.waves)
     facts.terms = {
-        "launch": LAUNCH_EARLY if launch.arguments.get("launch_pdl") and waits_first(compiled.function) else LAUNCH,
+        "launch": start,
         "hbm": facts.hbm_bytes / HBM,
         "l2": facts.l2_bytes / L2,
         "l1": facts.l1_bytes / (L1 * CLOCK * MULTIPROCESSORS),

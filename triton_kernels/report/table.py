@@ -59,10 +59,14 @@ def config_of(launch: Launch) -> dict[str, Any]:
 
 def row(captured: Captured, facts: Facts) -> Row:
     shape, op, launch = captured
-    found = facts.as_dict()
-    bound = max((name for name in facts.terms if name != "launch"), key=lambda name: facts.terms[name])
     head = {"shape": shape.name, "op": op, "kernel": launch.name, "config": config_of(launch), "grid": launch.grid}
-    return {**head, **_rounded(found), "bound_by": bound}
+    return facts_row(head, facts)
+
+
+def facts_row(head: Row, facts: Facts) -> Row:
+    """A row of what tells the launch and what is known of it."""
+    bound = max((name for name in facts.terms if name != "launch"), key=lambda name: facts.terms[name])
+    return {**head, **_rounded(facts.as_dict()), "bound_by": bound}
 
 
 def _rounded(value: Any) -> Any:
