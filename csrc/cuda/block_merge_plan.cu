@@ -1,7 +1,7 @@
 // block_merge_plan for CUDA tensors: one launch.
 #include <string>
 
-#include "bigain/merge_plan.cuh"
+#include "bigain/block_merge_plan.cuh"
 #include "op_common_cuda.h"
 #include "plan_tables.h"
 

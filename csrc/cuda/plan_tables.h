@@ -3,7 +3,7 @@
 
 #include <tuple>
 
-#include "bigain/merge_plan.cuh"
+#include "bigain/plan_steps.cuh"
 #include "op_common_cuda.h"
 
 namespace bigain {

@@ -104,7 +104,9 @@ struct Stencil {
 // A block of kScoreThreads / lanes groups; a group owns kScoreRows tokens of a column at a time and reads a vector of
 // each and of their neighbours. Left and right neighbours are the centres of other groups, found in the cache.
 template <typename T, bool kAligned, ScoreMode kMode>
-__global__ void __launch_bounds__(kScoreThreads, kMode == ScoreMode::kPlanShared ? 3 : 4)
+__global__ void __launch_bounds__(kScoreThreads, kMode != ScoreMode::kPlanShared ? 4
+                                                 : kAligned                      ? 3
+                                                                                 : 2)
     laplacian_score_kernel(const LaplacianScore<T> p, const ScoreBlocks blocks) {
   constexpr bool kPlan = kMode == ScoreMode::kPlan || kMode == ScoreMode::kPlanShared;
   BIGAIN_DYNAMIC_SHARED(float, block_score);  // (rows, columns) of the block, when it selects

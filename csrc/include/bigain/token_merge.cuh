@@ -168,8 +168,6 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned&& std::is_same_v<Norm,
   if constexpr (kNorm) moments = norm.moments + b * static_cast<int64_t>(p.tables.tokens);
   follow_launches();
 
-  RawAffine<T> affine;
-  if constexpr (kNorm) affine.template load<kAligned>(norm.affine, b, reads ? c : 0, p.channels);
   // A lane knows one slot of the block, and how many parts there are up to its end.
   const bool has_slot = lane < kMergeSlots && first_slot + lane < slots;
   MergeTables::Slot own = {};
@@ -221,7 +219,11 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned&& std::is_same_v<Norm,
     const float total = kWeighted ? whole.weight : static_cast<float>(max(slot.size, 1));
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) whole.sum[k] /= total;
-    if constexpr (kNorm) affine.apply(norm.affine, whole.sum);
+    if constexpr (kNorm) {
+      RawAffine<T> affine;
+      affine.template load<kAligned>(norm.affine, b, c, p.channels);
+      affine.apply(norm.affine, whole.sum);
+    }
     Out* const out = y + (b * static_cast<int64_t>(slots) + first_slot + in_block) * p.channels;
     if constexpr (sizeof(Out) == sizeof(T)) {
       store_vector<kAligned>(out, c, p.channels, to_vector<Out>(whole.sum));

@@ -32,10 +32,11 @@ WRITES_VECTORS = {
 # 16-byte loads that are on their way before the first is used, and rounds of loads that wait for loads.
 IN_FLIGHT = {
     ("laplacian_score_kernel", rf"I{TYPES}Lb1ELNS_9ScoreModeE[012]E"): (8, 1),
-    ("laplacian_score_kernel", r"INS_(4Half|8BFloat16)ELb1ELNS_9ScoreModeE3E"): (16, None),  # share decides
+    ("laplacian_score_kernel", r"INS_(4Half|8BFloat16)ELb1ELNS_9ScoreModeE3E"): (12, None),  # share decides
     ("row_norms_kernel", rf"I{TYPES}Lb1E"): (4, 1),
     ("row_moments_kernel", rf"I{TYPES}Lb1E"): (4, 2),  # two passes
-    ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1E"): (8, 3),  # slots, members, tokens
+    ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb[01]ENS_6NoNorm"): (8, 3),  # slots, members, tokens
+    ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb[01]ENS_9MergeNorm"): (8, 4),  # and the affine parts
     ("merge_rescale_kernel", rf"I{TYPES}Lb1E"): (4, None),
     ("token_unmerge_kernel", rf"I{TYPES}Lb1E"): (2, 2),  # the residual beside the index, then y
     ("kv_downsample_kernel", rf"I{TYPES}Lb1ELi2E"): (5, 2),  # the window waits for alpha
@@ -93,7 +94,8 @@ def read_code(library: Path, arch: str) -> Code:
             if match := line_of_code.match(line):
                 instructions.append(Instruction(match[2], match[3].strip(), match[1] or ""))
             elif "Function : " in line:
-                instructions = kernels.setdefault(line.split("Function : ")[1].strip(), [])
+                # Several objects may have the same kernel.
+                instructions = kernels[line.split("Function : ")[1].strip()] = []
     assert process.returncode == 0
     assert len(kernels) > 80
     return kernels
