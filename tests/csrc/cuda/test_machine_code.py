@@ -33,7 +33,7 @@ WRITES_VECTORS = {
 IN_FLIGHT = {
     ("laplacian_score_kernel", rf"I{TYPES}Lb1ELNS_9ScoreModeE[012]E"): (8, 1),
     ("laplacian_score_kernel", r"INS_(4Half|8BFloat16)ELb1ELNS_9ScoreModeE3E"): (12, None),  # share decides
-    ("row_norms_kernel", rf"I{TYPES}Lb1E"): (4, 1),
+    ("row_norms_kernel", r"INS_(4Half|8BFloat16)ELb1E"): (4, 1),
     ("row_moments_kernel", rf"I{TYPES}Lb1E"): (4, 2),  # two passes
     ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb[01]ENS_6NoNorm"): (8, 3),  # slots, members, tokens
     ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb[01]ENS_9MergeNorm"): (8, 4),  # and the affine parts
