@@ -1,8 +1,9 @@
 """How long the slots of real plans keep a block of the CUDA merge: `python -m benchmarks.merge_rounds`.
 
 A block works in rounds: each of its 32 groups reads up to 8 members of a part of a slot at a time, and the round ends
-with the longest part. Counted for several lengths of parts and numbers of slots in a block, on plans of L-GTM (ratio
-0.7) for tokens that vary smoothly over the grid, with noise of several strengths. token_merge.cuh has the constants.
+with the longest part. Slots of up to `kLongSlot` members are one part, longer ones have parts of 8. Counted for several
+numbers of slots in a block, on plans of L-GTM (ratio 0.7) for tokens that vary smoothly over the grid, with noise of
+several strengths. token_merge.cuh has the constants.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ def tokens(grid: tuple[int, int], channels: int, noise: float) -> Tensor:
 
 def parts(size: int, long_slot: int) -> list[int]:
     """Members of the parts of a slot."""
-    while size > MOST_PARTS * long_slot:
-        long_slot *= 2
-    return [min(long_slot, size - first) for first in range(0, max(size, 1), long_slot)]
+    length = long_slot if size <= long_slot else min(long_slot, AHEAD)
+    while size > MOST_PARTS * length:
+        length *= 2
+    return [min(length, size - first) for first in range(0, max(size, 1), length)]
 
 
 def rounds(sizes: list[int], long_slot: int, slots: int) -> tuple[float, int]:

@@ -1,6 +1,7 @@
 // token_merge and token_merge_norm for CUDA tensors. The values of the tables are on the device and are not checked
 // here: the kernels clamp them.
 #include "bigain/layer_norm.cuh"
+#include "bigain/merge_rescale.cuh"
 #include "bigain/token_merge.cuh"
 #include "op_common_cuda.h"
 #include "row_operands.h"

@@ -1,8 +1,8 @@
 // Merging tokens by a plan.
 //
-// Slots have any size: most have a few members, and one destination may attract thousands of sources. So a slot is cut
-// into parts of kLongSlot members (twice, four times, ... as many where it has more than 32 parts), and the parts of a
-// block's slots are shared out evenly: a group of eight lanes sums one after another, whatever slots they belong to.
+// Slots have any size: most have a few members, and one destination may attract thousands of sources. A slot of up to
+// kLongSlot members is one part, a longer one is cut into parts, and the parts of a block's slots are shared out
+// evenly: a group of eight lanes sums one after another, whatever slots they belong to.
 //
 // The order of every sum is fixed by the slot alone: the members of a part are added in ascending token order, and the
 // parts, in that order, to the first. Nothing is accumulated in memory.
@@ -18,7 +18,6 @@
 
 #include "bigain/common.cuh"
 #include "bigain/layer_norm.cuh"
-#include "bigain/row_norms.cuh"
 
 namespace bigain {
 
@@ -27,12 +26,14 @@ constexpr int kMergeThreads = 256;
 // lines.
 constexpr int kMergeVectors = 8;
 constexpr int kMergeGroups = kMergeThreads / kMergeVectors;
-// Slots of a block: fewer than groups, so that one round of parts does for most blocks. docs/kernels.md has the counts
-// by which this and kLongSlot were chosen.
-constexpr int kMergeSlots = 28;
-constexpr int kLongSlotBits = 3, kLongSlot = 1 << kLongSlotBits;
-constexpr int kMostPartsBits = 5;
-static_assert(kMergeSlots <= kWarp && kLongSlot <= kMergeVectors, "a lane for each slot and for each member of a part");
+// Slots of a block, a group for each. docs/kernels.md has the counts behind this and the next two.
+constexpr int kMergeSlots = 32;
+// The longest slot that one group sums alone, in the order of the reference. Longer ones are cut into parts of
+// 2 ** kPartBits members, or of twice, four times, ... as many where there were more than 2 ** kMostPartsBits of them.
+constexpr int kLongSlotBits = 5, kLongSlot = 1 << kLongSlotBits, kPartBits = 3, kMostPartsBits = 5;
+// Members whose rows a lane loads before it adds the first.
+constexpr int kMergeAhead = 8;
+static_assert(kMergeSlots <= kWarp, "a lane knows one slot");
 
 // Which tokens each slot holds, for plan_rows rows; batch row b uses plan row b mod plan_rows.
 struct MergeTables {
@@ -46,8 +47,9 @@ struct MergeTables {
 
     // A part has at most 2 ** bits() members; there are at most 2 ** kMostPartsBits parts, and at least one.
     __device__ int bits() const {
-      const int above = kWarp - __clz(max(size - 1, 0)) - kMostPartsBits;
-      return max(above, kLongSlotBits);
+      if (size <= kLongSlot) return kLongSlotBits;
+      const int above = kWarp - __clz(size - 1) - kMostPartsBits;
+      return max(above, kPartBits);
     }
     __device__ int parts() const { return max((size + (1 << bits()) - 1) >> bits(), 1); }
   };
@@ -106,7 +108,7 @@ __device__ __forceinline__ MergeSum<T> sum_members(const TokenMerge<T>& p, const
                                                    bool reads) {
   MergeSum<T> whole;
   // As many loads as registers allow.
-  constexpr int kAhead = kAligned ? kLongSlot : kLongSlot / 2;
+  constexpr int kAhead = kAligned ? kMergeAhead : kMergeAhead / 2;
   // In vectors, whose 32 bits reach 64 GiB, or in elements.
   const int64_t row_stride = kAligned ? p.token_stride / kVector<T> : p.token_stride;
 #pragma unroll 1
@@ -254,83 +256,6 @@ void launch_token_merge_mean(const TokenMerge<T>& p, Out* y, cudaStream_t stream
           ? (aligned ? token_merge_kernel<T, Out, true, false, Norm> : token_merge_kernel<T, Out, false, false, Norm>)
           : (aligned ? token_merge_kernel<T, Out, true, true, Norm> : token_merge_kernel<T, Out, false, true, Norm>);
   launch(kernel, grid_extent(p.batch * slot_blocks * slabs), kMergeThreads, 0, stream, p, norm, y, counts);
-}
-
-constexpr int kRescaleThreads = 128;
-
-template <typename T>
-struct MergeRescale {
-  const float* mean;   // (batch, slots, channels), contiguous
-  const float* norms;  // (batch, tokens): the norms of the tokens
-  int batch;
-  int64_t channels;
-  MergeTables tables;
-  T* y;  // (batch, slots, channels), contiguous: the mean, as long as the longest member
-};
-
-// A group of lanes owns a slot; see Lanes for the order of the sum.
-template <typename T, bool kAligned>
-__global__ void __launch_bounds__(kRescaleThreads)
-    merge_rescale_kernel(const MergeRescale<T> p, const Lanes lanes, const Divisor by_slots,
-                         const Divisor by_plan_rows) {
-  const unsigned row = lanes.groups_before(kRescaleThreads) + lanes.group();
-  const bool exists = row < static_cast<unsigned>(p.batch * p.tables.slots);
-  const int lane = lanes.lane(), step = lanes.count();
-  unsigned b = row;
-  const int m = by_slots.take(b);
-  const unsigned plan_row = by_plan_rows.remainder(b);
-  const int vectors = exists ? static_cast<int>(num_vectors<float>(p.channels)) : 0;
-  const float* const mean = p.mean + row * p.channels;
-  const float* const norms = p.norms + static_cast<int64_t>(b) * p.tables.tokens;
-  follow_launches();
-  float squares = 0.0f, largest = 0.0f;
-#pragma unroll 1
-  for (int v = lane; v < vectors; v += kLoadsAhead * step) {
-    Vector<float> ahead[kLoadsAhead];
-    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, lanes);
-#pragma unroll
-    for (int i = 0; i < kLoadsAhead; ++i) {
-      if (v + i * step < vectors) squares += sum_of_squares(ahead[i]);
-    }
-  }
-  if (exists) {
-    const MergeTables::Slot slot = p.tables.slot(plan_row, m);
-    const int32_t* const members = p.tables.members + static_cast<int64_t>(plan_row) * p.tables.tokens + slot.begin;
-    for (int i = lane; i < slot.size; i += step) {
-      const float norm = norms[p.tables.token(members[i])];
-      if (norm > largest || is_nan(norm)) largest = norm;
-    }
-  }
-  squares = group_sum(squares, step);
-  for (int distance = step / 2; distance > 0; distance /= 2) {
-    const float other = __shfl_xor_sync(kAllLanes, largest, distance);
-    if (other > largest || is_nan(other)) largest = other;
-  }
-  const float length = sqrtf(squares), scale = largest / (length == 0.0f ? 1.0f : length);
-#pragma unroll 1
-  for (int v = lane; v < vectors; v += kLoadsAhead * step) {
-    Vector<float> ahead[kLoadsAhead];
-    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, lanes);
-#pragma unroll
-    for (int i = 0; i < kLoadsAhead; ++i) {
-#pragma unroll
-      for (int k = 0; k < kVector<float>; ++k) {
-        const int64_t c = (v + i * step) * kVector<float> + k;
-        if (c < p.channels) p.y[row * p.channels + c] = from_float<T>(ahead[i][k] * scale);
-      }
-    }
-  }
-}
-
-// One launch.
-template <typename T>
-void launch_merge_rescale(const MergeRescale<T>& p, cudaStream_t stream) {
-  const Lanes lanes = lanes_per_token<float>(p.channels);
-  const int rows = to_int(static_cast<int64_t>(p.batch) * p.tables.slots);
-  const unsigned blocks = grid_extent(ceil_div(rows, kRescaleThreads / lanes.count()));
-  const bool aligned = has_vectors<float>(p.mean, p.channels, p.channels, p.channels);
-  launch(aligned ? merge_rescale_kernel<T, true> : merge_rescale_kernel<T, false>, blocks, kRescaleThreads, 0, stream,
-         p, lanes, Divisor(p.tables.slots), Divisor(p.tables.plan_rows));
 }
 
 }  // namespace bigain
