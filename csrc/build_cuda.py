@@ -120,7 +120,7 @@ def targets(archs: list[str]) -> str:
     return " ".join(code)
 
 
-def ninja_file(output: Path, archs: list[str], lines: bool = False) -> str:
+def ninja_file(output: Path, archs: list[str], line_info: bool = False) -> str:
     """The text of build.ninja for the CUDA library."""
     define = f'-DBIGAIN_CUDA_ARCHS=\\"{",".join(archs)}\\"'
     lines = [
@@ -128,7 +128,7 @@ def ninja_file(output: Path, archs: list[str], lines: bool = False) -> str:
         f"nvcc = {quote(*find_nvcc(), *host_compiler())}",
         f"cxx = {quote(*find_compiler())}",
         f"flags = {NVCC} {quote('-I' + str(ROOT / 'include'))} {torch_flags()} -DUSE_CUDA {define}",
-        f"targets = {targets(archs)}{' -lineinfo' if lines else ''}",
+        f"targets = {targets(archs)}{' -lineinfo' if line_info else ''}",
         # What ptxas says of registers, stack and spills stays beside the object, for the tests.
         "rule compile",
         "  command = $nvcc -MD -MF $out.d $flags $targets -c $in -o $out > $out.log 2>&1 || (cat $out.log && false)",
@@ -179,17 +179,17 @@ def emulated_ninja_file(output: Path, sanitize: bool) -> str:
 
 
 def build(
-    output: Path, folder: Path, archs: list[str] | None = None, jobs: int | None = None, lines: bool = False
+    output: Path, folder: Path, archs: list[str] | None = None, jobs: int | None = None, line_info: bool = False
 ) -> None:
     """Build the CUDA library at `output`, with objects in `folder`; what is up to date is not built again.
 
-    With `lines`, the machine code says which line of source it comes from, for profilers and the static report.
+    With `line_info`, the machine code says which line of source it comes from, for profilers and the static report.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stand_in = folder / "stand_in.cpp"
     if not stand_in.exists() or stand_in.read_text() != STAND_IN:
         stand_in.write_text(STAND_IN)
-    run_ninja(ninja_file(output.resolve(), archs or architectures(), lines), output, folder, jobs)
+    run_ninja(ninja_file(output.resolve(), archs or architectures(), line_info), output, folder, jobs)
 
 
 def build_emulated(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:
