@@ -111,6 +111,23 @@ def tables_of(plan: MergePlan) -> Tables:
     return plan.slot, plan.offsets, plan.members, plan.anchor
 
 
+class Gradient(NamedTuple):
+    """How an op is differentiated in reverse mode.
+
+    Tensors have the names of the flat arguments, those of a list with their place: "xs[0]".
+
+    Attributes:
+        backward: from the gradients of the results (None where nothing follows from one), the names of the tensors
+            whose gradient is needed, and the public arguments: gradients by name. They are cast to the dtype of what
+            they belong to. Made of differentiable steps alone, it has derivatives itself.
+        unused: from the needed names and the public arguments, the names of the arguments that `backward` does not look
+            at. Their tensors are not kept, and arrive as None.
+    """
+
+    backward: Callable[..., dict[str, Tensor]]
+    unused: Callable[..., set[str]]
+
+
 class Op(NamedTuple):
     """One op.
 
@@ -122,6 +139,7 @@ class Op(NamedTuple):
         flops: operations of a call, from the public arguments; `flops.py` says what counts.
         samples: calls that tests make, by a name each: public arguments made of `testing.Inputs`.
         selects: whether all results are indices, which have no derivative by nature.
+        gradient: how it is differentiated; None refuses, unless it selects.
     """
 
     name: str
@@ -131,6 +149,7 @@ class Op(NamedTuple):
     flops: Callable[..., int]
     samples: Callable[[Any], dict[str, tuple[Any, ...]]]
     selects: bool = False
+    gradient: Gradient | None = None
 
     @property
     def schema(self) -> str:

@@ -1,20 +1,26 @@
-"""What differentiates through an op is told that there is no derivative, where torch would return zeros or nothing.
+"""The ops under autograd: derivatives of those that have them, and a refusal where torch would return zeros.
 
-The ops are for inference. Their results may be computed where gradients are recorded, and results that are indices
-(plans, matches, destinations) may be used there. Whoever asks for a derivative of the others gets a RuntimeError: the
-backward pass when it reaches the op, forward mode and the transforms of torch.func when the op is called.
+Merging and pooling are differentiated in reverse mode, as often as asked; what selects tokens is a constant there.
+Results that are indices (plans, matches, destinations) may be used where gradients are recorded. Whoever asks for
+another derivative gets a RuntimeError: the backward pass when it reaches the op, forward mode when the op is called.
+
+torch.library's `register_autograd` would give the same first derivatives. It returns zeros in forward mode, stops the
+transforms of torch.func, and takes as long as a whole dispatch where nothing is recorded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
 from torch import _C, Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.autograd.function import _SingleLevelFunction
 
-from ..declaration import Op
+from ..declaration import OPS, Op
 
 # Sets of dispatch keys as bits, which compare fast. Of a call with nothing special about it, no other key than that of
 # its device is below autograd and the bookkeeping of views.
@@ -22,12 +28,9 @@ _BELOW = _C._after_ADInplaceOrView_keyset.raw_repr()
 _DEVICES = {_C.DispatchKeySet(key).raw_repr() for key in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)}
 
 
-def no_derivative(op: str) -> RuntimeError:
-    """The error of whoever differentiates through an op."""
-    return RuntimeError(
-        f"bigain_kernels.{op}: has no derivative, the ops are for inference; "
-        "run under torch.no_grad() or detach the input"
-    )
+def no_derivative(op: str, kind: str = "") -> RuntimeError:
+    """The error of whoever asks for a derivative that there is not; `kind` is which, with a space behind it."""
+    return RuntimeError(f"bigain_kernels.{op}: has no {kind}derivative; run under torch.no_grad() or detach the input")
 
 
 def _raise(gradient: Tensor, shape: list[int], dtype: torch.dtype, op: str) -> Tensor:
@@ -48,14 +51,23 @@ def define_refusal(library: torch.library.Library) -> None:
     )
 
 
-class _Refuse(torch.autograd.Function):
+def _results(call: Callable[[], Any]) -> Any:
+    """What a call returns, as autograd has it. Recording is off here, and would be for torch.func's outer levels."""
+    outer = _C._are_functorch_transforms_active()
+    with torch.set_grad_enabled(outer), forward_ad._set_fwd_grad_enabled(outer):
+        results = call()
+    return tuple(results) if isinstance(results, list) else results
+
+
+# Both classes stand for one level of autograd, as the functions of torch do: the levels of torch.func are apart when
+# the dispatcher comes here, and `Function.apply`, which is for calls from outside, would look for them once more.
+class _Refuse(_SingleLevelFunction):
     """The results of a call, with a backward that says why there is none."""
 
     @staticmethod
     def forward(ctx: Any, op: str, call: Callable[[], Any], *inputs: Tensor) -> Any:
         ctx.op, ctx.inputs = op, [(x.shape, x.dtype) for x in inputs]
-        results = call()
-        return tuple(results) if isinstance(results, list) else results
+        return _results(call)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
@@ -70,6 +82,53 @@ class _Refuse(torch.autograd.Function):
         )
 
 
+class _Differentiate(_SingleLevelFunction):
+    """The results of a call, with the backward that its op declares."""
+
+    @staticmethod
+    def forward(ctx: Any, op: Op, args: tuple[Any, ...], call: Callable[[], Any], *inputs: Tensor) -> Any:
+        assert op.gradient is not None
+        ctx.op, ctx.needs_all = op, [name for name, _ in _named(op, args)]
+        ctx.needs = frozenset(
+            name for name, needed in zip(ctx.needs_all, ctx.needs_input_grad[3:], strict=True) if needed
+        )
+        unused = op.gradient.unused(ctx.needs, *_to_public(op.name)(*args))
+        kept = [None if name in unused else arg for name, arg in zip(op.flat_names, args, strict=True)]
+        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.args = [arg if not isinstance(arg, (Tensor, list, tuple)) else None for arg in kept]
+        ctx.lengths = [len(arg) if isinstance(arg, (list, tuple)) else None for arg in args]
+        ctx.kept = [name for name, _ in _named(op, kept)]
+        ctx.save_for_backward(*(x for _, x in _named(op, kept)))
+        ctx.set_materialize_grads(False)
+        return _results(call)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> Any:
+        saved = dict(zip(ctx.kept, ctx.saved_tensors, strict=True))
+        args = [
+            saved.get(name, arg) if length is None else [saved.get(f"{name}[{i}]") for i in range(length)]
+            for name, arg, length in zip(ctx.op.flat_names, ctx.args, ctx.lengths, strict=True)
+        ]
+        found: dict[str, Tensor] = {}
+        if any(each is not None for each in gradients):
+            found = ctx.op.gradient.backward(gradients, ctx.needs, *_to_public(ctx.op.name)(*args))
+        return (
+            None,
+            None,
+            None,
+            *(
+                found[name].to(dtype) if name in ctx.needs and name in found else None
+                for name, dtype in zip(ctx.needs_all, ctx.dtypes, strict=True)
+            ),
+        )
+
+
+@cache
+def _to_public(op: str) -> Callable[..., tuple[Any, ...]]:
+    """The public arguments of an op from the flat ones."""
+    return OPS[op].of_public(lambda *public: public)
+
+
 def _tensors(values: Any) -> Iterator[Tensor]:
     """The tensors among arguments or results, also in lists."""
     for value in (values,) if isinstance(values, Tensor) else values:
@@ -79,11 +138,20 @@ def _tensors(values: Any) -> Iterator[Tensor]:
             yield from _tensors(value)
 
 
+def _named(op: Op, args: Iterable[Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among flat arguments, with the names that `Gradient` has for them."""
+    for name, arg in zip(op.flat_names, args, strict=True):
+        if isinstance(arg, Tensor):
+            yield name, arg
+        elif isinstance(arg, (list, tuple)):
+            yield from ((f"{name}[{i}]", each) for i, each in enumerate(arg))
+
+
 def _has_tangent(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
-def refuse_derivatives(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
+def autograd_kernel(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
     """The autograd kernel of an op that `run` computes.
 
     A call with nothing between it and the device, which is the usual call, goes straight to `run`: handing it down to
@@ -105,9 +173,15 @@ def refuse_derivatives(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
             return run(*args)
         if op.selects or not (recorded or tangent):
             return below(keyset, args)
-        if tangent or _C._are_functorch_transforms_active():
+        if op.gradient is None and (tangent or _C._are_functorch_transforms_active()):
             raise no_derivative(op.name)
-        results = _Refuse.apply(op.name, lambda: below(keyset, args), *_tensors(args))
+        if tangent:
+            raise no_derivative(op.name, "forward-mode ")
+        with enable_single_level_autograd_function():
+            if op.gradient is None:
+                results = _Refuse.apply(op.name, lambda: below(keyset, args), *_tensors(args))
+            else:
+                results = _Differentiate.apply(op, args, lambda: below(keyset, args), *_tensors(args))
         return list(results) if returns_list else results
 
     return kernel

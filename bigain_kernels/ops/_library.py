@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from ..backends import implementation
 from ..declaration import OPS, Op
-from ._autograd import define_refusal, refuse_derivatives
+from ._autograd import autograd_kernel, define_refusal
 from ._vmap import one_by_one
 
 
@@ -90,7 +90,7 @@ def define(op: Op) -> Callable[..., Any]:
 
     # One Python kernel for all devices: the backend is chosen at the call, so use_backend works in compiled code too.
     LIBRARY.impl(op.name, dispatch, "CompositeExplicitAutograd")
-    LIBRARY.impl(op.name, refuse_derivatives(op, dispatch), "Autograd", with_keyset=True)
+    LIBRARY.impl(op.name, autograd_kernel(op, dispatch), "Autograd", with_keyset=True)
     torch.library.register_fake(f"bigain::{op.name}", lambda *args: fake()(*args), lib=LIBRARY)
     torch.library.register_vmap(f"bigain::{op.name}", one_by_one(op.name), lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):

@@ -57,7 +57,7 @@ def bipartite_match(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, batch, window, grid or stride.
-        RuntimeError: on differentiation; the op is for inference.
+        RuntimeError: on differentiation; what selects tokens is a constant.
     """
     check_tensor("x", x, 3)
     check_tensor("destinations", destinations, 2, (torch.int32,))

@@ -11,6 +11,7 @@ from ..checks import check_alpha, check_factor, check_grid, check_same_device, c
 from ..declaration import Op, alpha, grid, pair, tensors
 from ._flops import none
 from ._library import define
+from ._pool_gradients import POOL
 from ._shapes import tiles
 
 OP = Op(
@@ -22,6 +23,7 @@ OP = Op(
     ],
     flops=none,
     samples=lambda s: {"": ([s.x, s.x], s.grid, (2, 2), 0.9), "rows": ([s.x], s.grid, (2, 1), s.alphas)},
+    gradient=POOL,
 )
 _call = define(OP)
 
@@ -58,7 +60,7 @@ def kv_downsample(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor or alpha.
-        RuntimeError: on differentiation; the op is for inference.
+        RuntimeError: on differentiation in forward mode; docs/training.md has the gradients.
     """
     if not isinstance(x, (Tensor, list, tuple)):
         raise TypeError(f"x: got {type(x).__name__}, expected a torch.Tensor or a sequence of them")

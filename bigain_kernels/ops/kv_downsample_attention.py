@@ -10,6 +10,7 @@ from ..checks import check_alpha, check_count, check_factor, check_grid, check_n
 from ..declaration import Op, alpha, grid, optional_number, optional_tensor, pair, tensor
 from ._flops import attention
 from ._library import define
+from ._pool_gradients import ATTENTION
 from ._shapes import tiles
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ OP = Op(
         "text": _with_text(s),
         "bias": (s.q[:, :, :9], s.q, s.q, (1, s.n), (1, 1), 1.0, None, s.score, (0, s.n)),
     },
+    gradient=ATTENTION,
 )
 _call = define(OP)
 
@@ -104,7 +106,7 @@ def kv_downsample_attention(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor, alpha, scale or image_tokens.
-        RuntimeError: on differentiation; the op is for inference.
+        RuntimeError: on differentiation in forward mode; docs/training.md has the gradients.
     """
     for name, each in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, each, 4)

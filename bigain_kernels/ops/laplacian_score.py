@@ -39,7 +39,7 @@ def laplacian_score(x: Tensor, grid: tuple[int, int], norm: str = "l1") -> Tenso
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, grid or norm.
-        RuntimeError: on differentiation; the op is for inference.
+        RuntimeError: on differentiation; what selects tokens is a constant.
     """
     check_tensor("x", x, 3)
     height, width = check_grid(grid, x.shape[1], "x")

@@ -8,6 +8,7 @@ from ..checks import check_alpha, check_factor, check_grid, check_same_device, c
 from ..declaration import Op, alpha, grid, optional_tensor, pair, tensor
 from ._flops import projections
 from ._library import define
+from ._pool_gradients import PROJECT
 from ._shapes import tiles
 
 
@@ -41,6 +42,7 @@ OP = Op(
         "": (s.x, s.grid, (2, 2), 0.9, s.w, s.w[:3], None, None),
         "rows": (s.x, s.grid, (2, 1), s.alphas, s.w, s.w, s.w[0, :6], s.w[0, -6:]),
     },
+    gradient=PROJECT,
 )
 _call = define(OP)
 
@@ -78,7 +80,7 @@ def pooled_kv_projection(
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape, grid, factor or alpha.
-        RuntimeError: on differentiation; the op is for inference.
+        RuntimeError: on differentiation in forward mode; docs/training.md has the gradients.
     """
     check_tensor("x", x, 3)
     for name, weight, bias_name, bias in (("w_k", w_k, "b_k", b_k), ("w_v", w_v, "b_v", b_v)):

@@ -9,6 +9,7 @@ from ..declaration import Op, choice, optional_tensor, plan, tables_of, tensor
 from ..plan import MergePlan
 from ._flops import none
 from ._library import define
+from ._merge_gradients import MERGE
 from .token_merge_norm import call as merge_norm
 
 MODES = ("mean", "mlerp", "prune")
@@ -24,6 +25,7 @@ OP = Op(
         "mlerp": (s.x, s.plan, "mlerp", s.weights),
         "prune": (s.x, s.plan, "prune", None),
     },
+    gradient=MERGE,
 )
 _call = define(OP)
 
@@ -91,7 +93,7 @@ def token_merge(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, plan, mode, weights given with "prune", a norm with
             another mode than "mean", half of a pair, or what belongs to a norm without norm_eps.
-        RuntimeError: on differentiation; the op is for inference.
+        RuntimeError: on differentiation in forward mode; docs/training.md has the gradients.
     """
     check_tensor("x", x, 3)
     check_plan(plan, "x", x, "num_tokens")

@@ -9,6 +9,7 @@ from ..declaration import Op, optional_tensor, plan, tables_of, tensor
 from ..plan import MergePlan
 from ._flops import none
 from ._library import define
+from ._merge_gradients import UNMERGE
 
 OP = Op(
     "token_unmerge",
@@ -17,6 +18,7 @@ OP = Op(
     fake=lambda y, plan, residual, gate: y.new_empty((y.shape[0], plan.num_tokens, y.shape[2])),
     flops=none,
     samples=lambda s: {"": (s.y, s.plan, None, None), "all": (s.y, s.plan, s.x, s.x[:, 0])},
+    gradient=UNMERGE,
 )
 _call = define(OP)
 
@@ -35,7 +37,7 @@ def token_unmerge(y: Tensor, plan: MergePlan, residual: Tensor | None = None, ga
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape or plan.
-        RuntimeError: on differentiation; the op is for inference.
+        RuntimeError: on differentiation in forward mode; docs/training.md has the gradients.
     """
     check_tensor("y", y, 3)
     check_plan(plan, "y", y, "num_slots")

@@ -9,6 +9,7 @@ from bigain_kernels import reference
 from bigain_kernels.testing import assert_close
 
 from ..shapes import tokens
+from .gradients import assert_gradients
 from .inputs import assert_same_bits, layouts, odd_tokens
 
 OP = "kv_downsample"
@@ -135,3 +136,15 @@ def test_pooling_commutes_with_a_linear_layer(backend):
 @pytest.mark.parametrize(("batch", "channels"), [(0, 8), (2, 0)])
 def test_empty(backend, batch, channels):
     assert backend.kv_downsample(torch.zeros(batch, 24, channels), (4, 6), 2, 0.9).shape == (batch, 6, channels)
+
+
+@pytest.mark.parametrize(("grid", "factor"), [((4, 6), (2, 2)), ((5, 7), (2, 3)), ((5, 3), (1, 1)), ((1, 7), (1, 4))])
+def test_gradients(backend, dtype, grid, factor):
+    """By several tensors at once, and by alpha, also where it blends nothing."""
+    n = grid[0] * grid[1]
+    inputs = {"x": tokens(3, n, 7, dtype, strided=True), "y": tokens(3, n, 4, dtype, seed=1)}
+    for alpha in (0.0, 0.8, 1.0, 1.3):
+        assert_gradients(backend, OP, lambda op, x, y, alpha=alpha: op((x, y), grid, factor, alpha), inputs)
+    rows = {"alpha": torch.tensor([0.3, 0.8, 1.2])}
+    if dtype == torch.float32:
+        assert_gradients(backend, OP, lambda op, x, y, alpha: op((x, y), grid, factor, alpha.float()), inputs | rows)

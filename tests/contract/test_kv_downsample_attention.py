@@ -10,6 +10,7 @@ from bigain_kernels import reference
 from bigain_kernels.testing import assert_close
 
 from ..shapes import tokens
+from .gradients import assert_gradients
 
 OP = "kv_downsample_attention"
 EXACT = (torch.float64, torch.float32)
@@ -173,3 +174,15 @@ def test_empty(backend, shape, biased):
 def test_heads_are_joined_without_a_copy(backend, layout):
     q, k, v = (x.contiguous() if layout == "contiguous" else x for x in inputs(2, 24, 24, 2, 8, torch.float32))
     assert backend.kv_downsample_attention(q, k, v, (4, 6), 2, 0.9).transpose(1, 2).is_contiguous()
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients(backend, dtype, biased):
+    q, k, v = (tokens(2, 24, 32, dtype, seed).unflatten(2, (2, 16)).transpose(1, 2) for seed in range(3))
+    inputs = {"q": q[:, :, :9], "k": k, "v": v}
+    if biased:
+        inputs["key_bias"] = tokens(1, 1, 7 + 3, torch.promote_types(dtype, torch.float32), seed=4)[0]
+    call = {"grid": (3, 7), "factor": (1, 3), "alpha": 0.8, "image_tokens": (1, 22)}
+    if biased:
+        inputs["key_bias"] = tokens(1, 1, 6 + 3, torch.promote_types(dtype, torch.float32), seed=4)[0]
+    assert_gradients(backend, OP, lambda op, **given: op(**given, **call), inputs, products=True)

@@ -10,6 +10,7 @@ from bigain_kernels import reference
 from bigain_kernels.testing import assert_close
 
 from ..shapes import tokens
+from .gradients import assert_gradients
 from .inputs import assert_same_bits
 
 OP = "pooled_kv_projection"
@@ -87,3 +88,12 @@ def test_empty(backend, empty):
     k, v = backend.pooled_kv_projection(x, (4, 6), (2, 2), 0.9, w, w, w.sum(1) + 1, None)
     assert torch.equal(k, torch.ones(x.shape[0], 6, w.shape[0]))
     assert torch.equal(v, torch.zeros(x.shape[0], 6, w.shape[0]))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_gradients(backend, dtype, biased):
+    inputs = {"x": tokens(3, 35, 7, dtype, strided=True)}
+    inputs["w_k"], inputs["w_v"] = tokens(2, 5, 7, dtype, seed=1)
+    if biased:
+        inputs["b_k"], inputs["b_v"] = tokens(2, 1, 5, dtype, seed=2)[:, 0]
+    assert_gradients(backend, OP, lambda op, x, **given: op(x, (5, 7), (2, 3), 0.8, **given), inputs, products=True)

@@ -9,6 +9,7 @@ from bigain_kernels import MergePlan, reference
 from bigain_kernels.testing import assert_close
 
 from ..shapes import GRIDS, tokens
+from .gradients import assert_gradients
 from .inputs import (
     assert_same_bits,
     crowded_plan,
@@ -139,3 +140,15 @@ def test_nothing_to_merge(backend, batch, channels, mode):
         plan = MergePlan(*(table[:0] for table in tables), plan.grid, plan.num_slots)
     merged = backend.token_merge(torch.zeros(batch, 48, channels), plan, mode)
     assert merged.shape == (batch, plan.num_slots, channels)
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("mode", ["mean", "mlerp", "prune"])
+def test_gradients(backend, dtype, mode, weighted):
+    if mode == "prune" and weighted:
+        return
+    inputs = {"x": tokens(4, 20, 7, dtype, strided=True)}
+    if weighted:
+        inputs["weights"] = positive_weights(4, 20).to(torch.promote_types(dtype, torch.float32))
+    plan = random_plan(2, 20)
+    assert_gradients(backend, OP, lambda op, x, weights=None: op(x, plan, mode, weights), inputs)

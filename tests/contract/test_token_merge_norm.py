@@ -10,6 +10,7 @@ from bigain_kernels import MergePlan, reference
 from bigain_kernels.testing import assert_close
 
 from ..shapes import tokens
+from .gradients import assert_gradients
 from .inputs import assert_same_bits, crowded_plan, layouts, norm_operands, positive_weights, random_plan, row_of
 
 OP = "token_merge_norm"
@@ -151,3 +152,12 @@ def test_is_the_merge_of_layer_norm(backend):
     normed = F.layer_norm(x.double(), (24,), wide["norm_weight"], wide["norm_bias"], 1e-6)
     normed = normed * (1 + wide["scale"][:, None]) + wide["shift"][:, None]
     assert_close(backend.token_merge(x, plan, norm_eps=1e-6, **operands), reference.token_merge(normed, plan))
+
+
+@pytest.mark.parametrize("operands", ["", "weights", "norm_weight norm_bias", "scale shift", "all"])
+def test_gradients(backend, dtype, operands):
+    inputs = {"x": tokens(4, 20, 7, dtype, strided=True)}
+    others = {"weights": positive_weights(4, 20), **norm_operands(4, 7, dtype)}
+    inputs |= {name: others[name] for name in (others if operands == "all" else operands.split())}
+    plan = random_plan(2, 20)
+    assert_gradients(backend, "token_merge", lambda op, x, **given: op(x, plan, norm_eps=1e-3, **given), inputs)

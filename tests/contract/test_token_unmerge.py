@@ -9,6 +9,7 @@ from bigain_kernels import reference
 from bigain_kernels.testing import assert_close
 
 from ..shapes import GRIDS, tokens
+from .gradients import assert_gradients
 from .inputs import assert_same_bits, layouts, odd_tokens, random_plan, row_of
 
 OP = "token_unmerge"
@@ -78,3 +79,11 @@ def test_nothing_to_copy(backend, batch, channels):
     plan = random_plan(2, 48) if batch else row_of(random_plan(2, 48), 2)
     y, x = torch.zeros(batch, plan.num_slots, channels), torch.zeros(batch, 48, channels)
     assert backend.token_unmerge(y, plan, residual=x).shape == x.shape
+
+
+@pytest.mark.parametrize("operands", [(), ("gate",), ("residual",), ("residual", "gate")])
+def test_gradients(backend, dtype, operands):
+    plan = random_plan(2, 20)
+    others = {"residual": tokens(4, 20, 7, dtype, 1), "gate": tokens(4, 1, 7, dtype, 2)[:, 0]}
+    inputs = {"y": tokens(4, plan.num_slots, 7, dtype, strided=True)} | {name: others[name] for name in operands}
+    assert_gradients(backend, OP, lambda op, y, **given: op(y, plan, **given), inputs)

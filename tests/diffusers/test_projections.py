@@ -191,8 +191,15 @@ def test_autocast_calls_the_layers(taken):
     assert (low.float() - full).abs().mean() < 0.1 * full.abs().mean()
 
 
-def test_backward_is_refused():
+def test_gradients_are_those_of_the_layers_called(monkeypatch):
     model = tiny_dit()
     apply_token_compression(model, IEKVDConfig())
-    with torch.enable_grad(), pytest.raises(RuntimeError, match=r"pooled_kv_projection: has no derivative"):
-        model(**dit_inputs()).sample.sum().backward()
+
+    def gradients():
+        with torch.enable_grad():
+            loss = model(**dit_inputs()).sample.square().sum()
+        return torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+
+    found = gradients()
+    monkeypatch.setattr(projections, "is_plain_linear", lambda layer: False)
+    torch.testing.assert_close(found, gradients(), rtol=1e-4, atol=1e-4)

@@ -141,39 +141,6 @@ def test_export_round_trip(tmp_path):
     torch.testing.assert_close(others, Layer()(x)[2])
 
 
-@pytest.mark.parametrize("call", ["merge and unmerge", "merge of a norm", "kv_downsample", "attention", "projection"])
-def test_backward_raises_instead_of_returning_wrong_gradients(call):
-    with torch.enable_grad():
-        x = X.clone().requires_grad_()
-        loss = sum(t.sum() for t in leaves(PUBLIC_CALLS[call](x)) if t.is_floating_point())
-        with pytest.raises(RuntimeError, match=r"bigain_kernels\.\w+: has no derivative"):
-            loss.backward()
-
-
-@pytest.mark.parametrize(
-    "which", ["weights", "norm_weight", "norm_bias", "scale", "shift", "alpha", "key_bias", "w_v", "b_k"]
-)
-def test_backward_through_a_second_input_raises_too(which):
-    with torch.enable_grad():
-        leaf = torch.ones(4, {"weights": 48, "alpha": 12, "key_bias": 12, "b_k": 12}.get(which, 10), requires_grad=True)
-        norm = {"norm_weight": X[0, 0], "norm_bias": X[0, 0], "scale": X[:, 0], "shift": X[:, 0]}
-        results = {
-            "weights": lambda: bk.token_merge(X, PLAN, weights=leaf),
-            **{
-                name: lambda name=name: bk.token_merge(
-                    X, PLAN, norm_eps=1e-5, **norm | {name: leaf[0] if name.startswith("norm_") else leaf}
-                )
-                for name in norm
-            },
-            "alpha": lambda: bk.kv_downsample(X, GRID, 2, leaf[:, 0]),
-            "key_bias": lambda: bk.kv_downsample_attention(Q, Q, Q, GRID, 2, 0.9, key_bias=leaf),
-            "w_v": lambda: bk.pooled_kv_projection(X, GRID, 2, 0.9, W, leaf)[1],
-            "b_k": lambda: bk.pooled_kv_projection(X, GRID, 2, 0.9, W, W, leaf[0, :6])[0],
-        }
-        with pytest.raises(RuntimeError, match="has no derivative"):
-            (results[which]().sum() + leaf.sum()).backward()
-
-
 def test_plans_do_not_carry_gradients():
     with torch.enable_grad():
         plan = bk.lgtm_plan(X.clone().requires_grad_(), GRID, 0.5)
