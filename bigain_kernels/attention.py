@@ -29,16 +29,15 @@ def proportional_attention(
             floating. P divides B, and batch row b uses row b mod P.
         scale: factor of the scores; None is 1 / sqrt(d).
         route: how the weights reach the scores. "op": the op `kv_downsample_attention`, whose kernels add them in
-            registers; it has no derivative. "mask": an additive mask for PyTorch's attention. "channels": further
-            channels of q and k, through any kernel for plain attention; with |scale| from 2^-15 to 2^14. None: the op
-            where no derivative is asked for, otherwise what the table in `backends/key_bias.py` says.
+            registers; its derivative attends once more. "mask": an additive mask for PyTorch's attention. "channels":
+            further channels of q and k, through any kernel for plain attention; with |scale| from 2^-15 to 2^14. None:
+            the op where no derivative is asked for, otherwise what the table in `backends/key_bias.py` says.
 
     Returns:
         (B, heads, Nq, d) in the dtype of q.
 
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, device, shape, scale or route.
-        RuntimeError: on differentiation through route="op".
     """
     for name, each in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, each, 4)
@@ -60,12 +59,12 @@ def proportional_attention(
     if route is not None:
         check_choice("route", route, ("op", *ROUTES))
     bias = sizes.to(torch.promote_types(q.dtype, torch.float32)).log()
-    if route == "op" or (route is None and not _needs_derivative(q, k, v, sizes)):
+    if route == "op" or (route is None and not needs_derivative(q, k, v, sizes)):
         return kv_downsample_attention(q, k, v, (1, k.shape[2]), 1, 1.0, scale, key_bias=bias)
     with torch.autocast(q.device.type, enabled=False):
         return attend_with_bias(q, k, v, bias, scale, route)
 
 
-def _needs_derivative(*tensors: Tensor) -> bool:
+def needs_derivative(*tensors: Tensor) -> bool:
     """Whether PyTorch records what becomes of these tensors."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -12,6 +12,7 @@ from torch import nn
 
 from ..methods import CompressionConfig, MergeConfig, PoolConfig
 from .attention import CompressedAttention, LayerPatch
+from .current import forget_checkpoints
 from .families import REFUSED, Family, Layer, family_of, registered
 from .hooks import BlockPatch, enter_block, enter_model, leave_block, leave_model
 from .mlp import enter_mlp, leave_mlp
@@ -163,7 +164,7 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     before, at any resolution; fusing projections, loading IP-Adapters, `compile_repeated_blocks`, offloading and
     `copy.deepcopy` work before and after. A layer whose processor is replaced later by one that compression cannot
     stand in for (an IP-Adapter's, perturbed attention's during a call) runs uncompressed as long as that one is there,
-    and a warning says so once. Inference only.
+    and a warning says so once. Compressed models can be trained; docs/training.md.
 
     In a pipeline, the scheduler that it has at each call tells what timesteps mean; of a model alone, and with
     `num_train_timesteps` given, they are steps from T - 1 to 0 (sigma where the model is told sigma).
@@ -278,6 +279,7 @@ def remove_token_compression(model_or_pipe: Any) -> None:
         return
     for handle in (*patch.handles, *(handle for _, handle in patch.idle.values())):
         handle.remove()
+    forget_checkpoints(model)
     # What unfuse_qkv_projections would put back.
     kept = getattr(model, "original_attn_processors", None) or {}
     for layer in patch.layers:

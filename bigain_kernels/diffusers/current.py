@@ -8,7 +8,8 @@ the shape of a tensor without storage: `torch.compile` takes sizes of tensors as
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,3 +127,51 @@ def current() -> Context | None:
     """The context of the block or the forward pass in progress, or None."""
     progress = in_block() or _running()
     return None if progress is None else _unpack(progress.told)
+
+
+class Resuming:
+    """A function for gradient checkpointing whose layers are told the same when they are called again.
+
+    That is in the backward pass, when the forward pass is over, and perhaps in a thread of autograd's.
+
+    Args:
+        checkpoint: called with a layer and its arguments, as `enable_gradient_checkpointing` takes it.
+    """
+
+    def __init__(self, checkpoint: Callable[..., Any]) -> None:
+        self.checkpoint = checkpoint
+
+    def __call__(self, layer: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.checkpoint(_Resumed(layer, _running()), *args, **kwargs)
+
+
+class _Resumed:
+    """A layer, called in the pass that was in progress when it was first called."""
+
+    def __init__(self, layer: Callable[..., Any], running: Running | None) -> None:
+        self._layer, self._running = layer, running
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # What is compiled is traced in its pass alone, and computed again without being called.
+        if torch.compiler.is_compiling():
+            return self._layer(*args, **kwargs)
+        before = _running(), in_block()
+        _current.running, _current.block = self._running, None
+        try:
+            return self._layer(*args, **kwargs)
+        finally:
+            _current.running, _current.block = before
+
+
+def resume_checkpoints(model: Any) -> None:
+    """Have the checkpointing of a model resume its passes, if it does any and whoever switched it on."""
+    if not getattr(model, "gradient_checkpointing", False) or torch.compiler.is_compiling():
+        return
+    if not isinstance(model._gradient_checkpointing_func, Resuming):
+        model._gradient_checkpointing_func = Resuming(model._gradient_checkpointing_func)
+
+
+def forget_checkpoints(model: Any) -> None:
+    """The inverse."""
+    if isinstance(getattr(model, "_gradient_checkpointing_func", None), Resuming):
+        model._gradient_checkpointing_func = model._gradient_checkpointing_func.checkpoint

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..checks import check_pair
 from .context import Context, Forward, PlanSlot, at_grid
-from .current import begin, begin_block, current, end, end_block
+from .current import begin, begin_block, current, end, end_block, resume_checkpoints
 
 if TYPE_CHECKING:
     from .attention import LayerPatch
@@ -99,6 +99,7 @@ def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     if family.passes_on:
         return with_context(family.signature, args, kwargs, context)
     assert isinstance(context, Context)
+    resume_checkpoints(model)
     begin(patch, context)
     return with_context(family.signature, args, kwargs, None)
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from ..attention import needs_derivative
 from ..ops import kv_downsample_attention, token_merge, token_unmerge
 from ..plan import MergePlan
 from .projections import Window, pool_tokens, project_pooled
@@ -252,8 +253,9 @@ class PoolStep(Step):
     def attend(self, processor: Attending, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         if self.early:
             return processor.attend(query, key, value, mask)
-        # The op pools one grid.
-        if mask is None and self.frames == 1 and processor.attends_natively():
+        # The op pools one grid, and its derivative would attend twice.
+        recorded = needs_derivative(query, key, value)
+        if mask is None and self.frames == 1 and not recorded and processor.attends_natively():
             return attend_by_op(query, key, value, self.grid, self.factor, self.alpha, image_tokens=self.image_tokens)
         heads = key.shape[2]
         pooled = self._pool(self.alpha, key.flatten(2), value.flatten(2))

@@ -123,6 +123,11 @@ class _Differentiate(_SingleLevelFunction):
         )
 
 
+# The base class has it from C.
+_refuse: Callable[..., Any] = _Refuse.apply  # type: ignore[attr-defined]
+_differentiate: Callable[..., Any] = _Differentiate.apply  # type: ignore[attr-defined]
+
+
 @cache
 def _to_public(op: str) -> Callable[..., tuple[Any, ...]]:
     """The public arguments of an op from the flat ones."""
@@ -179,9 +184,9 @@ def autograd_kernel(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
             raise no_derivative(op.name, "forward-mode ")
         with enable_single_level_autograd_function():
             if op.gradient is None:
-                results = _Refuse.apply(op.name, lambda: below(keyset, args), *_tensors(args))
+                results = _refuse(op.name, lambda: below(keyset, args), *_tensors(args))
             else:
-                results = _Differentiate.apply(op, args, lambda: below(keyset, args), *_tensors(args))
+                results = _differentiate(op, args, lambda: below(keyset, args), *_tensors(args))
         return list(results) if returns_list else results
 
     return kernel

@@ -7,6 +7,7 @@ By alpha the derivative is what is blended: the nearest token less the average.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,17 +129,17 @@ def _attention_backward(
     attend = kv_downsample_attention(torch.ops.bigain.kv_downsample.default)
 
     def again(*values: Tensor) -> Tensor:
-        now = given | dict(zip(names, values, strict=True))
-        q, k, v, rows, key_bias = now.values()
+        now: dict[str, Any] = given | dict(zip(names, values, strict=True))
         if "key_bias" in needs:
             # PyTorch has no kernel for this one: its steps would round to 16 bits, one after another.
-            wide = torch.promote_types(q.dtype, torch.float32)
-            q, k, v = q.to(wide), k.to(wide), v.to(wide)
-        return attend(q, k, v, *grid, *factor, number, rows, scale, key_bias, *image_tokens)
+            now |= {name: now[name].to(torch.promote_types(q.dtype, torch.float32)) for name in "qkv"}
+        states = now["q"], now["k"], now["v"]
+        return attend(*states, *grid, *factor, number, now["row_alpha"], scale, now["key_bias"], *image_tokens)
 
     names = sorted(needs)
     values = [given[name] for name in names]
-    out, pull = torch.func.vjp(again, *values)
+    pulled: Any = torch.func.vjp(again, *values)
+    out, pull = pulled
     return dict(zip(names, pull(gradient.to(out.dtype)), strict=True))
 
 
