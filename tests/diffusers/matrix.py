@@ -64,6 +64,7 @@ FILES = (
     "mlp",
     "rebound_hidden",
     "controlnet",
+    "training",
 )
 NO_HIDDEN = "attention only"
 NO_MLP = "refused"
@@ -93,6 +94,7 @@ def row(name: str) -> dict[str, Shown | str]:
         "around the MLP": Shown("test_mlps_alone_equal_mlps_written_out", (f"mlp-{name}]",)),
         "one graph": Shown("test_the_whole_model_compiles_as_one_graph", own),
         "16 bits": Shown("test_bfloat16_is_close_to_float32", own),
+        "gradients": Shown("test_gradients_are_those_of_the_reference", (f"of_{name}-",)),
     }
     if name.endswith("controlnet"):
         written_out, as_model = "test_a_controlnet_equals_attention_written_out", "one code with its model"
@@ -104,6 +106,7 @@ def row(name: str) -> dict[str, Shown | str]:
             "around the MLP": Shown("test_hidden_states_and_mlps_of_controlnets", (name,)),
             "one graph": "not tested",
             "16 bits": "not tested",
+            "gradients": as_model,
         }
         beside = Shown("test_a_unet_and_its_controlnet", ("",))
         if name == "unet_controlnet":
