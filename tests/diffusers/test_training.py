@@ -21,6 +21,8 @@ from .models import TEXT_DIM, tiny_dit, tiny_flux, tiny_unet
 
 CONFIGS = {"pool": IEKVDConfig(alpha=0.8), "merge": LGTMConfig(proportional=True)}
 NAMES = ["unet", *CASES, *WRITTEN_OUT]
+# diffusers has no checkpointing for the other.
+CHECKPOINTED = [name for name in NAMES if name != "hunyuan_dit"]
 
 
 @pytest.fixture(autouse=True)
@@ -88,12 +90,14 @@ def test_gradients_are_those_of_the_reference(name, config, monkeypatch):
 
 
 @pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"of_{name}")
+@pytest.mark.parametrize("name", CHECKPOINTED, ids=lambda name: f"of_{name}")
 def test_gradients_are_the_same_bits_with_checkpointing(name, config):
     """Layers that are called again in the backward pass make the plan that they made."""
     model = model_of(name)
-    model.train()
     calls = inputs_of(name), inputs_of(name, (8, 8))
+    for call in calls:
+        # diffusers hands it on to Chroma's blocks of two streams alone.
+        call.pop("attention_mask", None)
     with token_compression(model, CONFIGS[config]):
         expected = gradients(model, *calls)
         model.enable_gradient_checkpointing()
