@@ -26,7 +26,7 @@ def pytest_configure(config):
 
 @pytest.fixture(autouse=True)
 def _no_grad():
-    """The ops are for inference; the tests of gradients switch them on again."""
+    """Nothing is recorded; the tests of gradients switch that on again."""
     with torch.no_grad():
         yield
 

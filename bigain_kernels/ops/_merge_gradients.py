@@ -106,7 +106,9 @@ def _mlerp(gradient: Tensor, needs: Needs, x: Tensor, plan: MergePlan, weights: 
     direction = mean / length
     along = (gradient * direction).sum(-1, keepdim=True)
     found = _mean((gradient - direction * along) * (largest / length), needs, x, plan, weights)
-    found["x"] = found["x"] + _spread(along, plan) * share * (x / torch.where(norms == 0, 1, norms))
+    # By x / |x|, whose factors of one a token come first, so that no more tokens are made.
+    factors = _spread(along, plan) * share / torch.where(norms == 0, 1, norms)
+    found["x"] = torch.addcmul(found["x"], x, factors)
     return found
 
 
