@@ -1,5 +1,6 @@
 """Settings of the whole test suite."""
 
+import gc
 import os
 
 import pytest
@@ -22,6 +23,12 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     config.addinivalue_line("markers", "interpreted: runs where Triton interprets its kernels (tests/interpreted.py)")
     config.addinivalue_line("markers", "dtypes(*dtypes): of the dtypes of a backend, those that a contract case takes")
+
+
+def pytest_collection_finish():
+    """The tests and what they import live to the end; a tenth of tracing a model was the search for garbage in them."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

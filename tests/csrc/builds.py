@@ -10,6 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 # Of a checkout that is copied to be built.
 IGNORED = shutil.ignore_patterns(".?*", "build", "dist", "demo", "*.egg-info", "__pycache__", "_native*", "assets")
+# The whole library in a third of the time.
+FAST_COMPILER = 'exec c++ "$@" -O0'
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:

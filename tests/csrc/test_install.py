@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.csrc.builds import IGNORED, ROOT, run, script
+from tests.csrc.builds import FAST_COMPILER, IGNORED, ROOT, run, script
 
 USES_THE_PACKAGE = """
 import importlib.util, json, torch, bigain_kernels as bk
@@ -33,8 +33,6 @@ print(json.dumps({
 }))
 """
 WHEEL = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-# The whole library in a third of the time.
-FAST_COMPILER = 'exec c++ "$@" -O0'
 
 
 @pytest.fixture(scope="module")

@@ -574,13 +574,20 @@ def case_of(name: str) -> Case:
     return {**CASES, **WRITTEN_OUT, **CONTROLNETS}[name]
 
 
-def build(name: str) -> nn.Module:
-    """The tiny model of a case: the same weights at every call, zero-initialised layers filled."""
+def build(name: str, layers: int | None = None) -> nn.Module:
+    """The tiny model of a case: the same weights at every call, zero-initialised layers filled.
+
+    `layers` at most of each kind; all that the case has by default.
+    """
     case = case_of(name)
     if case.make is not None:
         return case.make()
     torch.manual_seed(0)
-    model = getattr(diffusers, case.model)(**case.config).eval()
+    config = {
+        key: min(value, layers) if layers is not None and key in ("num_layers", "n_layers") else value
+        for key, value in case.config.items()
+    }
+    model = getattr(diffusers, case.model)(**config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1 and not parameter.any():

@@ -118,13 +118,13 @@ def test_joint_blocks_compile_to_as_many_graphs_as_without_compression(build, in
 @pytest.mark.parametrize("pool", ["keys", "hidden"])
 def test_whole_joint_models_compile(pool):
     config = IEKVDConfig(alpha=(0.8, 1.2), pool=pool)
-    for build, inputs in (
-        (tiny_flux, flux_inputs(size=(6, 10))),
-        (tiny_sd3, sd3_inputs()),
-        (tiny_qwen, qwen_inputs()),
+    for build, layers, inputs in (
+        (tiny_flux, {"num_layers": 1, "num_single_layers": 1}, flux_inputs(size=(6, 10))),
+        (tiny_sd3, {"num_layers": 2}, sd3_inputs()),  # the first has two attentions, the last leaves its text
+        (tiny_qwen, {"num_layers": 2}, qwen_inputs()),
     ):
         torch._dynamo.reset()
-        eager, model = build(), build()
+        eager, model = build(**layers), build(**layers)
         apply_token_compression(eager, config)
         wanted = run(eager, inputs)
         apply_token_compression(model, config)
@@ -162,11 +162,11 @@ def test_applying_to_a_compiled_model_adds_one_set_and_removing_adds_none():
 def test_whole_model_compiles():
     for config in (LGTMConfig(), LGTMConfig(proportional=True), IEKVDConfig(alpha=(0.8, 1.2))):
         torch._dynamo.reset()
-        model = tiny_dit()
+        model = tiny_dit(num_layers=2)
         plain = run(model, dit_inputs())
         compiled = torch.compile(model, backend=Graphs(), fullgraph=True)
         apply_token_compression(compiled, config)
-        eager = tiny_dit()
+        eager = tiny_dit(num_layers=2)
         apply_token_compression(eager, config)
         torch.testing.assert_close(run(compiled, dit_inputs()), run(eager, dit_inputs()), atol=1e-6, rtol=1e-6)
         remove_token_compression(compiled)

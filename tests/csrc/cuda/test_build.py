@@ -12,7 +12,7 @@ import zipfile
 import pytest
 import torch
 
-from tests.csrc.builds import IGNORED, run, script
+from tests.csrc.builds import FAST_COMPILER, IGNORED, run, script
 from tests.csrc.cuda.conftest import ROOT, build_cuda
 
 CODE = f"import sys; sys.path.insert(0, {str(ROOT / 'csrc')!r}); import build_cuda; print(build_cuda.why_not())"
@@ -159,7 +159,8 @@ def test_a_wheel_holds_both_libraries(cuda_library, tmp_path):
         tmp_path,
         ".",
     ]
-    run(*command, cwd=source, BIGAIN_BUILD_CUDA="1", BIGAIN_CUDA_ARCHS="80;90", CUDACXX=str(nvcc))
+    compiler = script(tmp_path / "c++", FAST_COMPILER)
+    run(*command, cwd=source, BIGAIN_BUILD_CUDA="1", BIGAIN_CUDA_ARCHS="80;90", CUDACXX=str(nvcc), CXX=str(compiler))
     (wheel,) = tmp_path.glob("*.whl")
     assert "-cp310-abi3-" in wheel.name
     with zipfile.ZipFile(wheel) as archive:
