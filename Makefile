@@ -35,7 +35,7 @@ $(OLD_TRITON): | $(STAMP)
 # Dozens of processes of the tests import the package: compiled once, also where Python is told to keep no bytecode.
 test sanitize: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP) $(OLD_TRITON)
-	$(BIN)/python -m pytest --numprocesses 2
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -43,10 +43,15 @@ _cast = InterpreterBuilder.cast_impl
 
 
 def _cast_impl(self, src, dst_type):
-    """float32 to bfloat16 rounds to nearest even on a GPU; the interpreter cuts the low bits off."""
+    """float32 to bfloat16 rounds to nearest even on a GPU; the interpreter cuts the low bits off.
+
+    bfloat16 to float32 is what the interpreter does, in one step.
+    """
     if src.dtype.scalar == tl.float32 and dst_type.scalar == tl.bfloat16:
         values = torch.from_numpy(np.ascontiguousarray(src.data))
         return TensorHandle(values.bfloat16().view(torch.uint16).numpy().reshape(src.data.shape), tl.bfloat16)
+    if src.dtype.scalar == tl.bfloat16 and dst_type.scalar == tl.float32:
+        return TensorHandle(_to_float32(src), tl.float32)
     return _cast(self, src, dst_type)
 
 
