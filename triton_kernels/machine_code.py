@@ -105,13 +105,18 @@ def _cuobjdump(cubin: bytes, flag: str) -> str:
     return done.stdout
 
 
+def usage(compiled: Any) -> tuple[int, int, int]:
+    """Registers, bytes of local memory and bytes of shared memory; many times sooner than the code is disassembled."""
+    text = _cuobjdump(compiled.asm["cubin"], "-res-usage")
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared
+
+
 def read_nvidia(compiled: Any) -> tuple[int, int, int, Counter[str]]:
-    """Registers, bytes of local memory, bytes of shared memory, and how often each opcode stands in the code."""
-    usage = _cuobjdump(compiled.asm["cubin"], "-res-usage")
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    """What `usage` says, and how often each opcode stands in the code."""
     sass = _cuobjdump(compiled.asm["cubin"], "-sass")
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", sass, re.MULTILINE)
-    return numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared, Counter(opcodes)
+    return (*usage(compiled), Counter(opcodes))
 
 
 def _read_amd(compiled: Any) -> tuple[int, int, int, Counter[str]]:

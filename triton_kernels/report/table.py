@@ -39,7 +39,7 @@ class Compiler:
         key = self.key(launch)
         if key not in self._found:
             compiled = machine_code.compile_case(launch, self.architecture)
-            registers, spills, shared, _ = machine_code.read_nvidia(compiled)
+            registers, spills, shared = machine_code.usage(compiled)
             (function,) = disassemble(compiled.asm["cubin"]).values()
             texts = compiled.asm["ttgir"], compiled.asm["ptx"]
             warps = compiled.metadata.num_warps
