@@ -31,6 +31,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _no_grad():
     """Nothing is recorded; the tests of gradients switch that on again."""

@@ -350,6 +350,9 @@ def pytest_runtestloop(session: pytest.Session) -> bool:
                 session.config.hook.pytest_runtest_protocol(item=item, nextitem=None)
                 if failures:
                     caught[f"{op}: {detail}"] = failures[0]
+                    # What caught one detail goes first: it may well catch the next.
+                    items.remove(item)
+                    items.insert(0, item)
                     break
     Path(os.environ["BIGAIN_CAUGHT"]).write_text(json.dumps(caught))
     return True

@@ -226,7 +226,10 @@ def test_interrupted_generation_keeps_finished_images(tmp_path: Path, monkeypatc
     assert (tmp_path / "grid.png").exists()
 
 
-def test_train_tiny_writes_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_tiny_writes_a_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_VALIDATION_TIMESTEPS", (250,))  # logged errors take longer than the training
     options = ["--steps", 2, "--batch-size", 4, "--log-every", 1, "--epochs", 1, "--seed", 5, "--out", tmp_path]
     with torch.enable_grad():
         assert _bigain("train-tiny", *options) == 0
