@@ -44,7 +44,7 @@ lint: $(STAMP)
 	$(BIN)/mypy
 
 sanitize: $(STAMP)
-	$(BIN)/python csrc/sanitize.py --numprocesses 2
+	$(BIN)/python csrc/sanitize.py --numprocesses 2 --dist worksteal
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks.run --out benchmarks/results
