@@ -71,6 +71,24 @@ def key_to_float(b_key):
     return (b_key ^ ((b_key >> 31) & INT_MAX)).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def destination_word(b_token, b_inverse_norm):
+    """A destination and its inverse norm as one int64; the norm of one without direction is NaN, so that its
+    similarities are, and never better than another."""
+    b_scale = tl.where(b_inverse_norm > 0.0, b_inverse_norm, float("nan"))
+    return (b_scale.to(tl.int32, bitcast=True).to(tl.int64) << 32) | b_token.to(tl.int64)
+
+
+@triton.jit
+def destination_token(b_word):
+    return b_word.to(tl.int32)
+
+
+@triton.jit
+def destination_scale(b_word):
+    return (b_word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
 def unit_last_stride(x: Tensor) -> Tensor:
     """`x`, copied only when its last dimension is not contiguous: kernels take all other strides as they are."""
     return x if x.shape[-1] <= 1 or x.stride(-1) == 1 else x.contiguous()

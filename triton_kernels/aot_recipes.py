@@ -36,16 +36,25 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
     rows = torch.empty((batch, channels), dtype=dtype, device="meta")
     y = torch.empty((batch, m, channels), dtype=dtype, device="meta")
     destinations = torch.empty((batch, n // 4), dtype=torch.int32, device="meta")
-    match_op = "bipartite_match_fp32" if dtype == torch.float32 else "bipartite_match"
-    window_op = "bipartite_match_fp32" if dtype == torch.float32 else "bipartite_match_window"
-
     # Wide enough that sums are promoted, and no multiple of a step of channels.
     wide = torch.empty((batch, n, 648), dtype=dtype, device="meta")
+    match_op, wide_op, window_op = (
+        bipartite_match.config_op(dtype, *case) for case in ((channels, None), (648, None), (648, 1))
+    )
 
     def match(window: int | None, split: int, x: torch.Tensor = x) -> Callable[[dict[str, Any] | None], Any]:
         return lambda config: bipartite_match.launch_bipartite_match(
             x, destinations, window, GRID, (2, 2), config=None if config is None else {**config, "SPLIT": split}
         )
+
+    def match_out_of_order(config: dict[str, Any] | None) -> None:
+        d = n // 4 - 1
+        norm, words = (
+            torch.empty((batch, n), device="meta"),
+            torch.empty((batch, d), dtype=torch.int64, device="meta"),
+        )
+        sources, packed = destinations.new_empty((batch, n - d)), words.new_empty((batch, n))
+        bipartite_match.launch_match(x, norm, sources, words, 333, None, None, None, packed, config)
 
     return [
         (
@@ -71,7 +80,8 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
         ("match_prepare", "", "match_prepare", match(None, 1)),
         ("bipartite_match", "", match_op, match(None, 1)),
         ("bipartite_match", "split", match_op, match(None, 4)),
-        ("bipartite_match", "split, C=648", match_op, match(None, 4, wide)),
+        ("bipartite_match", "destinations out of order", match_op, match_out_of_order),
+        ("bipartite_match", "split, C=648", wide_op, match(None, 4, wide)),
         ("bipartite_match", "window, C=648", window_op, match(1, 1, wide)),
         ("token_merge", "mean", "token_merge", lambda c: merging.launch_token_merge(x, **tables, config=c)),
         (

@@ -13,6 +13,7 @@ from ._common import (
     EXACT,
     INT_MIN,
     LOG2_CHANNELS,
+    destination_word,
     inverse_norm,
     ordered_key,
     pack,
@@ -43,6 +44,7 @@ def laplacian_score_kernel(
     p_score,
     p_inverse_norm,
     p_destinations,
+    p_words,
     p_sources,
     p_packed,
     p_mean,
@@ -103,7 +105,8 @@ def laplacian_score_kernel(
         tl.store(p_score + i_b * n + o_n, b_score, mask=m_t)
 
     if SELECT:
-        tl.store(p_inverse_norm + i_b * n + o_n, inverse_norm(tree_sum(b_squares, LOG2_CHANNELS)), mask=m_t)
+        b_inverse_norm = inverse_norm(tree_sum(b_squares, LOG2_CHANNELS))
+        tl.store(p_inverse_norm + i_b * n + o_n, b_inverse_norm, mask=m_t)
         # The lowest (score, position): the highest (-score, lowest position). NaN counts as +inf.
         b_key = ordered_key(-tl.where(b_score == b_score, b_score, float("inf")))
         b_order = pack(tl.where(m_t, b_key, INT_MIN), o_in)
@@ -113,7 +116,8 @@ def laplacian_score_kernel(
         o_own_y, o_own_x = i_y * TILES_Y + o_own // TILES_X, i_x * TILES_X + o_own % TILES_X
         b_token = (o_own_y * SY + b_chosen // SX) * width + o_own_x * SX + b_chosen % SX
         m_own = (o_own_y < real_y) & (o_own_x < real_x)
-        tl.store(p_destinations + i_b * (real_y * real_x) + o_own_y * real_x + o_own_x, b_token, mask=m_own)
+        o_list = i_b * (real_y * real_x) + o_own_y * real_x + o_own_x
+        tl.store(p_destinations + o_list, b_token, mask=m_own)
 
         # All other tokens are sources: first those of the tiles, then the right strip, then the bottom strip.
         b_chosen_each = tl.reshape(
@@ -121,6 +125,9 @@ def laplacian_score_kernel(
         )
         m_real = (o_tile_y < real_y) & (o_tile_x < real_x)
         m_destination = m_real & (o_in == b_chosen_each)
+        b_own_norm = tl.where(o_in == b_chosen_each, b_inverse_norm, 0.0)
+        b_own_norm = tl.max(tl.reshape(b_own_norm, (TILES_Y * TILES_X, TILE)), axis=1)
+        tl.store(p_words + o_list, destination_word(b_token, b_own_norm), mask=m_own)
         strip = width - real_x * SX
         o_tile_source = (o_tile_y * real_x + o_tile_x) * (SY * SX - 1) + o_in - (o_in > b_chosen_each).to(tl.int32)
         o_right = real_y * real_x * (SY * SX - 1) + o_row * strip + o_column - real_x * SX
@@ -181,7 +188,7 @@ def launch_laplacian_score(
     """Score (B, N) float32 of every token of x (B, N, C); one launch."""
     x = unit_last_stride(x)
     score = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
-    unused = dict.fromkeys(("p_inverse_norm", "p_destinations", "p_sources", "p_packed", "p_mean"), score)
+    unused = dict.fromkeys(("p_inverse_norm", "p_destinations", "p_words", "p_sources", "p_packed", "p_mean"), score)
     _launch(x, grid, (2, 2), norm == "l2", 1, {"p_score": score, **unused}, False, config)
     return score
 
@@ -193,7 +200,8 @@ def launch_score_and_select(
 
     Returns:
         inverse_norm (P, N) float32, 0 for a token without direction; destinations (P, D) int32
-        in the order of the tiles (ascending from one row of tiles to the next); sources (P, N - D) int32; packed
+        in the order of the tiles (ascending from one row of tiles to the next); words (P, D) int64, their
+        `destination_word`; sources (P, N - D) int32; packed
         (P, N) int64, `pack(-inf, itself)` at destinations and less than any similarity at sources; mean (P, N, C), the
         tokens averaged over the rows that share (x itself when k = 1).
     """
@@ -201,16 +209,18 @@ def launch_score_and_select(
     rows, n, channels = x.shape[0] // share, x.shape[1], x.shape[2]
     d = (grid[0] // stride[0]) * (grid[1] // stride[1])
 
-    inverse_norm, destinations, sources, packed = workspace(
+    inverse_norm, destinations, words, sources, packed = workspace(
         x.device,
         ((rows, n), torch.float32),
         ((rows, d), torch.int32),
+        ((rows, d), torch.int64),
         ((rows, n - d), torch.int32),
         ((rows, n), torch.int64),
     )
     outputs = {
         "inverse_norm": inverse_norm,
         "destinations": destinations,
+        "words": words,
         "sources": sources,
         "packed": packed,
         "mean": x if share == 1 else torch.empty((rows, n, channels), dtype=x.dtype, device=x.device),

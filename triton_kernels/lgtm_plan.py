@@ -6,7 +6,7 @@ from torch import Tensor
 
 from bigain_kernels.declaration import Tables
 
-from .bipartite_match import launch_match, pick_match, split_of
+from .bipartite_match import launch_match
 from .laplacian_score import launch_score_and_select
 from .merge_plan import launch_merge_plan_packed
 
@@ -21,24 +21,18 @@ def launch_lgtm_plan(
     (similarity, match) words. r is at most N - D.
     """
     scored = launch_score_and_select(x, grid, stride, share)
-    packed, destinations, sources = scored["packed"], scored["destinations"], scored["sources"]
-    if destinations.shape[1] and sources.numel():
-        tokens = scored["mean"]
-        config = pick_match(tokens, sources.shape[1], destinations.shape[1], window)
-        split = split_of(tokens, sources.shape[1], destinations.shape[1], window, config)
+    packed, words, sources = scored["packed"], scored["words"], scored["sources"]
+    if words.shape[1] and sources.numel():
         launch_match(
-            tokens,
+            scored["mean"],
             scored["inverse_norm"],
             sources,
-            destinations,
+            words,
             grid[1] // stride[1],
             grid,
             stride,
             window,
-            split,
-            dict.fromkeys(("p_packed", "p_similarity", "p_match"), packed),
-            True,
-            config,
+            packed,
         )
     # Without destinations, or without sources, the score pass has left every token as its own match.
     return launch_merge_plan_packed(packed, r)

@@ -87,7 +87,7 @@ def calls(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
         "laplacian_score": lambda: laplacian_score.launch_score_and_select(x, grid, STRIDE),
         "row_stats": lambda: row_stats.launch_row_stats(x, "layernorm", 1e-5),
         "match_prepare": matched,
-        "bipartite_match_fp32" if is_fp32 else "bipartite_match": matched,
+        bipartite_match.config_op(x.dtype, x.shape[2], None): matched,
         **({} if is_fp32 else {"bipartite_match_window": matched_window}),
         "merge_plan": lambda: merge_plan.launch_merge_plan(similarity, match, destinations, r),
         "token_merge": lambda: launch_token_merge(x, *tables),

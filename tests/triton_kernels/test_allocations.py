@@ -34,7 +34,7 @@ def test_allocations_of_a_layer(allocations):
         y = IMPLEMENTATIONS["token_merge"](x, *tables, "mean", None)
         IMPLEMENTATIONS["token_unmerge"](y, *tables, x, None)
     assert len(allocations) == 7
-    work = {name: launches[1].arguments[f"p_{name}"] for name in ("inverse_norm", "sources", "destinations", "packed")}
+    work = {name: launches[1].arguments[f"p_{name}"] for name in ("inverse_norm", "sources", "words", "packed")}
     assert len({tensor.untyped_storage()._cdata for tensor in work.values()}) == 1
     assert all(tensor.storage_offset() * tensor.element_size() % 16 == 0 for tensor in work.values())
     assert len({table.untyped_storage()._cdata for table in tables}) == 4

@@ -78,4 +78,33 @@ def test_the_launches_are_those_of_a_gpu(captured):
     assert names[0] == "laplacian_score"
     assert names[-1] == "token_unmerge"
     match = next(each.launch for each in captured if each.launch.name == "bipartite_match")
-    assert match.grid[0] * match.grid[1] * match.grid[2] >= capture.MULTIPROCESSORS
+    # 48 x 16 tiles of products, six for a program.
+    assert match.grid == (128,)
+    assert match.grid[0] <= capture.MULTIPROCESSORS
+
+
+def copying(in_flight, rounds):
+    """A loop that waits for a copy of 16 bytes and starts another, in_flight of which were started before it."""
+    place = (("kernel.py", 1),)
+    copy = sass.Instruction(0, "", "LDGSTS.E.BYPASS.128", "", place=place)
+    group = sass.Instruction(16, "", "LDGDEPBAR", "", place=place)
+    wait = sass.Instruction(32, "", "DEPBAR.LE", f" SB0, {hex(in_flight)}", place=place)
+    loop = sass.Loop(sass.Instruction(48, "", "BRA", "", place=place), [copy, group, wait])
+    walk = model.Walk(sass.Function("kernel", []), trips.Trips({}, {}, {}, {}, set()), 4)
+    walk.rate = 16
+    walk.repeats = lambda *_: rounds
+    return walk, [copy, group] * in_flight + [loop]
+
+
+def test_what_was_copied_before_a_loop_is_not_copied_again():
+    for in_flight in (0, 3):
+        walk, code = copying(in_flight, rounds=10)
+        assert model.ahead(code[-1], code) == in_flight
+        assert sum(times for _, times in walk.copies(code)) == 10
+
+
+def test_copies_come_no_faster_than_the_share_of_l2():
+    walk, code = copying(3, rounds=100)
+    walk.time(code)
+    # A hundred of 16 bytes by 128 threads, 16 bytes a cycle, and the way of the last one.
+    assert walk.now == pytest.approx(100 * 16 * 128 / 16 + model.FROM_L2, rel=0.05)

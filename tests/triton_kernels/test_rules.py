@@ -26,7 +26,7 @@ BROKEN: dict[tuple[str, str], str] = {
     ("loads ahead", "row_stats"): "each step waits for its own loads",
     ("issue per byte", "laplacian_score"): "20 instructions an element",
     ("issue per byte", "token_merge"): "slots of any size side by side, full divisions",
-    ("issue ceiling", "bipartite_match"): "0.86 of the smallest tile, which fills the chip with two rows of DiT",
+    ("filled", "bipartite_match"): "0.73: 192 tiles for the Flux-class model, 96 for two rows of DiT",
     **{("72 channels", kernel): _NARROW for kernel in STREAMS},
     **{("early", kernel): "begins when the launch before it has ended" for kernel in (*STREAMS, "bipartite_match")},
 }
@@ -75,11 +75,15 @@ def test_matching_is_not_held_up_by_issuing(known):
 
 
 def test_a_step_of_matching_holds_nothing_but_the_product(known):
-    """No loads into registers, no reciprocals or conversions, and two barriers at most."""
+    """No loads into registers, no reciprocals or conversions, and two barriers at most. Where sources are kept, the
+    step is a whole tile of destinations, and loads their words."""
     known("pure step", "bipartite_match")
+    kept = {each.shape.name for each in launches("bipartite_match") if each.launch.arguments["LONG"]}
+    assert kept == {"sd2_512", "sd2_768"}
     for shape, loop in products(facts("bipartite_match")):
-        assert (loop.loads, loop.slow) == (0, 0), shape
-        assert loop.barriers <= 2, shape
+        assert loop.slow == 0, shape
+        assert loop.loads <= (10 if shape in kept else 0), shape
+        assert loop.barriers <= (3 if shape in kept else 2), shape
 
 
 @pytest.mark.parametrize("kernel", ["token_unmerge", "kv_downsample"])

@@ -16,13 +16,13 @@ from .table import ARCHITECTURE, Compiler
 
 # What the calls of the report pick a config for.
 OPS = (
-    *("laplacian_score", "bipartite_match", "merge_plan"),
+    *("laplacian_score", "bipartite_match", "bipartite_match_narrow", "merge_plan"),
     *("row_stats", "token_merge", "token_unmerge", "kv_downsample"),
 )
 # Predictions this close to one another are equal.
 EQUAL = 1.05
-# What fills less is chosen only where nothing fills more.
-FILLED = 0.85
+# What fills less is chosen only where all that fills more takes longer by a fifth.
+FILLED, LONGER = 0.85, 1.2
 
 
 class _Asked(OnPaper):
@@ -89,7 +89,9 @@ def better(op: str, compiler: Compiler, shapes: Iterable[Shape] = SHAPES) -> dic
     found = {}
     for size, promises in predictions(op, compiler, shapes).items():
         # The model knows little of what an empty multiprocessor costs beside others that share one memory.
-        full = [i for i, each in enumerate(promises) if each.filled >= FILLED] or list(range(len(promises)))
+        most = LONGER * min(each.time for each in promises)
+        full = [i for i, each in enumerate(promises) if each.filled >= FILLED and each.time <= most]
+        full = full or list(range(len(promises)))
         best = min(full, key=[each.time for each in promises].__getitem__)
         chosen = choice[size]
         if chosen not in full or promises[chosen].time > EQUAL * promises[best].time:

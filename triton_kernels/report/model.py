@@ -13,7 +13,7 @@ import torch
 
 from ..launching import Launch
 from .capture import MULTIPROCESSORS
-from .sass import Code, Function, Instruction, Loop, flat, waits_first
+from .sass import Code, Function, Instruction, Loop, Place, flat, waits_first
 from .trips import Trips, heads_loop, statement
 
 SCHEDULERS = 4
@@ -35,7 +35,8 @@ _DEFAULT_LATENCY, _READ_LATENCY, _BARRIER = 25, 20, 30
 # Multiply-adds a cycle of a multiprocessor's tensor cores in 16 bits; half as many for TF32. Without wgmma, 0.62 of it.
 _MACS = 2048
 _WITHOUT_WGMMA = 0.62
-_LOADS = ("LDG", "LD", "LDGSTS", "UTMALDG")
+_COPIES = ("LDGSTS", "UTMALDG")
+_LOADS = ("LDG", "LD", *_COPIES)
 
 
 @dataclass
@@ -144,6 +145,16 @@ def multiply_adds(each: Instruction) -> float:
     return 0.0
 
 
+def operands(each: Instruction) -> float:
+    """Bytes of shared memory that a product reads, for one warp of its four."""
+    if match := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", each.opcode):
+        m, n, k = (int(value) for value in match.groups())
+        # The first operand has a descriptor of its own unless it comes from registers.
+        from_shared = each.operands.count("gdesc") > 1 or "gdesc" in each.operands.split(",")[1]
+        return (n + (m if from_shared else 0)) * k * (4 if "TF32" in each.opcode else 2) / 4
+    return 0.0
+
+
 def width(each: Instruction) -> int:
     """Bytes of a thread that a memory instruction moves."""
     for text, size in ((".128", 16), (".64", 8), (".U16", 2), (".S16", 2), (".U8", 1), (".S8", 1)):
@@ -152,6 +163,17 @@ def width(each: Instruction) -> int:
     if each.kind == "LDSM":
         return 4 * int(each.opcode[-1]) if each.opcode[-1].isdigit() else 4
     return 4
+
+
+def _copies(code: Code) -> Counter[Place]:
+    """The copies in a stretch of code, by the innermost line of source; those of its loops left out."""
+    return Counter(each.place[:1] for each in code if isinstance(each, Instruction) and each.kind in _COPIES)
+
+
+def ahead(loop: Loop, among: Code) -> int:
+    """How many rounds of a loop were copied before it began: its last rounds copy nothing, predicated off."""
+    inside, before = _copies(loop.body), _copies(among)
+    return round(max((before[place] / count for place, count in inside.items()), default=0))
 
 
 class Walk:
@@ -164,7 +186,11 @@ class Walk:
 
     def __init__(self, function: Function, trips: Trips, warps: int, latency: int = FROM_L2) -> None:
         self.function, self.trips, self.latency = function, trips, latency
+        # Bytes that L2 has for a program in a cycle.
+        self.warps, self.rate = warps, math.inf
         self.pace = max(warps / SCHEDULERS, 1.0)
+        # Whether copies are real, and when the last of them has come.
+        self.copies_on, self.arrived = True, 0.0
         self.skippable = self._skippable()
         self.heads: Counter[tuple[str, int]] = Counter()
         for place, ran in trips.statements.items():
@@ -220,6 +246,17 @@ class Walk:
                 found.append((each, times * self.share(each, times)))
         return found
 
+    def copies(self, code: Code, times: float = 1.0) -> Iterator[tuple[Instruction, float]]:
+        """(copy, how often it moves something): what was copied before a loop, its last rounds do not copy again."""
+        repeated = Counter[Place]()
+        for each in code:
+            if isinstance(each, Loop) and (repeats := self.repeats(each, code)):
+                repeated.update(_copies(each.body))
+                yield from self.copies(each.body, times * repeats)
+        for each in code:
+            if isinstance(each, Instruction) and each.kind in _COPIES and each.place[:1] not in repeated:
+                yield each, times * self.share(each, times)
+
     def share(self, each: Instruction, times: float) -> float:
         """The share of rounds in which an instruction that may be jumped over runs."""
         place = statement(each.place)
@@ -235,19 +272,29 @@ class Walk:
                 self.issue(each, self.share(each, times))
                 continue
             repeats = self.repeats(each, code)
-            rounds = min(math.ceil(repeats), 6)
-            before = step = 0.0
+            if repeats == 0:
+                continue
+            # What was copied before the loop is not copied again in its last rounds.
+            last = min(ahead(each, code), math.ceil(repeats))
+            rounds = min(math.ceil(repeats) - last, 6)
+            step = 0.0
             for _ in range(rounds):
                 before = self.now
                 self.time(each.body, times * repeats)
                 step = self.now - before
-            if repeats > rounds:
-                self.later((repeats - rounds) * step)
+            # Back in time where a loop runs so often and a half on the average.
+            self.later((repeats - rounds - last) * step)
+            copies_on = self.copies_on
+            self.copies_on = False
+            for _ in range(last):
+                self.time(each.body, times * repeats)
+            self.copies_on = copies_on
 
     def later(self, cycles: float) -> None:
         """Let time pass with everything that is on its way as far from its end as it is now."""
         self.now += cycles
         self.free += cycles
+        self.arrived += cycles
         self.ready = {key: value + cycles for key, value in self.ready.items()}
         self.copying = [value + cycles for value in self.copying]
         self.groups = deque(value + cycles for value in self.groups)
@@ -269,8 +316,8 @@ class Walk:
                 self.depth_of[each.sets] = max(self.depth_of.get(each.sets, 0), self.depth_now + 1)
         if each.reads is not None:
             self.ready[each.reads] = max(self.ready.get(each.reads, 0.0), self.now + _READ_LATENCY)
-        if each.kind in ("LDGSTS", "UTMALDG"):
-            self.copying.append(self.now + self.latency)
+        if each.kind in _COPIES:
+            self.copying.append(self.bring(each) if self.copies_on else self.now)
         if each.kind == "LDGDEPBAR" or each.kind == "UTMALDG":
             self.groups.append(max(self.copying, default=self.now))
             self.copying = []
@@ -282,6 +329,11 @@ class Walk:
         if each.kind == "BAR":
             self.now += _BARRIER
         self.now += max(each.stall, self.pace)
+
+    def bring(self, each: Instruction) -> float:
+        """When what a copy asks for is there: after the way, and no sooner than the program's share of L2 allows."""
+        self.arrived = max(self.arrived, self.now) + 32 * self.warps * width(each) / self.rate
+        return self.arrived + self.latency
 
     def wait(self, each: Instruction) -> None:
         """Let time pass until what the instruction needs is there."""
@@ -324,6 +376,8 @@ def predict(compiled: Compiled, warp: Walk, programs: int, hbm_bytes: int, start
     on_one = math.ceil(programs / MULTIPROCESSORS)
     facts.wave_efficiency = programs / (MULTIPROCESSORS * on_one)
     facts.hbm_bytes = hbm_bytes
+    busy, beside = min(programs, MULTIPROCESSORS), min(facts.resident, on_one)
+    warp.rate = min(L2 / CLOCK / busy, L1) / beside
     code = compiled.function.code
     weighed = warp.weigh(code)
     # After the last EXIT comes a jump to itself and padding.
@@ -335,10 +389,16 @@ def predict(compiled: Compiled, warp: Walk, programs: int, hbm_bytes: int, start
     def moved(*kinds: str, least: int = 0) -> float:
         return threads * sum(t * width(i) for i, t in weighed if i.kind in kinds and width(i) >= least)
 
-    # Copies to shared memory go past the L1 cache; what a program loads twice into registers, it finds there.
-    facts.l2_bytes = max(moved("LDGSTS") + compiled.tma_bytes, facts.hbm_bytes)
-    facts.l1_bytes = moved("LDG", "STG", "LDGSTS", least=_WIDE) + compiled.tma_bytes
-    facts.shared_bytes = moved("LDS", "STS", "LDSM", "STSM", "LDGSTS") + compiled.tma_bytes
+    # Copies to shared memory go past the L1 cache; what a program loads twice into registers, it finds there. Kernels
+    # that copy load tokens into registers by the line of source that copies elsewhere, once a program.
+    copies = list(warp.copies(code))
+    copied = threads * sum(times * width(each) for each, times in copies) + compiled.tma_bytes
+    lines = {each.place[:1] for each, _ in copies}
+    loaded = threads * sum(t * width(i) for i, t in weighed if i.kind == "LDG" and i.place[:1] in lines)
+    facts.l2_bytes = max(copied + loaded, facts.hbm_bytes)
+    facts.l1_bytes = moved("LDG", "STG", least=_WIDE) + copied
+    facts.shared_bytes = moved("LDS", "STS", "LDSM", "STSM") + copied
+    facts.shared_bytes += programs * compiled.warps * sum(times * operands(each) for each, times in weighed)
     tensor_cycles = sum(times * multiply_adds(each) for each, times in weighed) * compiled.warps
     facts.loops = list(loop_facts(code, warp, compiled.warps, 1.0))
     warp.time(code)
@@ -386,7 +446,7 @@ def loop_facts(code: Code, warp: Walk, warps: int, times: float = 1.0) -> Iterat
             tensor=tensor,
             ceiling=min(tensor / issue, 1.0) if tensor else 0.0,
             loads=number("LDG", "LD"),
-            copies=number("LDGSTS", "UTMALDG"),
+            copies=number(*_COPIES),
             barriers=number("BAR"),
             slow=number("MUFU", "I2F", "F2I"),
         )
@@ -397,7 +457,7 @@ def loads_ahead(loop: Loop) -> bool:
     """Whether a loop has data on its way from one step to the next: copies, or a load that the next step waits for."""
     body = list(flat(loop.body))
     for i, each in enumerate(body):
-        if each.kind in ("LDGSTS", "UTMALDG"):
+        if each.kind in _COPIES:
             return True
         if each.kind == "LDG" and not any(each.sets in other.waits for other in body[i + 1 :]):
             return True

@@ -48,7 +48,10 @@ class Trips(NamedTuple):
 
     def per_entry(self, loop: Place) -> float | None:
         """How often the body of a loop runs each time; None for a loop that never ran."""
-        return self.iterations[loop] / self.entries[loop] if self.entries[loop] else None
+        # Triton 3.6 forgets who called, of loops within functions of their own.
+        same = [loop] if self.entries[loop] or len(loop) > 1 else [each for each in self.entries if each[:1] == loop]
+        entered = sum(self.entries[each] for each in same)
+        return sum(self.iterations[each] for each in same) / entered if entered else None
 
 
 class Number(int):

@@ -8,43 +8,61 @@ from bigain_kernels import reference
 from bigain_kernels.testing import assert_match_is_best
 from bigain_kernels.triton_kernels import bipartite_match, configs
 from bigain_kernels.triton_kernels.aot import ARCHITECTURES
-from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
+from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match, launch_match
 from tests import tensor_core
 from tests.contract.inputs import odd_tokens
 
 from .inputs import DTYPES, INTERPRETED, ON_GPU, candidates, on_device
 
-launch_bipartite_match = on_device(launch_bipartite_match)
+launch_bipartite_match, launch_match = on_device(launch_bipartite_match), on_device(launch_match)
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
+KEPT = {**SMALL, "KEEP": True}
 
 
 def shipped(dtype, window):
     """The configs that must agree: on a GPU those it takes for such a call, in the interpreter all there are."""
     if INTERPRETED:
-        ops = ("bipartite_match", "bipartite_match_fp32", "bipartite_match_window")
+        ops = ("bipartite_match", "bipartite_match_narrow", "bipartite_match_fp32", "bipartite_match_window")
         every = [c for op in ops for architecture in ARCHITECTURES for c in configs.candidates(op, architecture)]
         # Warps and stages are nothing to the interpreter: configs that differ in these alone are one case.
-        different = {repr([(k, c[k]) for k in sorted(c) if k.isupper()]): c for c in [*every, SMALL]}
+        different = {repr([(k, c[k]) for k in sorted(c) if k.isupper()]): c for c in [*every, SMALL, KEPT]}
         return list(different.values())
-    op = "bipartite_match" if window is None else "bipartite_match_window"
-    return candidates("bipartite_match_fp32" if dtype == torch.float32 else op)
+    return candidates(bipartite_match.config_op(dtype, 72, window))
 
 
 def destinations_of(x, grid, stride):
     return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
 
 
+@pytest.mark.parametrize("config", [SMALL, KEPT], ids=["read again", "kept"])
 @pytest.mark.parametrize("split", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_equal_tokens_match_the_lowest_destination(dtype, split):
+def test_equal_tokens_match_the_lowest_destination(dtype, split, config):
     x = torch.full((2, 64, 64), 0.3, dtype=dtype)
     destinations = torch.arange(1, 64, 3, dtype=torch.int32).repeat(2, 1)
-    similarity, match = launch_bipartite_match(x, destinations, config={**SMALL, "SPLIT": split})
+    similarity, match = launch_bipartite_match(x, destinations, config={**config, "SPLIT": split})
     sources = torch.ones(64, dtype=torch.bool)
     sources[destinations[0].long()] = False
     assert (match[:, sources] == 1).all()
     assert_match_is_best(x, destinations, similarity, match)
+
+
+@pytest.mark.parametrize("count", [21, 32, 48, 65])
+@pytest.mark.parametrize("tiles", [7, 16, 24])
+def test_of_equal_destinations_in_any_order_within_their_row_the_lowest_is_taken(tiles, count):
+    """As L-GTM lists them: rows of tiles ascend, within one the tokens do not."""
+    n = 2 * count
+    order = torch.cat([row.flip(0) for row in torch.arange(0, n, 2, dtype=torch.int32).split(tiles)])[None]
+    x = torch.full((1, n, 16), 0.3, dtype=torch.bfloat16)
+    norm = 1 / x.float().norm(dim=2)
+    words = norm[0, order.long()].view(torch.int32).long() << 32 | order
+    sources = torch.arange(1, n, 2, dtype=torch.int32)[None]
+    for split in (1, 2):
+        packed = torch.full((1, n), -(1 << 63))
+        config = {**KEPT, "SPLIT": split}
+        launch_match(x, norm, sources, words, min(tiles, count), None, None, None, packed, config)
+        assert (packed[0, 1::2] & 0x7FFFFFFF == 0x7FFFFFFF).all()
 
 
 @pytest.mark.parametrize("split", [1, 2])
@@ -121,7 +139,7 @@ def error_on_tensor_cores(monkeypatch, x):
     destinations = torch.arange(0, x.shape[1], 2, dtype=torch.int32)[None]
     with monkeypatch.context() as patch:
         patch.setattr(InterpreterBuilder, "create_dot", create_dot)
-        similarity, _ = launch_bipartite_match(x, destinations, config=SMALL)
+        similarity, _ = launch_bipartite_match(x, destinations, config=KEPT)
     expected, _ = reference.bipartite_match(x.double(), destinations)
     return (similarity - expected)[:, 1::2].abs().max().item()
 
