@@ -189,7 +189,7 @@ def test_bfloat16_and_one_plan_for_random_methods(name):
             assert torch.equal(outputs(model, narrowed), found)
 
 
-@pytest.mark.parametrize("name", ["dit", "wan", "flux2", "sd3", "qwen"])
+@pytest.mark.parametrize("name", ["dit", "sd3"])
 def test_a_model_with_compressed_mlps_compiles_as_one_graph(name):
     torch._dynamo.reset()
     model, case = build(name), case_of(name)
@@ -197,8 +197,6 @@ def test_a_model_with_compressed_mlps_compiles_as_one_graph(name):
     apply_token_compression(model, config)
     inputs = case.inputs(1, (case.frames, 6, 6))
     wanted = outputs(model, inputs)
-    if name == "flux2":
-        inputs["joint_attention_kwargs"] = {"bigain_grid": (6, 6)}
     found = outputs(torch.compile(model, fullgraph=True, backend="eager"), inputs)
     torch.testing.assert_close(found, wanted, **CLOSE)
 
