@@ -111,17 +111,17 @@ class MnistConfig:
     def steps(self) -> int:
         return sum(stage.steps for stage in self.stages)
 
-    def stage(self, step: int) -> Stage:
-        """The stage that step `step`, from 0, belongs to."""
+    def stage(self, step: int) -> tuple[Stage, int]:
+        """The stage that step `step`, from 0, belongs to, and which of its steps that is, from 0."""
         for stage in self.stages:
             if step < stage.steps:
-                return stage
+                return stage, step
             step -= stage.steps
         raise ValueError(f"step: got {step} past the last one, expected less than {self.steps}")
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`, from 0."""
-        return self.learning_rate * self.stage(step).rate * min(1.0, (step + 1) / max(1, self.warmup))
+        return self.learning_rate * self.stage(step)[0].rate * min(1.0, (step + 1) / max(1, self.warmup))
 
 
 class _PlainAttention:
@@ -194,7 +194,7 @@ class Run:
 
     def advance(self, data: Digits) -> float:
         """Take one step; returns the denoising part of its loss."""
-        stage = self.config.stage(self.step)
+        stage, within = self.config.stage(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.rate(self.step)
         denoising, loss = self._losses(data, stage)
@@ -202,7 +202,8 @@ class Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
-        average_into(self.average, self.model, self.config.ema, self.step)
+        # Weights of coarser images would spoil the average for long: it starts anew with each stage.
+        average_into(self.average, self.model, self.config.ema, within)
         self.step += 1
         return denoising.item()
 
@@ -283,7 +284,7 @@ def train_mnist(
     started, started_cpu = time.perf_counter() - last["seconds"], time.process_time() - last["cpu_seconds"]
     images, losses = last["images"], []
     while run.step < config.steps:
-        stage = config.stage(run.step)
+        stage, _ = config.stage(run.step)
         losses.append(run.advance(train))
         images += stage.batch
         if not math.isfinite(losses[-1]):
