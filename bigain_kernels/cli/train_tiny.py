@@ -107,8 +107,8 @@ def train_tiny(
         "weight_decay": weight_decay,
         "log_every": log_every,
     }
-    own = {"steps": steps, "batch_size": batch_size, "epochs": epochs}
-    other = {"stages": stages, "snr_limit": snr_limit, "resume": resume or None, "state": state}
+    own: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "epochs": epochs}
+    other: dict[str, Any] = {"stages": stages, "snr_limit": snr_limit, "resume": resume or None, "state": state}
     if not digits:
         own, other = other, own
     for name, value in other.items():

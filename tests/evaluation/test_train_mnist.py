@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from bigain_kernels.cli.main import main
 from bigain_kernels.diffusers import token_compression
-from bigain_kernels.evaluation.checkpoints import EMBEDDINGS, load_checkpoint
+from bigain_kernels.evaluation.checkpoints import EMBEDDINGS, SHIPPED, load_checkpoint
 from bigain_kernels.evaluation.data import load_mnist
 from bigain_kernels.evaluation.mnist_models import (
     FOLDERS,
@@ -132,6 +133,20 @@ def test_mnist_is_split_once() -> None:
     assert (splits[0].images[..., [0, 1, 30, 31]] == -1).all()
     with pytest.raises(ValueError, match=r"^split: got 'all'"):
         load_mnist("all")
+
+
+@pytest.mark.parametrize("kind", list(FOLDERS))
+def test_shipped_checkpoint_has_its_log_and_its_state(kind: str) -> None:
+    folder = SHIPPED[f"mnist-{kind}"]
+    checkpoint = load_checkpoint(f"mnist-{kind}")
+    assert checkpoint.image_shape == (1, 32, 32)
+    assert checkpoint.denoiser.num_classes == 10
+    settings = json.loads((folder / "training.json").read_text())
+    with open(folder / LOG) as file:
+        rows = list(csv.DictReader(file))
+    assert int(rows[-1]["step"]) == sum(stage["steps"] for stage in settings["stages"])
+    assert settings["command"].startswith(f"bigain train-tiny --model {kind} --stages 16:")
+    assert (folder / "state" / f"{STATE}.xz").stat().st_size < 12_500_000
 
 
 @pytest.mark.parametrize(
