@@ -56,6 +56,7 @@ from ._common import (
     unpack_index,
     unpack_key,
 )
+from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
@@ -109,8 +110,10 @@ def match_prepare_kernel(
     s_db,
     UNIT: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Inverse norms, the list of sources, and the results at destinations, when no score pass has made them."""
+    wait_for_predecessor(EARLY)
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
     o_c = tl.arange(0, CHANNELS)
@@ -305,6 +308,7 @@ def bipartite_match_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LONG_K: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """A program makes `products` tiles (BLOCK_M sources, BLOCK_N destinations) in a row, destinations first, then
     sources, then batch rows. The lowest destination is among the first num_first of the list. With WINDOW, the
@@ -314,6 +318,7 @@ def bipartite_match_kernel(
     LONG and STEPS are the channels of sources that are kept, both 0 when they are read again for each tile. FULL: there
     are BLOCK_N destinations; ORDERED: what lies BLOCK_N apart in the list, or where the last tile laps over the one
     before, is ascending."""
+    wait_for_predecessor(EARLY)
     channels = units * UNIT
     s_row = tl.cast(s_xn, tl.int64) * UNIT
     o_k, o_j = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
@@ -392,7 +397,8 @@ def bipartite_match_kernel(
 
 
 @triton.jit(do_not_specialize=["count"])
-def match_unpack_kernel(p_packed, p_similarity, p_match, count, BLOCK: tl.constexpr):
+def match_unpack_kernel(p_packed, p_similarity, p_match, count, BLOCK: tl.constexpr, EARLY: tl.constexpr):
+    wait_for_predecessor(EARLY)
     o_t = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m_t = o_t < count
     b_packed = tl.load(p_packed + o_t, mask=m_t, other=0)
@@ -478,6 +484,7 @@ def launch_match(
         LONG_K=PART,
         **{"NEST": False, **constants},
         **EXACT,
+        **early(x.device),
     )
 
 
@@ -534,6 +541,7 @@ def launch_bipartite_match(
         **layout_arguments(x),
         **prepare,
         **EXACT,
+        **early(x.device),
     )
     if 0 < d < n:
         launch_match(x, inverse_norm, sources, words, 1, grid, stride, window, packed, config)
@@ -545,5 +553,6 @@ def launch_bipartite_match(
         BLOCK=1024,
         num_warps=4,
         **EXACT,
+        **early(x.device),
     )
     return similarity, match
