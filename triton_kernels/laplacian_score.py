@@ -9,36 +9,42 @@ from torch import Tensor
 
 from . import configs
 from ._common import (
-    CHANNELS,
     EXACT,
     INT_MIN,
-    LOG2_CHANNELS,
+    UNIT,
     destination_word,
+    divide_by_constant,
     inverse_norm,
     ordered_key,
     pack,
+    step_of,
+    to_float32,
     tree_sum,
     unit_last_stride,
+    unit_of,
     unpack_index,
 )
+from .early import early, wait_for_predecessor
 from .launching import cdiv, power_of_2, programs, workspace
+
+# What a token counts in the measure of configs.pick: a launch is "large" from 16,384 tokens on.
+_WORK = configs.LARGE >> 14
 
 
 @triton.jit
 def _load_mean(p_x, o_x, m_x, s_share, SHARE: tl.constexpr):
     """Values at o_x, averaged over the SHARE rows that lie s_share apart and rounded to the dtype of x, as float32."""
-    b_x = tl.load(p_x + o_x, mask=m_x, other=0.0)
+    b_sum = to_float32(tl.load(p_x + o_x, mask=m_x, other=0.0))
     if SHARE == 1:
-        return b_x.to(tl.float32)
-    b_sum = b_x.to(tl.float32)
+        return b_sum
     for _ in tl.static_range(1, SHARE):
         # One step after the other: a multiple of s_share may pass 2^31.
         p_x += s_share
-        b_sum += tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
-    return tl.div_rn(b_sum, SHARE * 1.0).to(p_x.dtype.element_ty).to(tl.float32)
+        b_sum += to_float32(tl.load(p_x + o_x, mask=m_x, other=0.0))
+    return divide_by_constant(b_sum, SHARE).to(p_x.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["height", "width"])
+@triton.jit(do_not_specialize=["height", "width", "units", "s_xb", "s_xn", "s_share"])
 def laplacian_score_kernel(
     p_x,
     p_score,
@@ -50,10 +56,14 @@ def laplacian_score_kernel(
     p_mean,
     height,
     width,
-    channels,
+    units,
     s_xb,
     s_xn,
     s_share,
+    UNIT: tl.constexpr,
+    FAR: tl.constexpr,
+    STEP: tl.constexpr,
+    LOG2_STEP: tl.constexpr,
     SY: tl.constexpr,
     SX: tl.constexpr,
     TILE: tl.constexpr,
@@ -62,10 +72,16 @@ def laplacian_score_kernel(
     SELECT: tl.constexpr,
     TILES_Y: tl.constexpr,
     TILES_X: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """A program owns TILES_Y x TILES_X tiles of SY x SX tokens; TILE is SY * SX rounded up to a power of two."""
+    """A program owns TILES_Y x TILES_X tiles of SY x SX tokens; TILE is SY * SX rounded up to a power of two.
+
+    Each step is STEP channels. Channels and strides count UNIT elements; FAR says that offsets need 64 bits.
+    """
+    wait_for_predecessor(EARLY)
     i_x, i_y, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = height * width
+    channels = units * UNIT
     real_y, real_x = height // SY, width // SX
     # Tokens of the program, tile by tile; the tiles at the far edges may be cut or lie outside.
     o_t = tl.arange(0, TILES_Y * TILES_X * TILE)
@@ -76,36 +92,40 @@ def laplacian_score_kernel(
     o_column = o_tile_x * SX + o_in % SX
     m_t = (o_in < SY * SX) & (o_row < height) & (o_column < width)
     o_n = o_row * width + o_column
-    o_c = tl.arange(0, CHANNELS)
-    o_x = i_b * s_xb + o_n.to(tl.int64)[:, None] * s_xn + o_c[None, :]
+    o_c = tl.arange(0, STEP)
+    s_n = tl.cast(s_xn, tl.int64 if FAR else tl.int32) * UNIT
+    o_x = o_n[:, None] * s_n + o_c[None, :]
+    p_x += i_b * s_xb * UNIT
+    s_share = tl.cast(s_share, tl.int64) * UNIT
     m_up, m_down = m_t & (o_row > 0), m_t & (o_row + 1 < height)
     m_left, m_right = m_t & (o_column > 0), m_t & (o_column + 1 < width)
-    s_row = width.to(tl.int64) * s_xn
+    s_n = s_n.to(tl.int64)
+    s_row = width * s_n
 
-    b_response_sum = tl.zeros((TILES_Y * TILES_X * TILE, CHANNELS), tl.float32)
-    b_squares = tl.zeros((TILES_Y * TILES_X * TILE, CHANNELS), tl.float32)
-    for i_c in range(0, channels, CHANNELS):
+    b_response_sum = tl.zeros((TILES_Y * TILES_X * TILE, STEP), tl.float32)
+    b_squares = tl.zeros((TILES_Y * TILES_X * TILE, STEP), tl.float32)
+    for i_c in range(0, channels, STEP):
         m_c = (i_c + o_c < channels)[None, :]
-        b_x = _load_mean(p_x, o_x + i_c, m_t[:, None] & m_c, s_share, SHARE)
-        b_response = 4.0 * b_x
-        b_response -= _load_mean(p_x, o_x + i_c - s_row, m_up[:, None] & m_c, s_share, SHARE)
-        b_response -= _load_mean(p_x, o_x + i_c + s_row, m_down[:, None] & m_c, s_share, SHARE)
-        b_response -= _load_mean(p_x, o_x + i_c - s_xn, m_left[:, None] & m_c, s_share, SHARE)
-        b_response -= _load_mean(p_x, o_x + i_c + s_xn, m_right[:, None] & m_c, s_share, SHARE)
+        p_c = p_x + i_c
+        b_x = _load_mean(p_c, o_x, m_t[:, None] & m_c, s_share, SHARE)
+        b_response = tl.fma(b_x, 4.0, -_load_mean(p_c - s_row, o_x, m_up[:, None] & m_c, s_share, SHARE))
+        b_response -= _load_mean(p_c + s_row, o_x, m_down[:, None] & m_c, s_share, SHARE)
+        b_response -= _load_mean(p_c - s_n, o_x, m_left[:, None] & m_c, s_share, SHARE)
+        b_response -= _load_mean(p_c + s_n, o_x, m_right[:, None] & m_c, s_share, SHARE)
         b_response_sum += b_response * b_response if L2 else tl.abs(b_response)
         if SELECT:
             b_squares = tl.fma(b_x, b_x, b_squares)
             if SHARE > 1:
                 o_mean = (i_b * n + o_n)[:, None] * channels + i_c + o_c[None, :]
                 tl.store(p_mean + o_mean, b_x.to(p_mean.dtype.element_ty), mask=m_t[:, None] & m_c)
-    b_score = tree_sum(b_response_sum, LOG2_CHANNELS)
+    b_score = tree_sum(b_response_sum, LOG2_STEP)
     if L2:
         b_score = tl.sqrt_rn(b_score)
     if not SELECT:
         tl.store(p_score + i_b * n + o_n, b_score, mask=m_t)
 
     if SELECT:
-        b_inverse_norm = inverse_norm(tree_sum(b_squares, LOG2_CHANNELS))
+        b_inverse_norm = inverse_norm(tree_sum(b_squares, LOG2_STEP))
         tl.store(p_inverse_norm + i_b * n + o_n, b_inverse_norm, mask=m_t)
         # The lowest (score, position): the highest (-score, lowest position). NaN counts as +inf.
         b_key = ordered_key(-tl.where(b_score == b_score, b_score, float("inf")))
@@ -152,23 +172,28 @@ def _launch(
     rows, channels = x.shape[0] // share, x.shape[2]
     if rows * x.shape[1] == 0:
         return
-    config = config or configs.pick("laplacian_score", x.device, x.numel() * x.element_size())
+    # How many programs there are depends on the tokens, not on their bytes.
+    config = config or configs.pick("laplacian_score", x.device, rows * x.shape[1] * _WORK)
     (height, width), (sy, sx) = grid, stride
-    # Large tiles leave room for fewer of them in a program.
-    tile = power_of_2(sy * sx)
-    tiles_y, tiles_x = config["TILES_Y"], config["TILES_X"]
-    while tiles_y * tiles_x * tile > config["TOKENS"] and tiles_y * tiles_x > 1:
-        tiles_y, tiles_x = (tiles_y // 2, tiles_x) if tiles_y > tiles_x else (tiles_y, tiles_x // 2)
+    tile, step = power_of_2(sy * sx), step_of(channels)
+    # Large tiles leave room for fewer of them in a program, wide steps too.
+    tiles = max(config["VECTORS"] * UNIT // (tile * step), 1).bit_length() - 1
+    tiles_y, tiles_x = 1 << tiles // 2, 1 << (tiles + 1) // 2
     blocks = (cdiv(cdiv(width, sx), tiles_x), cdiv(cdiv(height, sy), tiles_y), rows)
+    unit = unit_of(channels, x.stride(0), x.stride(1))
     programs(laplacian_score_kernel, *blocks)(
         p_x=x,
         **outputs,
         height=height,
         width=width,
-        channels=channels,
-        s_xb=x.stride(0),
-        s_xn=x.stride(1),
-        s_share=rows * x.stride(0),
+        units=channels // unit,
+        s_xb=x.stride(0) // unit,
+        s_xn=x.stride(1) // unit,
+        s_share=rows * x.stride(0) // unit if share > 1 else 0,
+        UNIT=unit,
+        FAR=x.shape[1] * x.stride(1) >= 2**31,
+        STEP=step,
+        LOG2_STEP=step.bit_length() - 1,
         SY=sy,
         SX=sx,
         TILE=tile,
@@ -177,7 +202,8 @@ def _launch(
         SELECT=select,
         TILES_Y=tiles_y,
         TILES_X=tiles_x,
-        num_warps=config["num_warps"],
+        **{name: value for name, value in config.items() if name != "VECTORS"},
+        **early(x.device),
         **EXACT,
     )
 

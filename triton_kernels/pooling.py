@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._common import divide_by_constant, to_float32
+
 # Windows up to this size are unrolled, so that all their loads are in flight at once. Beside the tiles of a matrix
 # product larger ones would not fit registers.
 UNROLLED = tl.constexpr(4)
@@ -61,24 +63,24 @@ def load_pooled(
     m_rest = m_x
     if WHOLE:
         m_rest = m_x & m_pooled
-    b_first = tl.load(p_corner, mask=m_x, other=0.0).to(tl.float32)
+    b_first = to_float32(tl.load(p_corner, mask=m_x, other=0.0))
     b_sum = b_first
     b_near = b_first
     if not DIVIDES and ALPHA != "zero":
-        b_near = tl.load(p_near, mask=m_rest, other=0.0).to(tl.float32)
+        b_near = to_float32(tl.load(p_near, mask=m_rest, other=0.0))
     if SY * SX <= UNROLL:
         for i in tl.static_range(1, SY * SX):
-            b_x = tl.load(p_corner + (i // SX * s_row + i % SX * s_n), mask=m_rest, other=0.0).to(tl.float32)
+            b_x = to_float32(tl.load(p_corner + (i // SX * s_row + i % SX * s_n), mask=m_rest, other=0.0))
             b_sum += b_x
             if DIVIDES and i == SY // 2 * SX + SX // 2:
                 b_near = b_x
     else:
         for i in range(1, window):
-            b_x = tl.load(p_corner + (i // SX * s_row + i % SX * s_n), mask=m_rest, other=0.0).to(tl.float32)
+            b_x = to_float32(tl.load(p_corner + (i // SX * s_row + i % SX * s_n), mask=m_rest, other=0.0))
             b_sum += b_x
             if DIVIDES:
                 b_near = tl.where(i == SY // 2 * SX + SX // 2, b_x, b_near)
-    b_average = tl.div_rn(b_sum, SY * SX * 1.0)
+    b_average = divide_by_constant(b_sum, SY * SX)
     b_y = b_average
     if ALPHA != "zero":
         b_y = alpha * b_near + beta * b_average

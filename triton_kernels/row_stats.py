@@ -8,45 +8,53 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum
+from ._common import EXACT, UNIT, step_of, to_float32, tree_sum, unit_of
+from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
 
 
-@triton.jit(do_not_specialize=["n"])
+@triton.jit(do_not_specialize=["n", "units", "s_xb", "s_xn"])
 def row_stats_kernel(
     p_x,
     p_first,
     p_second,
     n,
-    channels,
+    units,
     s_xb,
     s_xn,
     eps,
+    UNIT: tl.constexpr,
     LAYERNORM: tl.constexpr,
+    STEP: tl.constexpr,
+    LOG2_STEP: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    """Program (block of tokens, batch row), STEP channels at a time. Channels and strides count UNIT elements."""
+    wait_for_predecessor(EARLY)
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_c = tl.arange(0, CHANNELS)
+    o_c = tl.arange(0, STEP)
+    channels = units * UNIT
     m_t = o_t < n
-    p_rows = p_x + i_b * s_xb + o_t.to(tl.int64)[:, None] * s_xn + o_c[None, :]
+    p_rows = p_x + i_b * s_xb * UNIT + o_t.to(tl.int64)[:, None] * (tl.cast(s_xn, tl.int64) * UNIT) + o_c[None, :]
 
     b_mean = tl.zeros((BLOCK_T,), tl.float32)
     if LAYERNORM:
-        b_sum = tl.zeros((BLOCK_T, CHANNELS), tl.float32)
-        for i_c in range(0, channels, CHANNELS):
+        b_sum = tl.zeros((BLOCK_T, STEP), tl.float32)
+        for i_c in range(0, channels, STEP):
             m_x = m_t[:, None] & (i_c + o_c < channels)[None, :]
-            b_sum += tl.load(p_rows + i_c, mask=m_x, other=0.0).to(tl.float32)
-        b_mean = tl.div_rn(tree_sum(b_sum, LOG2_CHANNELS), tl.cast(channels, tl.float32))
+            b_sum += to_float32(tl.load(p_rows + i_c, mask=m_x, other=0.0))
+        b_mean = tl.div_rn(tree_sum(b_sum, LOG2_STEP), tl.cast(channels, tl.float32))
 
     # The second read of a row comes from the cache. Squares of deviations do not cancel as E[x^2] - E[x]^2 does.
-    b_squares = tl.zeros((BLOCK_T, CHANNELS), tl.float32)
-    for i_c in range(0, channels, CHANNELS):
+    b_squares = tl.zeros((BLOCK_T, STEP), tl.float32)
+    for i_c in range(0, channels, STEP):
         m_x = m_t[:, None] & (i_c + o_c < channels)[None, :]
-        b_x = tl.load(p_rows + i_c, mask=m_x, other=0.0).to(tl.float32)
+        b_x = to_float32(tl.load(p_rows + i_c, mask=m_x, other=0.0))
         b_x = tl.where(m_x, b_x - b_mean[:, None], 0.0)
         b_squares = tl.fma(b_x, b_x, b_squares)
-    b_total = tree_sum(b_squares, LOG2_CHANNELS)
+    b_total = tree_sum(b_squares, LOG2_STEP)
 
     o_out = i_b * n + o_t
     if LAYERNORM:
@@ -77,17 +85,24 @@ def launch_row_stats(
     if first.numel() == 0:
         return first, second
     config = config or configs.pick("row_stats", x.device, x.numel() * x.element_size())
-    programs(row_stats_kernel, cdiv(n, config["BLOCK_T"]), batch)(
+    step, unit = step_of(channels), unit_of(channels, x.stride(0), x.stride(1))
+    block = max(config["VECTORS"] * UNIT // step, 1)
+    programs(row_stats_kernel, cdiv(n, block), batch)(
         p_x=x,
         p_first=first,
         p_second=second,
         n=n,
-        channels=channels,
-        s_xb=x.stride(0),
-        s_xn=x.stride(1),
+        units=channels // unit,
+        s_xb=x.stride(0) // unit,
+        s_xn=x.stride(1) // unit,
         eps=eps,
+        UNIT=unit,
         LAYERNORM=stats == "layernorm",
-        **config,
+        STEP=step,
+        LOG2_STEP=step.bit_length() - 1,
+        BLOCK_T=block,
+        **{name: value for name, value in config.items() if name != "VECTORS"},
+        **early(x.device),
         **EXACT,
     )
     return first, second

@@ -6,9 +6,10 @@ accumulates over the reads in order, and `tree_sum` folds the lanes. A slot of H
 of its own, a program for every HUGE_CHANNELS of its channels: a 32-byte sector of a 16-bit row, so that nothing is read
 twice.
 
-What that is for: all tokens alike, 2,867 of them in one slot of 320 channels. One program for 64 channels with 128 rows
-in flight takes 23 round trips to memory (twice that, since a row's address is read first), on five multiprocessors.
-Twenty programs with 1,024 rows (32 KiB) in flight each take three, on twenty. Counted, not measured.
+What that is for: all tokens alike, 2,867 of them in one slot of 320 channels. One program for 64 channels with 64 rows
+in flight takes 45 round trips to memory (twice that, since a row's address is read first), on five multiprocessors.
+Twenty programs with 512 rows (16 KiB) in flight each take six, on twenty; more rows would take registers from all
+other programs. Counted, not measured.
 """
 
 from __future__ import annotations
@@ -16,40 +17,50 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import INT_MAX, tree_sum
+from ._common import INT_MAX, divide, to_float32, tree_sum
 
 LONG = tl.constexpr(32)
-# Rows loaded before the first is added.
-UNROLL = tl.constexpr(4)
 LOG2_LANES = tl.constexpr(5)
-LOG2_STEPS = tl.constexpr(2)
+LOG2_STEPS = tl.constexpr(1)
 
 HUGE = tl.constexpr(256)
 HUGE_CHANNELS = tl.constexpr(16)
 LOG2_HUGE_LANES = tl.constexpr(6)
 # Bytes of each lane and channel in flight, as a power of two.
-LOG2_HUGE_BYTES = tl.constexpr(5)
+LOG2_HUGE_BYTES = tl.constexpr(4)
 # How many positions of the list of members, HUGE apart, one program looks for huge slots at.
 POSITIONS = tl.constexpr(16)
 
 
 @triton.jit
-def _load_token(
-    p_x, p_weights, p_mean, p_inverse, b_token, m_token, o_c, m_c, s_xn, WEIGHTS: tl.constexpr, NORM: tl.constexpr
-):
-    """Tokens (T, C) as float32, normalized and weighted when asked, zero where masked; and their weights."""
-    b_x = tl.load(
-        p_x + b_token.to(tl.int64)[:, None] * s_xn + o_c[None, :], mask=m_token[:, None] & m_c[None, :], other=0.0
-    ).to(tl.float32)
+def _load_channels(p_x, b_token, m_token, o_c, m_c, s_xn):
+    """Channels o_c of tokens, (T, C) float32, zero where masked."""
+    # In the type of s_xn: int64 only where a row of the batch is as long as that.
+    o_x = b_token[:, None] * s_xn + o_c[None, :]
+    return to_float32(tl.load(p_x + o_x, mask=m_token[:, None] & m_c[None, :], other=0.0))
+
+
+@triton.jit
+def _load_factors(p_weights, p_mean, p_inverse, b_token, m_token, WEIGHTS: tl.constexpr, NORM: tl.constexpr):
+    """Weights (T,) of tokens, the factor of their channels, and what is to be subtracted from each product.
+
+    The normalized token, x * inverse - mean * inverse, takes one instruction a channel where it is summed.
+    """
     b_weight = m_token.to(tl.float32)
-    if NORM:
-        b_mean = tl.load(p_mean + b_token, mask=m_token, other=0.0)
-        b_inverse = tl.load(p_inverse + b_token, mask=m_token, other=0.0)
-        b_x = (b_x - b_mean[:, None]) * b_inverse[:, None]
     if WEIGHTS:
         b_weight = tl.load(p_weights + b_token, mask=m_token, other=0.0).to(tl.float32)
-        b_x = b_x * b_weight[:, None]
-    return b_x, b_weight
+    b_factor, b_less = b_weight, b_weight
+    if NORM:
+        b_factor = tl.load(p_inverse + b_token, mask=m_token, other=0.0)
+        if WEIGHTS:
+            b_factor *= b_weight
+        b_less = tl.load(p_mean + b_token, mask=m_token, other=0.0) * b_factor
+    return b_weight, b_factor, b_less
+
+
+@triton.jit
+def _add(b_sum, b_x, b_factor, SCALED: tl.constexpr):
+    return tl.fma(b_x, tl.broadcast_to(b_factor[:, None], b_x.shape), b_sum) if SCALED else b_sum + b_x
 
 
 @triton.jit
@@ -67,7 +78,12 @@ def _lane_mean(
     for i in range(0, size, NUM_STEPS * NUM_LANES):
         m_j = i + o_j < size
         b_token = tl.load(p_members + begin + i + o_j, mask=m_j, other=0)
-        b_x, b_weight = _load_token(p_x, p_weights, p_mean, p_inverse, b_token, m_j, o_c, m_c, s_xn, WEIGHTS, NORM)
+        b_weight, b_factor, b_less = _load_factors(p_weights, p_mean, p_inverse, b_token, m_j, WEIGHTS, NORM)
+        b_x = _load_channels(p_x, b_token, m_j, o_c, m_c, s_xn)
+        if WEIGHTS or NORM:
+            b_x = b_x * b_factor[:, None]
+        if NORM:
+            b_x = b_x - b_less[:, None]
         b_steps = tl.trans(tl.reshape(b_x, (NUM_STEPS, NUM_LANES * CHANNELS)))
         b_sum += tl.reshape(tree_sum(b_steps, LOG2_OF_STEPS), (NUM_LANES, CHANNELS))
         if WEIGHTS:
@@ -90,29 +106,60 @@ def segment_mean(
     b_begin,
     b_size,
     o_c,
-    m_c,
+    channels,
     s_xn,
     WEIGHTS: tl.constexpr,
     NORM: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr,
 ):
-    """Mean over the members of each of BLOCK_M slots, (BLOCK_M, C) float32; anything where b_size is 0."""
-    b_sum = tl.zeros((BLOCK_M, o_c.shape[0]), tl.float32)
-    b_total = tl.zeros((BLOCK_M,), tl.float32)
-    b_short = tl.where(b_size <= LONG, b_size, 0)
-    for i in range(0, tl.max(b_short, 0), UNROLL):
-        for j in tl.static_range(UNROLL):
-            m_m = i + j < b_short
-            b_token = tl.load(p_members + b_begin + i + j, mask=m_m, other=0)
-            b_x, b_weight = _load_token(p_x, p_weights, p_mean, p_inverse, b_token, m_m, o_c, m_c, s_xn, WEIGHTS, NORM)
-            # Adding what is masked would turn -0 into 0.
-            b_sum = tl.where(m_m[:, None], b_sum + b_x, b_sum)
-            b_total += b_weight
-    if not WEIGHTS:
-        b_total = tl.maximum(b_size, 1).to(tl.float32)
-    b_mean = tl.div_rn(b_sum, tl.broadcast_to(b_total[:, None], b_sum.shape))
+    """Means over the members of each of BLOCK_M slots in channels o_c, and with BLOCKS = 2 in those that follow.
 
-    if tl.max(b_size, 0) > LONG:
+    Two tensors (BLOCK_M, C) float32, of which the second counts with BLOCKS = 2 only; anything where b_size is 0.
+    A thread that has the channels of two blocks needs the tables and addresses of its slot once. UNROLL members are on
+    their way before the first is added.
+    """
+    C: tl.constexpr = o_c.shape[0]
+    b_sum = tl.zeros((BLOCK_M, C), tl.float32)
+    b_next = tl.zeros((BLOCK_M, C), tl.float32)
+    b_total = tl.zeros((BLOCK_M,), tl.float32)
+    b_subtracted = tl.zeros((BLOCK_M,), tl.float32)
+    m_c, m_next = o_c < channels, o_c + C < channels
+    b_short = tl.where(b_size <= LONG, b_size, 0)
+    longest = tl.max(b_size, 0)
+    # What is left of the slots, so that masks and addresses within a step differ by constants.
+    b_left, p_left = b_short, p_members + b_begin
+    for _ in range(0, tl.minimum(longest, LONG), UNROLL):
+        for j in tl.static_range(UNROLL):
+            m_m = j < b_left
+            b_token = tl.load(p_left + j, mask=m_m)
+            b_weight, b_factor, b_less = _load_factors(p_weights, p_mean, p_inverse, b_token, m_m, WEIGHTS, NORM)
+            b_x = _load_channels(p_x, b_token, m_m, o_c, m_c, s_xn)
+            # What is masked is zero, and a sum is never -0, which adding 0 would change.
+            b_sum = _add(b_sum, b_x, b_factor, WEIGHTS or NORM)
+            if BLOCKS == 2:
+                b_x = _load_channels(p_x + C, b_token, m_m, o_c, m_next, s_xn)
+                b_next = _add(b_next, b_x, b_factor, WEIGHTS or NORM)
+            b_total += b_weight
+            if NORM:
+                b_subtracted += b_less
+        b_left -= UNROLL
+        p_left += UNROLL
+    if NORM:
+        b_sum, b_next = b_sum - b_subtracted[:, None], b_next - b_subtracted[:, None]
+    if WEIGHTS:
+        b_total = tl.broadcast_to(b_total[:, None], b_sum.shape)
+        b_sum, b_next = tl.div_rn(b_sum, b_total), tl.div_rn(b_next, b_total)
+    else:
+        b_count = tl.maximum(b_short, 1).to(tl.float32)
+        b_inverse_count = tl.div_rn(1.0, b_count)[:, None]
+        b_sum, b_next = (
+            divide(b_sum, b_count[:, None], b_inverse_count),
+            divide(b_next, b_count[:, None], b_inverse_count),
+        )
+
+    if longest > LONG:
         o_m = tl.arange(0, BLOCK_M)
         for i_m in range(0, BLOCK_M):
             size = tl.sum(tl.where(o_m == i_m, b_size, 0), 0)
@@ -122,8 +169,14 @@ def segment_mean(
                     p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn,
                     WEIGHTS, NORM, LOG2_LANES, LOG2_STEPS,
                 )  # fmt: skip
-                b_mean = tl.where((o_m == i_m)[:, None], b_long[None, :], b_mean)
-    return b_mean
+                b_sum = tl.where((o_m == i_m)[:, None], b_long[None, :], b_sum)
+                if BLOCKS == 2:
+                    b_long = _lane_mean(
+                        p_x + C, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_next, s_xn,
+                        WEIGHTS, NORM, LOG2_LANES, LOG2_STEPS,
+                    )  # fmt: skip
+                    b_next = tl.where((o_m == i_m)[:, None], b_long[None, :], b_next)
+    return b_sum, b_next
 
 
 @triton.jit
@@ -161,8 +214,8 @@ def largest_norm(p_norm, p_members, b_begin, b_size, BLOCK_M: tl.constexpr):
     # As integers, the bits of numbers that are not negative stand in their order, with NaN above infinity.
     b_largest = tl.zeros((BLOCK_M,), tl.int32)
     b_short = tl.where(b_size <= LONG, b_size, 0)
-    for i in range(0, tl.max(b_short, 0), UNROLL):
-        for j in tl.static_range(UNROLL):
+    for i in range(0, tl.max(b_short, 0), 4):
+        for j in tl.static_range(4):
             m_m = i + j < b_short
             b_token = tl.load(p_members + b_begin + i + j, mask=m_m, other=0)
             b_bits = tl.load(p_norm + b_token, mask=m_m, other=0.0).to(tl.int32, bitcast=True) & INT_MAX

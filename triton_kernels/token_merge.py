@@ -16,25 +16,38 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from ._common import CHANNELS, EXACT, LOG2_CHANNELS, tree_sum, unit_last_stride
+from ._common import CHANNELS, EXACT, LOG2_CHANNELS, to_float32, tree_sum, unit_last_stride, unit_of
+from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
 from .row_stats import launch_row_stats
 from .segment_mean import HUGE, HUGE_CHANNELS, POSITIONS, huge_mean, huge_slots, largest_norm, segment_mean
 
 # Programs that share CHANNELS channels of a huge slot.
 PARTS = tl.constexpr(CHANNELS.value // HUGE_CHANNELS.value)
-_INTEGERS = ["n", "num_slots", "plan_rows", "spread"]
+_INTEGERS = ["n", "num_slots", "units", "plan_rows", "spread", "s_xb", "s_xn", "s_ab"]
+
+
+@triton.jit
+def _row(units, UNIT: tl.constexpr, FAR: tl.constexpr):
+    """The length of a row in elements, in the type that offsets are to have."""
+    return tl.cast(units, tl.int64 if FAR else tl.int32) * UNIT
+
+
+@triton.jit
+def _scale_and_shift(b_y, p_scale, p_shift, more, o_c, m_c):
+    """b_y * (scale + more) + shift."""
+    b_scale = to_float32(tl.load(p_scale + o_c, mask=m_c, other=0.0)) + more
+    b_shift = to_float32(tl.load(p_shift + o_c, mask=m_c, other=0.0))
+    return tl.fma(b_y, tl.broadcast_to(b_scale[None, :], b_y.shape), tl.broadcast_to(b_shift[None, :], b_y.shape))
 
 
 @triton.jit
 def _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE: tl.constexpr, MODULATE: tl.constexpr):
     """(T, C) normalized means with the affine parts of LayerNorm and adaLN."""
     if AFFINE:
-        b_y = b_y * tl.load(p_norm_weight + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
-        b_y = b_y + tl.load(p_norm_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        b_y = _scale_and_shift(b_y, p_norm_weight, p_norm_bias, 0.0, o_c, m_c)
     if MODULATE:
-        b_y = b_y * (1.0 + tl.load(p_scale + o_c, mask=m_c, other=0.0).to(tl.float32))[None, :]
-        b_y = b_y + tl.load(p_shift + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
+        b_y = _scale_and_shift(b_y, p_scale, p_shift, 1.0, o_c, m_c)
     return b_y
 
 
@@ -42,43 +55,48 @@ def _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE:
 def _mean_slots(
     p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
     num_slots, channels, s_xn, s_yn, o_m, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
-    MODULATE: tl.constexpr, BLOCK_M: tl.constexpr,
+    MODULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Means of slots o_m (BLOCK_M,) in channels o_c, but for huge slots."""
-    m_m, m_c = o_m < num_slots, o_c < channels
+    """Means of slots o_m (BLOCK_M,) in BLOCKS blocks of channels from o_c on, but for huge slots."""
+    m_m = o_m < num_slots
     b_begin = tl.load(p_offsets + o_m, mask=m_m, other=0)
     b_size = tl.load(p_offsets + o_m + 1, mask=m_m, other=0) - b_begin
     m_m = m_m & (b_size < HUGE)
-    b_y = segment_mean(
-        p_x, p_weights, p_mean, p_inverse, p_members, b_begin, tl.where(m_m, b_size, 0), o_c, m_c, s_xn,
-        WEIGHTS, NORM, BLOCK_M,
+    b_y, b_next = segment_mean(
+        p_x, p_weights, p_mean, p_inverse, p_members, b_begin, tl.where(m_m, b_size, 0), o_c, channels, s_xn,
+        WEIGHTS, NORM, BLOCK_M, BLOCKS, UNROLL,
     )  # fmt: skip
-    b_y = _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
-    p_out = p_y + o_m.to(tl.int64)[:, None] * s_yn + o_c[None, :]
-    tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+    for i in tl.static_range(BLOCKS):
+        if i == 1:
+            b_y = b_next
+            o_c += CHANNELS
+        m_c = o_c < channels
+        b_y = _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
+        p_out = p_y + (o_m[:, None] * s_yn + o_c[None, :])
+        tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
 
 
 @triton.jit
 def _mlerp_slots(
     p_x, p_weights, p_mean, p_norm, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m, o_c,
-    WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Means of slots o_m (BLOCK_M,) in the length of the largest member, a block of channels after the other."""
     m_m = o_m < num_slots
     b_begin = tl.load(p_offsets + o_m, mask=m_m, other=0)
     b_size = tl.load(p_offsets + o_m + 1, mask=m_m, other=0) - b_begin
     m_huge = b_size >= HUGE
-    p_own_huge = p_huge + tl.cdiv(b_begin, HUGE).to(tl.int64)[:, None] * s_yn + o_c[None, :]
-    p_out = p_y + o_m.to(tl.int64)[:, None] * s_yn + o_c[None, :]
+    p_own_huge = p_huge + tl.cdiv(b_begin, HUGE)[:, None] * s_yn + o_c[None, :]
+    p_out = p_y + (o_m[:, None] * s_yn + o_c[None, :])
     b_squares = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
     b_ratio = tl.zeros((BLOCK_M,), tl.float32)
     # First the length of the mean, then the mean again, from the cache, to be stored in that length.
     for step in range(0, 2):
         for i in range(0, channels, CHANNELS):
             m_c = i + o_c < channels
-            b_mean = segment_mean(
-                p_x, p_weights, p_mean, p_norm, p_members, b_begin, tl.where(m_huge, 0, b_size), i + o_c, m_c, s_xn,
-                WEIGHTS, False, BLOCK_M,
+            b_mean, _ = segment_mean(
+                p_x, p_weights, p_mean, p_norm, p_members, b_begin, tl.where(m_huge, 0, b_size), i + o_c, channels,
+                s_xn, WEIGHTS, False, BLOCK_M, 1, UNROLL,
             )  # fmt: skip
             b_huge = tl.load(p_own_huge + i, mask=m_huge[:, None] & m_c[None, :], other=0.0)
             b_mean = tl.where(m_huge[:, None], b_huge, b_mean)
@@ -110,7 +128,7 @@ def _huge_slots(
             b_mean = huge_mean(p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM)
             b_y = _affine(b_mean[None, :], p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
             row = tl.sum(tl.where(o_p == i, b_slot, 0), 0) if BY_SLOT else i_g * POSITIONS + i
-            p_out = p_y + row.to(tl.int64) * s_yn + o_c[None, :]
+            p_out = p_y + row * s_yn + o_c[None, :]
             tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_c[None, :])
 
 
@@ -132,31 +150,38 @@ def token_merge_kernel(
     p_y,
     n,
     num_slots,
-    channels,
+    units,
     plan_rows,
     spread,
     s_xb,
     s_xn,
     s_wb,
-    s_yn,
     s_ab,
+    UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     MODE: tl.constexpr,
     WEIGHTS: tl.constexpr,
     NORM: tl.constexpr,
     AFFINE: tl.constexpr,
     MODULATE: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    UNROLL: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (block of channels, block of slots, batch row). "mlerp" has one block of channels and loops over them.
 
     With "mean", the first `spread` blocks of slots are huge slots instead: see `huge_slots`. With "mlerp" their means
-    are in p_huge already. s_yn is the row length of p_y (B, M, C), which is contiguous; a divisor of it that the
-    compiler knows widens stores.
+    are in p_huge already. Channels and the strides of x, scale and shift count UNIT elements; FAR says that offsets
+    within a batch row need 64 bits.
     """
+    wait_for_predecessor(EARLY)
     i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     i_m = tl.program_id(1) - spread
     i_p = i_b % plan_rows
-    p_x += i_b * s_xb
+    channels = units * UNIT
+    s_xn, s_yn = _row(s_xn, UNIT, FAR), _row(units, UNIT, FAR)
+    p_x += i_b * s_xb * UNIT
     p_weights += i_b * s_wb
     p_mean += i_b * n
     p_inverse += i_b * n
@@ -164,26 +189,28 @@ def token_merge_kernel(
     p_members += i_p * n
     p_offsets += i_p * (num_slots + 1)
     p_anchor += i_p * num_slots
-    p_scale += i_b * s_ab
-    p_shift += i_b * s_ab
+    p_scale += i_b * s_ab * UNIT
+    p_shift += i_b * s_ab * UNIT
     p_y += i_b * num_slots * s_yn
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    o_c = i_c * CHANNELS + tl.arange(0, CHANNELS)
+    o_c = i_c * CHANNELS * BLOCKS + tl.arange(0, CHANNELS)
     if MODE == "prune":
         b_token = tl.load(p_anchor + o_m, mask=o_m < num_slots, other=0)
-        m_y = (o_m < num_slots)[:, None] & (o_c < channels)[None, :]
-        b_y = tl.load(p_x + b_token.to(tl.int64)[:, None] * s_xn + o_c[None, :], mask=m_y)
-        tl.store(p_y + o_m.to(tl.int64)[:, None] * s_yn + o_c[None, :], b_y, mask=m_y)
+        for _ in tl.static_range(BLOCKS):
+            m_y = (o_m < num_slots)[:, None] & (o_c < channels)[None, :]
+            b_y = tl.load(p_x + (b_token[:, None] * s_xn + o_c[None, :]), mask=m_y)
+            tl.store(p_y + (o_m[:, None] * s_yn + o_c[None, :]), b_y, mask=m_y)
+            o_c += CHANNELS
     elif MODE == "mlerp":
         p_huge += i_b * tl.cdiv(n, HUGE) * s_yn
         _mlerp_slots(
             p_x, p_weights, p_mean, p_inverse, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m,
-            o_c, WEIGHTS, BLOCK_M,
+            o_c, WEIGHTS, BLOCK_M, UNROLL,
         )  # fmt: skip
     elif i_m < 0:
         # The programs of one group share its channels.
-        i_part, i_g = (i_m + spread) % PARTS, (i_m + spread) // PARTS
-        o_part = i_c * CHANNELS + i_part * HUGE_CHANNELS + tl.arange(0, HUGE_CHANNELS)
+        i_part, i_g = (i_m + spread) % (PARTS * BLOCKS), (i_m + spread) // (PARTS * BLOCKS)
+        o_part = i_c * CHANNELS * BLOCKS + i_part * HUGE_CHANNELS + tl.arange(0, HUGE_CHANNELS)
         _huge_slots(
             p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_slot, p_offsets,
             p_members, p_y, n, channels, s_xn, s_yn, i_g, o_part, WEIGHTS, NORM, AFFINE, MODULATE, True,
@@ -191,11 +218,11 @@ def token_merge_kernel(
     else:
         _mean_slots(
             p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
-            num_slots, channels, s_xn, s_yn, o_m, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M,
+            num_slots, channels, s_xn, s_yn, o_m, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M, BLOCKS, UNROLL,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["n", "num_slots", "plan_rows"])
+@triton.jit(do_not_specialize=["n", "num_slots", "units", "plan_rows", "s_xb", "s_xn"])
 def huge_mean_kernel(
     p_x,
     p_slot,
@@ -205,22 +232,27 @@ def huge_mean_kernel(
     p_huge,
     n,
     num_slots,
-    channels,
+    units,
     plan_rows,
     s_xb,
     s_xn,
     s_wb,
-    s_hn,
+    UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     WEIGHTS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Program (HUGE_CHANNELS channels, group of positions, batch row): means of the huge slots for "mlerp".
 
-    p_huge is (B, positions, C) float32, contiguous, a row for each position divisible by HUGE; s_hn is C. Rows whose
-    position is not the first in a huge slot are left alone, and not read.
+    p_huge is (B, positions, C) float32, contiguous, a row for each position divisible by HUGE. Rows whose position is
+    not the first in a huge slot are left alone, and not read.
     """
+    wait_for_predecessor(EARLY)
     i_c, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i_p = i_b % plan_rows
-    p_x += i_b * s_xb
+    channels = units * UNIT
+    s_xn, s_hn = _row(s_xn, UNIT, FAR), _row(units, UNIT, FAR)
+    p_x += i_b * s_xb * UNIT
     p_weights += i_b * s_wb
     p_members += i_p * n
     p_huge += i_b * tl.cdiv(n, HUGE) * s_hn
@@ -265,9 +297,15 @@ def launch(
         scale, shift = scale.contiguous(), shift.contiguous()
     weights = x if weights is None else unit_last_stride(weights)
     config = config or configs.pick("token_merge", x.device, x.numel() * x.element_size())
+    if x.element_size() == 4:
+        # As many bytes in flight as of 16-bit tokens.
+        config = {**config, "BLOCKS": 1, "UNROLL": 4}
+    s_ab = 0 if modulation is None else shift.stride(0)
+    unit = unit_of(channels, x.stride(0), x.stride(1), s_ab)
+    far = max(n * x.stride(1), n * channels) >= 2**31
     # The largest slot has at most N - M + 1 members.
     groups = cdiv(n, HUGE.value * POSITIONS.value) if n - num_slots + 1 >= HUGE.value else 0
-    spread = groups * PARTS.value if mode == "mean" else 0
+    spread = groups * PARTS.value * config["BLOCKS"] if mode == "mean" else 0
     huge = mean
     if mode == "mlerp" and groups:
         huge = torch.empty((batch, cdiv(n, HUGE.value), channels), dtype=torch.float32, device=x.device)
@@ -280,17 +318,19 @@ def launch(
             p_huge=huge,
             n=n,
             num_slots=num_slots,
-            channels=channels,
+            units=channels // unit,
             plan_rows=offsets.shape[0],
-            s_xb=x.stride(0),
-            s_xn=x.stride(1),
+            s_xb=x.stride(0) // unit,
+            s_xn=x.stride(1) // unit,
             s_wb=weights.stride(0),
-            s_hn=channels,
+            UNIT=unit,
+            FAR=far,
             WEIGHTS=weights is not x,
             **configs.pick("huge_mean", x.device, x.numel() * x.element_size()),
+            **early(x.device),
             **EXACT,
         )
-    blocks = 1 if mode == "mlerp" else cdiv(channels, CHANNELS.value)
+    blocks = 1 if mode == "mlerp" else cdiv(channels, CHANNELS.value * config["BLOCKS"])
     programs(token_merge_kernel, blocks, spread + cdiv(num_slots, config["BLOCK_M"]), batch)(
         p_x=x,
         p_slot=slot,
@@ -308,20 +348,22 @@ def launch(
         p_y=y,
         n=n,
         num_slots=num_slots,
-        channels=channels,
+        units=channels // unit,
         plan_rows=offsets.shape[0],
         spread=spread,
-        s_xb=x.stride(0),
-        s_xn=x.stride(1),
+        s_xb=x.stride(0) // unit,
+        s_xn=x.stride(1) // unit,
         s_wb=weights.stride(0),
-        s_yn=channels,
-        s_ab=0 if modulation is None else shift.stride(0),
+        s_ab=s_ab // unit,
+        UNIT=unit,
+        FAR=far,
         MODE=mode,
         WEIGHTS=weights is not x,
         NORM=statistics is not None and mode == "mean",
         AFFINE=affine is not None,
         MODULATE=modulation is not None,
         **config,
+        **early(x.device),
         **EXACT,
     )
     return y

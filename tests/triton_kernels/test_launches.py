@@ -153,7 +153,7 @@ def test_attention_pools_before_where_windows_would_be_read_too_often():
     assert [launch.name for launch in launches] == ["kv_downsample"]  # then PyTorch's attention
     assert launches[0].arguments["TENSORS"] == 2
     # The heads lie side by side in memory: rows of 320 channels.
-    assert launches[0].arguments["channels_0"] == 320
+    assert launches[0].arguments["units_0"] * launches[0].arguments["UNIT"] == 320
     launches = attend(GRID, 5, 64, bias=True, text=7)
     assert [launch.name for launch in launches] == ["kv_downsample", "kv_downsample_attention"]
     assert (launches[1].arguments["SY"], launches[1].arguments["keys"]) == (1, 1024 + 7)
@@ -228,8 +228,9 @@ def test_programs_for_huge_slots():
         IMPLEMENTATIONS["token_merge"](x[:, :300], *small, "mlerp", None)
     mean, prune, *mlerp = launches
     blocks = -(-M // mean.arguments["BLOCK_M"])
-    assert mean.grid == (CHANNELS // 64, blocks + 4, BATCH)
-    assert prune.grid == (CHANNELS // 64, blocks, BATCH)
+    wide = mean.arguments["BLOCKS"]
+    assert mean.grid == (-(-CHANNELS // (64 * wide)), blocks + 4 * wide, BATCH)
+    assert prune.grid == (-(-CHANNELS // (64 * wide)), blocks, BATCH)
     assert [launch.name for launch in mlerp] == ["row_stats", "token_merge"]
 
 

@@ -205,8 +205,9 @@ class Walk:
         self.multiplied: list[float] = []
 
     def _skippable(self) -> set[int]:
-        """Addresses that a branch may jump over."""
-        found: set[int] = set()
+        """Addresses that a branch may jump over, or that stand behind the end of another way through the program."""
+        ends = [each.address for each in self.function.instructions if each.kind == "EXIT" and not each.predicate]
+        found = {each.address for each in self.function.instructions if ends and each.address > ends[0]}
         for each in self.function.instructions:
             if each.kind == "BRA" and each.target is not None and each.target > each.address:
                 found |= set(range(each.address + 16, each.target, 16))

@@ -12,7 +12,7 @@ SHAPES = [(1, (4, 6), 64, 2), (2, (6, 4), 64, 1)]
 
 def small(table):
     """The table with two tiny candidates per op: every program runs in Python here."""
-    keep = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK": 64, "TOKENS": 16}
+    keep = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_T": 16, "BLOCK_C": 64, "BLOCK": 64, "TOKENS": 16, "VECTORS": 128}
     ops = {}
     for op, entry in table["ops"].items():
         first = {name: min(value, keep.get(name, value)) for name, value in entry["candidates"][0].items()}
