@@ -123,13 +123,13 @@ def destination_scale(b_word):
     return (b_word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
-def step_of(channels: int) -> int:
-    """Channels that a program sums side by side: CHANNELS, or two or four times that where more than 8 steps are left
-    otherwise and no step is half empty. It depends on the number of channels alone, so that every config adds up in
-    one order.
+def step_of(channels: int, most: int) -> int:
+    """Channels that a program sums side by side: CHANNELS, or twice that and so on up to `most`, where over 8 steps
+    are left otherwise and no step is half empty. It depends on the number of channels alone, so that every config adds
+    up in one order.
     """
     blocks, step = -(-channels // CHANNELS.value), CHANNELS.value
-    while blocks > _STEPS and blocks % 2 == 0 and step < 4 * CHANNELS.value:
+    while blocks > _STEPS and blocks % 2 == 0 and step < most:
         blocks, step = blocks // 2, 2 * step
     return step
 

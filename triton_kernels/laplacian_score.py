@@ -29,6 +29,7 @@ from .launching import cdiv, power_of_2, programs, workspace
 
 # What a token counts in the measure of configs.pick: a launch is "large" from 16,384 tokens on.
 _WORK = configs.LARGE >> 14
+_WIDEST = 256
 
 
 @triton.jit
@@ -175,7 +176,7 @@ def _launch(
     # How many programs there are depends on the tokens, not on their bytes.
     config = config or configs.pick("laplacian_score", x.device, rows * x.shape[1] * _WORK)
     (height, width), (sy, sx) = grid, stride
-    tile, step = power_of_2(sy * sx), step_of(channels)
+    tile, step = power_of_2(sy * sx), step_of(channels, _WIDEST)
     # Large tiles leave room for fewer of them in a program, wide steps too.
     tiles = max(config["VECTORS"] * UNIT // (tile * step), 1).bit_length() - 1
     tiles_y, tiles_x = 1 << tiles // 2, 1 << (tiles + 1) // 2

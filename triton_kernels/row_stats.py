@@ -12,6 +12,9 @@ from ._common import EXACT, UNIT, step_of, to_float32, tree_sum, unit_of
 from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
 
+# Wider steps spill registers where their sums are folded.
+_WIDEST = 128
+
 
 @triton.jit(do_not_specialize=["n", "units", "s_xb", "s_xn"])
 def row_stats_kernel(
@@ -85,7 +88,7 @@ def launch_row_stats(
     if first.numel() == 0:
         return first, second
     config = config or configs.pick("row_stats", x.device, x.numel() * x.element_size())
-    step, unit = step_of(channels), unit_of(channels, x.stride(0), x.stride(1))
+    step, unit = step_of(channels, _WIDEST), unit_of(channels, x.stride(0), x.stride(1))
     block = max(config["VECTORS"] * UNIT // step, 1)
     programs(row_stats_kernel, cdiv(n, block), batch)(
         p_x=x,
