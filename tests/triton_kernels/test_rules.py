@@ -26,12 +26,8 @@ BROKEN: dict[tuple[str, str], str] = {
     ("filled", "bipartite_match"): "0.73: 192 tiles for the Flux-class model, 96 for two rows of DiT",
     ("issue per byte", "laplacian_score"): "16 instructions an element",
     ("issue per byte", "token_merge"): "statistics of each member besides, where a LayerNorm is merged",
-    ("early", "bipartite_match"): "begins when the launch before it has ended",
 }
 COMPILER = table.Compiler()
-
-# Matching begins early as well.
-BROKEN.pop(("early", "bipartite_match"))
 
 
 @functools.cache
