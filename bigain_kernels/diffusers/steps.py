@@ -104,8 +104,8 @@ class Merging(Step):
             return processor.attend(query, key, value, mask)
         if mask is None and processor.attends_natively():
             if needs_derivative(query, key, value):  # the op's would attend twice
-                states = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
-                return attend_with_bias(*states, self._weights(key)).transpose(1, 2)
+                q, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
+                return attend_with_bias(q, k, v, self._weights(key)).transpose(1, 2)
             return attend_by_op(query, key, value, (1, key.shape[1]), 1, 1.0, key_bias=self._weights(key))
         weights = self._weights(key).to(query.dtype)
         weights = weights.repeat(query.shape[0] // weights.shape[0], 1)[:, None, None]
