@@ -64,8 +64,8 @@ def train_tiny(
         Path | None,
         typer.Option(help="unet, dit: go on from the state.safetensors of another run.", show_default=False),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="digits: training steps. [12000]")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="digits: images of one step. [64]")] = None,
+    steps: Annotated[int | None, typer.Option(help="digits: training steps (12000).")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="digits: images of one step (64).")] = None,
     stages: Annotated[
         str | None,
         typer.Option(
@@ -73,22 +73,22 @@ def train_tiny(
             "the learning rate, and how much telling right labels from wrong ones counts."
         ),
     ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW, after warm-up. [2e-3]")] = None,
-    warmup: Annotated[int | None, typer.Option(help="Steps of warm-up. [digits 200, else 100]")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW, after warm-up (2e-3).")] = None,
+    warmup: Annotated[int | None, typer.Option(help="Steps of warm-up (digits 200, else 100).")] = None,
     ema: Annotated[
-        float | None, typer.Option(help="Decay of the averaged weights, which are saved. [digits 0.999, else 0.995]")
+        float | None, typer.Option(help="Decay of the averaged weights, which are saved (digits 0.999, else 0.995).")
     ] = None,
     label_dropout: Annotated[
-        float | None, typer.Option(help="Fraction of images trained without their label. [0.1]")
+        float | None, typer.Option(help="Fraction of images trained without their label (0.1).")
     ] = None,
-    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW. [0.01]")] = None,
+    weight_decay: Annotated[float | None, typer.Option(help="Of AdamW (0.01).")] = None,
     snr_limit: Annotated[
-        float | None, typer.Option(help="unet, dit: signal to noise above which no timestep weighs more. [5]")
+        float | None, typer.Option(help="unet, dit: signal to noise above which no timestep weighs more (5).")
     ] = None,
     log_every: Annotated[
-        int | None, typer.Option(help="Steps between log lines, where all is saved. [digits 200, else 100]")
+        int | None, typer.Option(help="Steps between log lines, where all is saved (digits 200, else 100).")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="digits: epochs of the classifier; 0 trains none. [60]")] = None,
+    epochs: Annotated[int | None, typer.Option(help="digits: epochs of the classifier; 0 trains none (60).")] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     threads: ThreadsOption = None,
 ) -> None:

@@ -43,7 +43,7 @@ def _images(path: Path) -> list[dict]:
 @pytest.mark.parametrize("command", COMMANDS)
 def test_help_explains_every_option(command: str) -> None:
     # Wide enough that no text is wrapped.
-    result = CliRunner().invoke(make_app(), [command, "--help"], env={"COLUMNS": "400"})
+    result = CliRunner().invoke(make_app(), [command, "--help"], env={"COLUMNS": "600"})
     assert result.exit_code == 0
     assert "Usage: " in result.output
     shown = " ".join(result.output.split())

@@ -9,6 +9,7 @@ import torch
 
 from bigain_kernels.diffusers import LGTMConfig
 from bigain_kernels.evaluation.classify import ClassifierConfig, ImageResult, classify, default_stages
+from bigain_kernels.evaluation.metrics import fraction_true
 
 from .toys import SHAPE, PrototypeDenoiser
 
@@ -106,7 +107,8 @@ def test_results_are_recorded_as_they_come() -> None:
     config = ClassifierConfig(CONFIG.stages, CONFIG.timesteps, batch_size=6)
     result = classify(denoiser, images, labels, config, record=seen.append)
     assert seen == result.images
-    assert result.standard_error == pytest.approx(math.sqrt(result.accuracy * (1 - result.accuracy) / 6))
+    assert result.interval == fraction_true(result.correct)
+    assert result.interval.value == result.accuracy
 
 
 def test_default_stages_hold_for_any_number_of_classes() -> None:
