@@ -7,11 +7,12 @@ STAMP := $(VENV)/.installed
 OLD_TRITON := build/triton-3.6
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test lint sanitize bench gpu format clean help
+.PHONY: demo test test-slow lint sanitize bench gpu format clean help
 
 help:
 	@echo "make demo      set up .venv, then classify and generate under every method; results in demo/"
 	@echo "make test      set up .venv, then run the tests"
+	@echo "make test-slow the tests that compile and install for minutes, which make test leaves out"
 	@echo "make lint      ruff (lint and format), clang-format and mypy"
 	@echo "make sanitize  the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     all kernels against eager PyTorch and tomesd; rows and plots in benchmarks/results/"
@@ -33,9 +34,12 @@ $(OLD_TRITON): | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
 
 # Dozens of processes of the tests import the package: compiled once, also where Python is told to keep no bytecode.
-test sanitize: export PYTHONDONTWRITEBYTECODE =
+test test-slow sanitize: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP) $(OLD_TRITON)
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --slow no
+
+test-slow: $(STAMP) $(OLD_TRITON)
+	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --slow only
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -18,9 +18,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 def pytest_addoption(parser):
     parser.addoption("--backend", action="append", help="run the contract suite on this backend alone; may be repeated")
+    parser.addoption(
+        "--slow", choices=("yes", "no", "only"), default="yes", help="run the slow tests too, not, or alone"
+    )
 
 
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: compiles or installs for seconds (docs/testing.md); see --slow")
     config.addinivalue_line("markers", "interpreted: runs where Triton interprets its kernels (tests/interpreted.py)")
     config.addinivalue_line("markers", "dtypes(*dtypes): of the dtypes of a backend, those that a contract case takes")
 
@@ -33,6 +37,19 @@ def pytest_collection_finish():
 
 def pytest_sessionfinish():
     gc.unfreeze()
+
+
+def pytest_collection_modifyitems(config, items):
+    wanted = config.getoption("--slow")
+    if wanted == "yes":
+        return
+    # All that reads what nvcc builds waits for that build.
+    chosen, left_out = [], []
+    for item in items:
+        slow = item.get_closest_marker("slow") is not None or "cuda_library" in item.fixturenames
+        (chosen if slow == (wanted == "only") else left_out).append(item)
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = chosen
 
 
 @pytest.fixture(autouse=True)

@@ -27,6 +27,8 @@ from .models import (
     unet_inputs,
 )
 
+pytestmark = pytest.mark.slow
+
 # The second makes sizes dynamic; the third, odd one must not be new to the graphs.
 SIZES = ((16, 16), (12, 20), (18, 18))
 

@@ -286,6 +286,7 @@ def test_a_patched_model_can_be_exported(name, config):
     assert torch.equal(program.module()(**inputs, return_dict=False)[0], wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["wan", "flux2", "cogview4"])
 def test_blocks_compile_to_as_many_graphs_as_without_compression(name):
     case, counts = CASES[name], []

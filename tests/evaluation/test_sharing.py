@@ -46,6 +46,7 @@ def test_shared_plan_is_above_unshared(results) -> None:
     assert paired_difference(shared.double(), unshared.double()).value > 0
 
 
+@pytest.mark.slow
 def test_alpha_below_one_is_at_least_nearest(tiny) -> None:
     validation = load_digits("validation")
 

@@ -29,6 +29,7 @@ def test_machine_code_keeps_the_rules(case):
     assert aot.examine(case, "sm_90").broken == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (OLDEST / "triton").is_dir(), reason="build/triton-3.6 is not there: make test installs it")
 def test_machine_code_of_triton_3_6_keeps_the_rules():
     environment = {**os.environ, "PYTHONPATH": str(OLDEST), "OMP_NUM_THREADS": "1"}

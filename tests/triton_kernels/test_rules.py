@@ -172,6 +172,7 @@ def test_planning_stays_within_its_cycles(known):
         assert found.issue_cycles <= 10_500 * max(each.shape.tokens / 4096, 1.0), each.shape.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", choose.OPS)
 def test_until_a_config_is_measured_the_best_of_the_model_is_chosen(op, known):
     """`python -m bigain_kernels.aot --choose` writes it down."""

@@ -140,6 +140,7 @@ def test_env_names_the_cuda_library(cuda_library):
     assert "CUDA library     sm_80,90, CUDA " in report(BIGAIN_CUDA_LIBRARY=str(cuda_library))
 
 
+@pytest.mark.slow
 def test_a_wheel_holds_both_libraries(cuda_library, tmp_path):
     """An nvcc that takes the objects built before: they are tested already, and compiling takes a minute."""
     nvcc = tmp_path / "nvcc"
