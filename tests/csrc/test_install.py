@@ -19,11 +19,11 @@ import torch
 
 from tests.csrc.builds import FAST_COMPILER, IGNORED, ROOT, run, script
 
+pytestmark = pytest.mark.slow
+
 USES_THE_PACKAGE = """
 import importlib.util, json, torch, bigain_kernels as bk
 from bigain_kernels import env, native
-
-pytestmark = pytest.mark.slow
 x = torch.randn(2, 64, 20)
 plan = bk.lgtm_plan(x, (8, 8), 0.5)
 print(json.dumps({
