@@ -102,7 +102,10 @@ class _Judge:
     def __init__(self, demo: Demo) -> None:
         self.classifier = demo.classifier
         held_out = torch.cat([load_digits("validation").images, load_digits("test").images])
-        self.kid = KernelDistance(self.classifier.features(held_out))
+        features = self.classifier.features(held_out)
+        # The kernel is meant for features of order one.
+        self.scale = features.square().mean().sqrt()
+        self.kid = KernelDistance(features / self.scale)
         # An interrupted demo may be ahead in some methods; only what all have done is compared.
         self.samples: dict[float, dict[str, torch.Tensor]] = {}
         for guidance in demo.config.guidances:
@@ -119,7 +122,7 @@ class _Judge:
 
     @torch.no_grad()
     def features(self, key: str, guidance: float) -> torch.Tensor:
-        return self.classifier.features(self.samples[guidance][key])
+        return self.classifier.features(self.samples[guidance][key]) / self.scale
 
     @torch.no_grad()
     def right(self, key: str, guidance: float) -> torch.Tensor:
