@@ -76,8 +76,8 @@ def caption(demo: Demo, result: DemoResult) -> str:
         "after ± one standard error. difference: points, with p of McNemar's exact test after Holm's correction. "
         "“shared”: one plan for all classes of an image when classifying, for both rows of a guidance pair when "
         "generating. “proportional”: attention weighs every merged key by the number of its tokens. "
-        "KID: kernel distance from the 600 held-out digits in the 64 features of the small classifier, which are brought "
-        "to order one. class right: "
+        "KID: kernel distance from the 600 held-out digits in the 64 features of the small classifier, which are "
+        "brought to order one. class right: "
         "samples that it takes for the digit asked for. distance: mean squared, to the samples of “none” from the same "
         "noise. time: median of the chunks of work, times their number. speed: median over the chunks, against “none”."
     )
