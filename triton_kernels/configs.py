@@ -27,6 +27,9 @@ import torch
 _log = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent / "tuned"
 FALLBACK = "sm_90"
+# Whose file a GPU takes that has none of its own, where FALLBACK's asks for more shared memory than there is (99 KiB a
+# block in sm_86, sm_89 and sm_12x) or for instructions of another generation.
+_LIKE = {"sm_86": "sm_120", "sm_87": "sm_80", "sm_89": "sm_120", "sm_103": "sm_100", "sm_121": "sm_120"}
 # Bytes that an op moves (or, for matching, similarities per row) from which on a call is "large".
 LARGE = 1 << 24
 
@@ -40,11 +43,12 @@ def path_of(architecture: str) -> Path:
 
 @functools.cache
 def table(architecture: str) -> dict[str, Any]:
-    """The content of one file; an architecture without a file gets that of FALLBACK."""
+    """The content of one file; an architecture without a file gets that of one like it, or else of FALLBACK."""
     path = path_of(architecture)
     if not path.exists():
-        _log.debug("no configs for %s: using those of %s", architecture, FALLBACK)
-        path = path_of(FALLBACK)
+        other = _LIKE.get(architecture, FALLBACK)
+        _log.debug("no configs for %s: using those of %s", architecture, other)
+        path = path_of(other)
     return json.loads(path.read_text())
 
 

@@ -19,7 +19,10 @@ from .early import as_on
 from .launching import Launch
 
 # Bytes of shared memory (LDS) that one program may have.
-SHARED_LIMIT = {"sm_80": 166_912, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376, "gfx942": 65_536}
+SHARED_LIMIT = {
+    **{"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "sm_120": 101_376},
+    "gfx942": 65_536,
+}
 # Kernels that move data: the width of their accesses is their speed.
 STREAMS_IN = ("laplacian_score", "row_stats", "match_prepare", "token_merge", "token_unmerge", "kv_downsample")
 MULTIPLIES = ("bipartite_match", "kv_downsample_attention", "pooled_kv_projection")

@@ -106,6 +106,15 @@ def test_tuned_files(architecture):
         assert len({json.dumps(config, sort_keys=True) for config in entry["candidates"]}) == len(entry["candidates"])
 
 
+@pytest.mark.parametrize("architecture", ["sm_86", "sm_89"])
+def test_matching_fits_gpus_without_a_file_of_their_own(architecture):
+    """They have less than half of the shared memory of sm_90, whose configs all others without a file take."""
+    cases = [case for case in aot.cases(architecture, (torch.bfloat16,), True) if case.op.startswith("bipartite_match")]
+    assert cases
+    for case in cases:
+        assert aot.examine(case, architecture).shared <= machine_code.SHARED_LIMIT[architecture]
+
+
 def test_unknown_architectures_and_untuned_choices_are_logged(caplog):
     configs.table.cache_clear()
     configs._pick.cache_clear()
