@@ -1,1 +1,1 @@
-"""Rules of other code, by name: what the published BiGain code does differently, and a tomesd-shaped API."""
+"""Other code by its names: tomesd (`compat.tomesd`), and the published BiGain code, its functions and its rules."""

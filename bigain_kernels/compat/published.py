@@ -48,6 +48,31 @@ def published_lgtm_plan(x: Tensor, grid: tuple[int, int], ratio: float, stride: 
     return match_and_plan(x, destinations, r, grid, stride, None)
 
 
+def pattern_destinations(
+    x: Tensor, grid: tuple[int, int], stride: tuple[int, int], generator: torch.Generator | None
+) -> Tensor:
+    """ToMe's destinations, one pattern for all rows of x: (B, D) int32, ascending.
+
+    Args:
+        x: (B, N, C) tokens; read for their number, batch and device.
+        grid: (H, W) with H * W = N.
+        stride: (sy, sx).
+        generator: advanced by one `randint` of (H // sy, W // sx, 1); None takes the top-left token of each tile.
+
+    Raises:
+        TypeError, ValueError: wrong rank, dtype, grid or stride.
+    """
+    check_tensor("x", x, 3)
+    grid = check_grid(grid, x.shape[1], "x")
+    sy, sx = check_pair("stride", stride)
+    size = (grid[0] // sy, grid[1] // sx, 1)
+    if generator is None:
+        inside = torch.zeros(size, dtype=torch.int64, device=x.device)
+    else:
+        inside = torch.randint(sy * sx, size=size, generator=generator, device=generator.device).to(x.device)
+    return tile_tokens(inside[None, ..., 0], grid, (sy, sx)).expand(x.shape[0], -1).contiguous()
+
+
 def published_tome_plan(
     x: Tensor, grid: tuple[int, int], ratio: float, stride: tuple[int, int], generator: torch.Generator
 ) -> MergePlan:
@@ -66,11 +91,8 @@ def published_tome_plan(
     Raises:
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio or stride.
     """
-    grid, (sy, sx), r, _ = check_method(x, grid, ratio, stride, None)
-    size = (grid[0] // sy, grid[1] // sx, 1)
-    inside = torch.randint(sy * sx, size, generator=generator, device=generator.device).to(x.device)
-    destinations = tile_tokens(inside[None, ..., 0], grid, (sy, sx)).expand(x.shape[0], -1).contiguous()
-    return match_and_plan(x, destinations, r, grid, (sy, sx), None)
+    grid, stride, r, _ = check_method(x, grid, ratio, stride, None)
+    return match_and_plan(x, pattern_destinations(x, grid, stride, generator), r, grid, stride, None)
 
 
 def published_mlerp(x: Tensor, plan: MergePlan) -> Tensor:

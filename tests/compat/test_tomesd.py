@@ -130,3 +130,28 @@ def test_pipelines(unet):
 def test_bad_arguments(unet, arguments, error, message):
     with pytest.raises(error, match=f"^{message}"):
         tomesd.apply_patch(unet, **arguments)
+
+
+def test_a_model_without_layers_at_the_level():
+    """SDXL has no attention at full resolution: tomesd's defaults do nothing there."""
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=16,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    ).eval()
+    plain = run(model)
+    original.apply_patch(model)
+    assert torch.equal(run(model), plain)
+    original.remove_patch(model)
+    with pytest.warns(UserWarning, match=r"no layer of \('attn1',\) at max_downsample=1"):
+        assert tomesd.apply_patch(model) is model
+    assert torch.equal(run(model), plain)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tomesd.apply_patch(model, max_downsample=2)
+    assert not torch.equal(run(model), plain)

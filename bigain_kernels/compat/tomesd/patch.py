@@ -1,12 +1,6 @@
-"""The two functions of the `tomesd` package, over this package's kernels: change the import and keep the calls.
+"""`tomesd.patch`: a model with ToMe in it, and without.
 
-    from bigain_kernels.compat import tomesd
-    tomesd.apply_patch(pipe, ratio=0.5)
-
-What differs from tomesd: random destinations come from a generator of their own that gives equal patterns to equal
-timesteps whatever the batch, float32 similarities decide which tokens merge, and means are accumulated in float32. Its
-models of the original Stable Diffusion repository are not taken. Where tomesd takes an argument and does less than it
-says, so does this, with a warning.
+Where tomesd takes an argument and does less than it says, so does this, with a warning.
 """
 
 from __future__ import annotations
@@ -15,8 +9,9 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
-from ..checks import check_number
-from ..diffusers import ToMeConfig, apply_token_compression, remove_token_compression
+from ...checks import check_number
+from ...diffusers import ToMeConfig, apply_token_compression, remove_token_compression
+from ...diffusers.apply import find_model
 
 
 def _warn(message: str) -> None:
@@ -73,8 +68,19 @@ def apply_patch(
     most = 1.0 - 1.0 / (config.stride[0] * config.stride[1])
     if ratio > most:
         _warn(f"ratio {ratio} merges as {most:g} does: one token of every {sy} x {sx} tile stays")
+    if not _has_layers(model, config):
+        _warn(f"nothing merges: the model has no layer of {modules} at {max_downsample=}")
+        return model
     apply_token_compression(model, replace(config, ratio=min(max(float(ratio), 0.0), most)))
     return model
+
+
+def _has_layers(model: Any, config: ToMeConfig) -> bool:
+    """Whether the config is for any layer of the model: SDXL has no attention at full resolution."""
+    found, family = find_model(model)
+    layers = family.layers(found)
+    layers += family.mlps(layers) if "ff" in config.modules and family.mlp else []
+    return any(layer.kind in config.modules and config.compresses(layer.level) for layer in layers)
 
 
 def remove_patch(model: Any) -> Any:
