@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.docs
 # The oldest Triton that is supported: the machine code of the kernels is looked at with both.
 OLD_TRITON := build/triton-3.6
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-slow lint sanitize bench gpu format clean help
+.PHONY: demo test test-slow lint docs sanitize bench gpu format clean help
 
 help:
 	@echo "make demo      set up .venv, then classify and generate under every method; results in demo/"
 	@echo "make test      set up .venv, then run the tests"
 	@echo "make test-slow the tests that compile and install for minutes, which make test leaves out"
 	@echo "make lint      ruff (lint and format), clang-format and mypy"
+	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make sanitize  the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer"
 	@echo "make bench     all kernels against eager PyTorch and tomesd; rows and plots in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU, without .venv: tests, sanitizer, benchmarks; all in gpu/ (TUNE=1, MODELS=1 add parts)"
@@ -46,6 +48,14 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/mypy
+
+$(DOCS_STAMP): $(STAMP) docs/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	@touch $@
+
+# The variable silences an advertisement of the theme, which is no warning of ours.
+docs: $(DOCS_STAMP)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 sanitize: $(STAMP)
 	$(BIN)/python csrc/sanitize.py --numprocesses 2 --dist worksteal

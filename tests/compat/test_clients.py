@@ -9,43 +9,12 @@ import types
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    LCMScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import LCMScheduler, StableDiffusionImg2ImgPipeline
 
 from bigain_kernels.compat import tomesd
+from tests.tiny_pipeline import tiny_pipeline
 
 FASTSDCPU = os.environ.get("FASTSDCPU_PATH")
-
-
-def tiny_pipeline(**parts):
-    torch.manual_seed(0)
-    levels = {"block_out_channels": (16, 32), "norm_num_groups": 8, "layers_per_block": 1}
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=16,
-        attention_head_dim=2,
-        **levels,
-    )
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        **levels,
-    )
-    names = ("text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder")
-    parts = dict.fromkeys(names) | parts
-    pipe = StableDiffusionPipeline(
-        vae=vae, unet=unet, scheduler=LCMScheduler(steps_offset=1), requires_safety_checker=False, **parts
-    )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def test_two_pipelines_around_one_model():
