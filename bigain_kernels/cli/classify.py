@@ -40,8 +40,15 @@ def classify(
     method: MethodName = "none",
     given: GivenOptions = NOTHING_GIVEN,
     share_plan: Annotated[
-        bool, typer.Option("--share-plan", help="One plan for all classes of an image (merge methods).")
+        bool, typer.Option("--share-plan", help="--plans mean: one plan for all classes of an image (merge methods).")
     ] = False,
+    plans: Annotated[
+        str | None,
+        typer.Option(
+            help="own: every class merges for itself (default). mean: one plan for the classes of an image, from their "
+            "mean; they fill one batch. null: one from the null prompt, for any number of classes."
+        ),
+    ] = None,
     timesteps: Annotated[
         str | None, typer.Option(help="Timesteps of the noise samples in turn, such as 300,500.")
     ] = None,
@@ -64,16 +71,20 @@ def classify(
     Results are written image by image. Ctrl-C keeps them, and --resume goes on.
     """
     from ..evaluation.checkpoints import load_checkpoint
-    from ..evaluation.compression import settings_of, with_shared_plan
+    from ..evaluation.compression import settings_of
     from ..evaluation.folders import find_images
+    from ..evaluation.harness.deciding import machine
+    from ..evaluation.harness.kept_plans import PlanBook, with_kept_plans
     from ..evaluation.inputs import DigitInputs, FolderInputs
     from ..evaluation.output import OutputFolder
     from ..evaluation.records import ResultsFile
 
     opt.set_threads(threads)
     compression = read_compression(method, given, seed)
-    if share_plan:
-        with_shared_plan(compression, 1)
+    if share_plan and plans not in (None, "mean"):
+        raise ValueError(f"plans: got {plans!r} with --share-plan, which is --plans mean, expected one of the two")
+    plans = plans or ("mean" if share_plan else "own")
+    with_kept_plans(compression, plans, PlanBook())
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1")
     if skip_damaged and images is None:
@@ -97,13 +108,14 @@ def classify(
             "weights": loaded.fingerprint(),
             "images": "digits" if images is None else str(images.resolve()),
             "compression": settings_of(compression),
-            "share_plan": share_plan,
+            "plans": plans,
             "stages": config.stages,
             "timesteps": config.timesteps,
             "score": score,
             "seed": seed,
             "dtype": dtype,
             "template": template,
+            **machine(loaded.device),
         }
         if folder is not None:
             # One class more makes another question of every image.
@@ -126,7 +138,7 @@ def classify(
             if before.images:
                 say(f"{len(before.images)} images were classified before")
             try:
-                _run(loaded, data, config, compression, share_plan, results)
+                _run(loaded, data, config, compression, plans, results)
             finally:
                 _summarise(_results_of(data, results.result), data, settings, given, output)
     if data.damaged and len(data.damaged) == len(folder or ()):
@@ -160,32 +172,27 @@ def _results_of(data: Inputs, result: ClassificationResult) -> ClassificationRes
 
 
 def _run(
-    loaded: Checkpoint, data: Inputs, config: ClassifierConfig, compression: Any, share_plan: bool, results: Any
+    loaded: Checkpoint, data: Inputs, config: ClassifierConfig, compression: Any, plans: str, results: Any
 ) -> None:
-    from ..evaluation.classify import classify as classify_images
+    from ..evaluation.classify import Classifier
 
     known = {image.index for image in results.images}
-    correct = [image.correct for image in _results_of(data, results.result).images]
-    with opt.progress_bar() as progress:
-        task = progress.add_task("classifying", total=len(data.indices), completed=len(correct))
+    before = _results_of(data, results.result).correct
+    done, right = len(before), int(before.sum())
+    with (
+        opt.progress_bar() as progress,
+        Classifier(loaded.denoiser, config, compression=compression, share_plan=plans) as classifier,
+    ):
+        task = progress.add_task("classifying", total=len(data.indices), completed=done)
 
         def record(image: Any) -> None:
+            nonlocal done, right
             results.add(image)
-            correct.append(image.correct)
-            progress.update(task, advance=1, description=f"accuracy {sum(correct) / len(correct):.3f}")
+            done, right = done + 1, right + image.correct
+            progress.update(task, advance=1, description=f"accuracy {right / done:.3f}")
 
         for indices, pixels, labels in data.parts(known):
-            latents = loaded.encode(pixels)
-            classify_images(
-                loaded.denoiser,
-                latents,
-                labels,
-                config,
-                compression=compression,
-                share_plan=share_plan,
-                indices=indices,
-                record=record,
-            )
+            classifier.classify(loaded.encode(pixels), labels, indices=indices, record=record)
 
 
 def _summarise(

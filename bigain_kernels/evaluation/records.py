@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, BinaryIO
 
 from .classify import ClassificationResult, ImageResult
+from .harness.deciding import changes
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -115,8 +116,7 @@ class ResultsFile:
             found, self.images, self._whole = _read(path, classes)
             now = self._settings
             if self.images and found != now:
-                names = sorted(n for n in {*found, *now} if found.get(n) != now.get(n))
-                changed = ", ".join(f"{n} {found.get(n)!r} there and {now.get(n)!r} now" for n in names)
+                changed = ", ".join(changes(found, now))
                 raise ValueError(f"resume: got {path} with other settings ({changed}), expected those of this run")
             if not self.images:
                 self._whole = 0

@@ -74,7 +74,7 @@ def test_classify_writes_results_and_summary(tmp_path: Path, capsys: pytest.Capt
     assert [image["index"] for image in _images(out / "results.jsonl")] == list(range(5))
     summary = json.loads((out / "summary.json").read_text())
     assert summary["images"] == 5
-    assert summary["settings"]["share_plan"] is True
+    assert summary["settings"]["plans"] == "mean"
     assert summary["settings"]["compression"]["method"] == "lgtm"
     assert summary["settings"]["compression"]["proportional"] is True
     low, high = summary["accuracy_interval"]
