@@ -69,8 +69,8 @@ class Outcomes:
     def mean_average_precision(self) -> float:
         """The mean over classes of the average precision with which `scores` find their images among all.
 
-        Ranked by samples that every class of every image was asked about. Means over whatever samples a class has, by
-        which the published code ranks, put classes that were dropped in front of those that went on to harder timesteps.
+        Ranked by samples that every class of every image was asked about. Means over whatever samples a class has, the
+        rank of the published code, put classes that were dropped in front of those that went on to harder timesteps.
         """
         truth, found = self.truth, []
         for place in range(len(self.classes)):
