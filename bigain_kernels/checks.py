@@ -64,6 +64,26 @@ def check_grid(grid: object, num_tokens: int, tokens_of: str) -> tuple[int, int]
     return height, width
 
 
+def check_frames(grid: object, num_tokens: int, tokens_of: str) -> tuple[int | None, tuple[int, int]]:
+    """`grid` is (H, W), or (T, H, W) of a video, and as many tokens; returns T, None of a picture, and (H, W)."""
+    if not isinstance(grid, (tuple, list)) or len(grid) != 3:
+        return None, check_grid(grid, num_tokens, tokens_of)
+    frames = check_count("grid, frames", grid[0], 1)
+    height, width = check_pair("grid, frame", tuple(grid[1:]))
+    if frames * height * width != num_tokens:
+        raise ValueError(
+            f"grid: got {(frames, height, width)}, that is {frames * height * width} tokens, expected {num_tokens}, "
+            f"the number of tokens of {tokens_of}"
+        )
+    return frames, (height, width)
+
+
+def check_window(window: object) -> tuple[int | None, int]:
+    """`window` is a number of tiles, or (tiles, frames), or None; returns tiles, None for all, and frames."""
+    tiles, frames = window if isinstance(window, (tuple, list)) and len(window) == 2 else (window, 0)
+    return None if tiles is None else check_count("window", tiles), check_count("window, frames", frames)
+
+
 def check_factor(factor: object, grid: tuple[int, int]) -> tuple[int, int]:
     """`factor` is an int or (sy, sx), at least 1 and at most the grid."""
     one = _integer(factor)
@@ -144,12 +164,13 @@ def max_ratio(grid: tuple[int, int], stride: tuple[int, int]) -> float:
     return (n - d) / n if d else 0.0
 
 
-def merged_count(ratio: float, grid: tuple[int, int], stride: tuple[int, int]) -> int:
-    """r = int(N * ratio), refused when the grid has not that many sources."""
+def merged_count(ratio: float, grid: tuple[int, int], stride: tuple[int, int], frames: int = 1) -> int:
+    """r = int(N * ratio), refused when the grid, or as many as there are frames, has not that many sources."""
     ratio = check_number("ratio", ratio)
     limit = max_ratio(grid, stride)
-    n, r = grid[0] * grid[1], int(grid[0] * grid[1] * ratio)
-    if ratio < 0 or r > n - (grid[0] // stride[0]) * (grid[1] // stride[1]) or (r > 0 and limit == 0.0):
+    n = frames * grid[0] * grid[1]
+    r = int(n * ratio)
+    if ratio < 0 or r > n - frames * (grid[0] // stride[0]) * (grid[1] // stride[1]) or (r > 0 and limit == 0.0):
         raise ValueError(
             f"ratio: got {ratio}, expected 0 <= ratio <= {limit:.6g}, the largest possible "
             f"on grid {tuple(grid)} with stride {tuple(stride)}"

@@ -96,9 +96,13 @@ inline PlanSizes check_unmerge(const Tensor& y, const Tensor& slot, const Tensor
 }
 
 // x (B, N, C)
-inline void check_score_arguments(const Tensor& x, int64_t height, int64_t width, const std::string& norm) {
+inline void check_score_arguments(const Tensor& x, int64_t height, int64_t width, const std::string& norm,
+                                  int64_t frames) {
   check_floating("x", x, 3);
-  check_grid(height, width, x.size(1));
+  if (frames < 1 || x.size(1) % frames != 0) {
+    fail("frames: got ", frames, ", expected a divisor of ", x.size(1), ", the number of tokens of x");
+  }
+  check_grid(height, width, x.size(1) / frames);
   if (norm != "l1" && norm != "l2") fail("norm: got '", norm, "', expected 'l1' or 'l2'");
 }
 

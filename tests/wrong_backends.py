@@ -160,6 +160,9 @@ WRONG: dict[str, dict[str, Wrong]] = {
         "strides are ignored": lambda right, a: right(x=dense(a.x)),
         "always the norm l1": lambda right, a: right(norm="l1"),
         "height and width are swapped": lambda right, a: right(height=a.width, width=a.height),
+        "frames do not see each other": lambda right, a: right(
+            x=a.x.reshape(-1, a.height * a.width, a.x.shape[2]), frames=1
+        ).view(a.x.shape[:2]),
         "other last bits in a larger batch": lambda right, a: right() * (1 + 2.0**-23 * (a.x.shape[0] > 1)),
         "other last bits where rows are not aligned": lambda right, a: right() * (1 + 2.0**-23 * (a.x.stride(1) % 4)),
     },

@@ -45,7 +45,7 @@ def _load_mean(p_x, o_x, m_x, s_share, SHARE: tl.constexpr):
     return divide_by_constant(b_sum, SHARE).to(p_x.dtype.element_ty).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["height", "width", "units", "s_xb", "s_xn", "s_share"])
+@triton.jit(do_not_specialize=["height", "width", "frames", "units", "s_xb", "s_xn", "s_share"])
 def laplacian_score_kernel(
     p_x,
     p_score,
@@ -57,6 +57,7 @@ def laplacian_score_kernel(
     p_mean,
     height,
     width,
+    frames,
     units,
     s_xb,
     s_xn,
@@ -71,13 +72,15 @@ def laplacian_score_kernel(
     SHARE: tl.constexpr,
     L2: tl.constexpr,
     SELECT: tl.constexpr,
+    TIMES: tl.constexpr,
     TILES_Y: tl.constexpr,
     TILES_X: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """A program owns TILES_Y x TILES_X tiles of SY x SX tokens; TILE is SY * SX rounded up to a power of two.
 
-    Each step is STEP channels. Channels and strides count UNIT elements; FAR says that offsets need 64 bits.
+    Each step is STEP channels. Channels and strides count UNIT elements; FAR says that offsets need 64 bits. With
+    TIMES a row of the grid of programs is one of several frames, and their neighbours in time count too.
     """
     wait_for_predecessor(EARLY)
     i_x, i_y, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -96,7 +99,14 @@ def laplacian_score_kernel(
     o_c = tl.arange(0, STEP)
     s_n = tl.cast(s_xn, tl.int64 if FAR else tl.int32) * UNIT
     o_x = o_n[:, None] * s_n + o_c[None, :]
-    p_x += i_b * s_xb * UNIT
+    if TIMES:
+        i_frame = i_b % frames
+        s_frame = n * s_n.to(tl.int64)
+        p_x += i_b // frames * s_xb * UNIT + i_frame * s_frame
+        # A frame that is not there is the frame itself.
+        s_before, s_after = tl.where(i_frame > 0, s_frame, 0), tl.where(i_frame + 1 < frames, s_frame, 0)
+    else:
+        p_x += i_b * s_xb * UNIT
     s_share = tl.cast(s_share, tl.int64) * UNIT
     m_up, m_down = m_t & (o_row > 0), m_t & (o_row + 1 < height)
     m_left, m_right = m_t & (o_column > 0), m_t & (o_column + 1 < width)
@@ -113,6 +123,9 @@ def laplacian_score_kernel(
         b_response -= _load_mean(p_c + s_row, o_x, m_down[:, None] & m_c, s_share, SHARE)
         b_response -= _load_mean(p_c - s_n, o_x, m_left[:, None] & m_c, s_share, SHARE)
         b_response -= _load_mean(p_c + s_n, o_x, m_right[:, None] & m_c, s_share, SHARE)
+        if TIMES:
+            b_response += b_x - _load_mean(p_c - s_before, o_x, m_t[:, None] & m_c, s_share, SHARE)
+            b_response += b_x - _load_mean(p_c + s_after, o_x, m_t[:, None] & m_c, s_share, SHARE)
         b_response_sum += b_response * b_response if L2 else tl.abs(b_response)
         if SELECT:
             b_squares = tl.fma(b_x, b_x, b_squares)
@@ -169,12 +182,13 @@ def _launch(
     outputs: dict[str, Tensor],
     select: bool,
     config: configs.Config | None,
+    frames: int = 1,
 ) -> None:
-    rows, channels = x.shape[0] // share, x.shape[2]
+    rows, channels = x.shape[0] // share * frames, x.shape[2]
     if rows * x.shape[1] == 0:
         return
     # How many programs there are depends on the tokens, not on their bytes.
-    config = config or configs.pick("laplacian_score", x.device, rows * x.shape[1] * _WORK)
+    config = config or configs.pick("laplacian_score", x.device, rows // frames * x.shape[1] * _WORK)
     (height, width), (sy, sx) = grid, stride
     tile, step = power_of_2(sy * sx), step_of(channels, _WIDEST)
     # Large tiles leave room for fewer of them in a program, wide steps too.
@@ -187,6 +201,7 @@ def _launch(
         **outputs,
         height=height,
         width=width,
+        frames=frames,
         units=channels // unit,
         s_xb=x.stride(0) // unit,
         s_xn=x.stride(1) // unit,
@@ -201,6 +216,7 @@ def _launch(
         SHARE=share,
         L2=l2,
         SELECT=select,
+        TIMES=frames > 1,
         TILES_Y=tiles_y,
         TILES_X=tiles_x,
         **{name: value for name, value in config.items() if name != "VECTORS"},
@@ -210,13 +226,13 @@ def _launch(
 
 
 def launch_laplacian_score(
-    x: Tensor, grid: tuple[int, int], norm: str = "l1", config: configs.Config | None = None
+    x: Tensor, grid: tuple[int, int], norm: str = "l1", frames: int = 1, config: configs.Config | None = None
 ) -> Tensor:
-    """Score (B, N) float32 of every token of x (B, N, C); one launch."""
+    """Score (B, N) float32 of every token of x (B, N, C), of as many frames; one launch."""
     x = unit_last_stride(x)
     score = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
     unused = dict.fromkeys(("p_inverse_norm", "p_destinations", "p_words", "p_sources", "p_packed", "p_mean"), score)
-    _launch(x, grid, (2, 2), norm == "l2", 1, {"p_score": score, **unused}, False, config)
+    _launch(x, grid, (2, 2), norm == "l2", 1, {"p_score": score, **unused}, False, config, frames)
     return score
 
 

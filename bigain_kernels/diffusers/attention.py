@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..methods import CompressionConfig, MergeConfig, PoolConfig
 from .context import Context, for_rows
-from .planning import plan_of_call
+from .planning import plan_of_call, planned
 from .projections import pools_early
 from .steps import MergeInsideStep, MergeStep, PoolStep, Rotation, States, Step, fold
 
@@ -162,7 +162,7 @@ class CompressedAttention:
             return None
         inside = (start - text, stop - text) if self.text_first else (start, stop)
         if isinstance(config, MergeConfig):
-            source = x
+            context, source = planned(config, context), x
             if layer.needs_source:
                 if context.source is None:
                     raise RuntimeError("token compression: the layer was called without the hook of its block")

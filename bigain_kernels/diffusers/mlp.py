@@ -20,7 +20,7 @@ from torch import Tensor
 from ..methods import MergeConfig
 from .context import Context
 from .current import current, in_block, set_step
-from .planning import plan_of_call
+from .planning import plan_of_call, planned
 from .steps import MergeStep, fold
 
 # Those that change nothing of what a module computes.
@@ -64,6 +64,7 @@ def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
     count = stop - start
     if not forward.active or count < config.min_tokens:
         return None
+    context = planned(config, context)
     source = x[:, :count] if context.source is None else context.source
     source, ratio = fold(source, context.frames), forward.ratio_at(layer.level)
     plan = plan_of_call(config, context, source, ratio, getattr(mlp, "bigain_block", None))

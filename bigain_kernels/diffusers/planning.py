@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,14 @@ def _plan_neighbours(
         table.repeat_interleave(k, 0) for table in (plan.slot, plan.offsets, plan.members, plan.anchor)
     )
     return MergePlan(slot, offsets, members, anchor, plan.grid, plan.num_slots)
+
+
+def planned(config: MergeConfig, context: Context) -> Context:
+    """The context as plans see it: a video that is planned as a whole is one grid of three sizes."""
+    if not config.spans_frames or context.frames == 1:
+        return context
+    grid: Any = (context.frames, *context.grid)
+    return context._replace(grid=grid, frames=1)
 
 
 def plan_of_call(

@@ -17,7 +17,7 @@ from .context import Context
 from .current import begin_block, end_block
 from .hooks import KEY, BlockPatch, Call, argument, carried, with_argument, with_context
 from .mlp import refuse_hooks
-from .planning import plan_of_call
+from .planning import plan_of_call, planned
 from .steps import MergedStep, MergeStep, fold
 
 
@@ -33,7 +33,7 @@ def _step(block: Any, layer: LayerPatch, context: Context, x: Tensor) -> MergeSt
         return None
     for module in (block, block.attn):
         refuse_hooks(module)
-    inside = (0, stop - start)
+    inside, context = (0, stop - start), planned(config, context)
     source = fold(x[:, : stop - start], context.frames)
     plan = plan_of_call(config, context, source, forward.ratio_at(layer.level), getattr(block, "bigain_block", None))
     if plan is None:

@@ -20,10 +20,15 @@ def check_method(
     check_tensor("x", x, 3)
     grid = check_grid(grid, x.shape[1], "x")
     stride = check_pair("stride", stride)
+    return grid, stride, merged_count(ratio, grid, stride), check_share(share_plan, x)
+
+
+def check_share(share_plan: int | None, x: Tensor) -> int:
+    """The rows of x (B, N, C) that share a plan."""
     share = 1 if share_plan is None else check_count("share_plan", share_plan, 1)
     if x.shape[0] % share != 0:
         raise ValueError(f"share_plan: got {share}, expected a divisor of {x.shape[0]}, the batch of x")
-    return grid, stride, merged_count(ratio, grid, stride), share
+    return share
 
 
 def match_and_plan(

@@ -183,12 +183,18 @@ class MergeConfig(CompressionConfig):
         """Whether a ratio depends on the timestep."""
         return any(isinstance(self.ratio_at(level), tuple) for level in self.levels or (1,))
 
-    def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+    @property
+    def spans_frames(self) -> bool:
+        """Whether the frames of a video are planned together; otherwise each is planned as a picture."""
+        return False
+
+    def plan(self, x: Tensor, grid: Any, ratio: float, timestep: Tensor | None = None) -> MergePlan:
         """The plan that the method makes from hidden states.
 
         Args:
-            x: (B, N, C) hidden states to match on, N = H * W in raster order.
-            grid: (H, W).
+            x: (B, N, C) hidden states to match on, N = H * W in raster order; of a video that is planned as a whole
+                T * H * W.
+            grid: (H, W), or (T, H, W) where `spans_frames`.
             ratio: fraction of tokens to remove, of this timestep.
             timestep: (B,) what random methods vary with; the others do not read it.
 

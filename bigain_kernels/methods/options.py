@@ -11,7 +11,7 @@ from dataclasses import field
 from numbers import Integral
 from typing import Any, NoReturn, TypeVar
 
-from ..checks import check_choice, check_count, check_number, check_pair
+from ..checks import check_choice, check_count, check_number, check_pair, check_window
 from .schedule import check_schedule
 
 T = TypeVar("T")
@@ -160,6 +160,25 @@ class Pair(Kind):
         if len(values) > 2:
             raise ValueError(f"{name}: got {text!r}, expected {expected}")
         return values[0] if len(values) == 1 else values
+
+
+class Window(Kind):
+    """A number of tiles, or (tiles, frames), in which None stands for all tiles."""
+
+    values = "TILES or TILES,FRAMES"
+
+    def check(self, name: str, value: Any) -> int | tuple[int | None, int]:
+        tiles, frames = check_window(value)
+        if not isinstance(value, (tuple, list)):
+            return int(tiles or 0)
+        return None if tiles is None else int(tiles), int(frames)
+
+    def read(self, name: str, text: str) -> int | tuple[int | None, int]:
+        tiles, comma, frames = text.partition(",")
+        count = Count()
+        if not comma:
+            return count.read(name, text)
+        return count.read(name, tiles) if tiles else None, count.read(name, frames)
 
 
 class Choice(Kind):

@@ -8,12 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, check_window
 from ..plan import MergePlan
 from ..tokens import share_mean, tile_tokens
-from ._common import check_method, check_random, counter_random, match_and_plan
+from ._common import check_random, counter_random, match_and_plan
+from ._video import Grid, check_video, plan_frames
 from .config import MergeConfig
-from .options import Choice, Count, option
+from .options import Choice, Count, Window, option
 
 DESTINATIONS = ("random", "first")
 _STREAM = 1
@@ -27,27 +28,29 @@ def tome_destinations(
     seed: int,
     timestep: Tensor | None,
     device: torch.device,
+    frames: int = 1,
 ) -> Tensor:
-    """One token of each sy x sx tile: a random one, or the first (top-left); (rows, D) int32, ascending."""
-    tiles = (grid[0] // stride[0], grid[1] // stride[1])
+    """One token of each sy x sx tile: a random one, or the first (top-left); (rows * frames, D) int32, ascending."""
+    tiles = (frames, grid[0] // stride[0], grid[1] // stride[1])
     if destinations == "first":
         inside = torch.zeros((1, *tiles), dtype=torch.int64, device=device)
     else:
-        random = counter_random(seed, timestep, tiles[0] * tiles[1], _STREAM, device)
+        random = counter_random(seed, timestep, tiles[0] * tiles[1] * tiles[2], _STREAM, device)
         inside = (random * (stride[0] * stride[1]) >> 32).unflatten(1, tiles)
-    return tile_tokens(inside, grid, stride).expand(rows, -1).contiguous()
+    chosen = tile_tokens(inside.flatten(0, 1), grid, stride).unflatten(0, (-1, frames))
+    return chosen.expand(rows, -1, -1).flatten(0, 1).contiguous()
 
 
 def tome_plan(
     x: Tensor,
-    grid: tuple[int, int],
+    grid: Grid,
     ratio: float,
     stride: tuple[int, int] = (2, 2),
     *,
     destinations: str = "random",
     seed: int = 0,
     timestep: Tensor | None = None,
-    window: int | None = None,
+    window: int | tuple[int | None, int] | None = None,
     share_plan: int | None = None,
 ) -> MergePlan:
     """Plan of ToMe: destinations by position, not by content.
@@ -58,14 +61,15 @@ def tome_plan(
 
     Args:
         x: (B, N, C) hidden states in raster order.
-        grid: (H, W) with H * W = N.
+        grid: (H, W) with H * W = N, or of a video (T, H, W); see `lgtm_plan`.
         ratio: fraction of tokens removed, 0 to `max_ratio(grid, stride)`.
         stride: (sy, sx), the size of a tile in tokens.
         destinations: "random", one random token of each tile, or "first", the top-left one.
         seed: any integer; read with "random" only.
         timestep: (B,) timesteps that vary the random pattern, or None; read with "random" only. Rows that share a plan
             take that of the first of them.
-        window: compare only with destinations of tiles at most this many tiles away; None compares with all.
+        window: compare only with destinations of tiles at most this many tiles away; None compares with all. In a video
+            those are of the same frame, and with (tiles, frames) of those at most so many frames away too.
         share_plan: k rows share one plan, made from their mean: batch row b uses plan row b mod (B / k).
 
     Returns:
@@ -75,12 +79,15 @@ def tome_plan(
         TypeError, ValueError: wrong type, dtype, rank, grid, ratio, stride, destinations, timestep, window or
             share_plan.
     """
-    grid, stride, r, share = check_method(x, grid, ratio, stride, share_plan)
+    frames, frame, stride, r, share = check_video(x, grid, ratio, stride, share_plan)
+    tiles, _ = check_window(window)
     check_choice("destinations", destinations, DESTINATIONS)
     seed, timestep = check_random(seed, timestep, x, share)
     x = share_mean(x, share)
-    chosen = tome_destinations(x.shape[0], grid, stride, destinations, seed, timestep, x.device)
-    return match_and_plan(x, chosen, r, grid, stride, window)
+    chosen = tome_destinations(x.shape[0], frame, stride, destinations, seed, timestep, x.device, frames or 1)
+    if frames is None:
+        return match_and_plan(x, chosen, r, frame, stride, tiles)
+    return plan_frames(x, chosen, r, frames, frame, stride, window)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +98,9 @@ class ToMeConfig(MergeConfig):
         destinations: "random" tokens of the tiles, or the "first", which is top left. Random ones are drawn anew in
             every block and at every timestep, the same for all rows of a timestep.
         seed: of the random destinations.
-        window: compare a source only with destinations of tiles at most this many tiles away; by default with all.
+        window: compare a source only with destinations of tiles at most this many tiles away; by default with all. In a
+            video those are of its own frame. (TILES, FRAMES) compares with frames at most so many away too, and TILES
+            may be None for all of such a frame; then all tokens of a video are ranked together.
         others: see `MergeConfig` and `CompressionConfig`.
     """
 
@@ -99,13 +108,17 @@ class ToMeConfig(MergeConfig):
 
     destinations: str = option("random", Choice(DESTINATIONS))
     seed: int = option(0, Count())
-    window: int | None = option(None, Count())
+    window: int | tuple[int | None, int] | None = option(None, Window())
 
     @property
     def is_random(self) -> bool:
         return self.destinations == "random"
 
-    def plan(self, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+    @property
+    def spans_frames(self) -> bool:
+        return check_window(self.window)[1] > 0
+
+    def plan(self, x: Tensor, grid: Grid, ratio: float, timestep: Tensor | None = None) -> MergePlan:
         return tome_plan(
             x,
             grid,

@@ -23,25 +23,40 @@ inline V absolute(V value) {
 }
 
 // Source: BiGain, arXiv 2603.12240, the 3x3 Laplacian with four neighbours. Four tokens at a time share their
-// neighbours.
-template <typename T, bool kSquare>
-void laplacian(const T* const* row, const T* const* above, const T* const* below, int64_t channels,
-               accumulate_t<T>* out) {
+// neighbours. With kTimes their neighbours in time as well, four of the frame before and four of that after.
+template <typename T, bool kSquare, bool kTimes>
+void laplacian_of(const T* const* row, const T* const* above, const T* const* below, const T* const* times,
+                  int64_t channels, accumulate_t<T>* out) {
   using A = accumulate_t<T>;
   const T *r0 = row[0], *r1 = row[1], *r2 = row[2], *r3 = row[3], *r4 = row[4], *r5 = row[5];
   const T *a0 = above[0], *a1 = above[1], *a2 = above[2], *a3 = above[3];
   const T *b0 = below[0], *b1 = below[1], *b2 = below[2], *b3 = below[3];
   vector_t<A> s0 = {}, s1 = {}, s2 = {}, s3 = {};
   const auto size = [](vector_t<A> y) { return kSquare ? y * y : absolute(y); };
+  const auto response = [&](auto at, int i, auto in_frame, auto x) {
+    if constexpr (kTimes) in_frame += (x - at.load(times[i])) + (x - at.load(times[4 + i]));
+    return in_frame;
+  };
   for_each_vector<A>(channels, [&](auto at) {
     const auto x0 = at.load(r0), x1 = at.load(r1), x2 = at.load(r2), x3 = at.load(r3), x4 = at.load(r4);
-    s0 += size(4 * x1 - at.load(a0) - at.load(b0) - x0 - x2);
-    s1 += size(4 * x2 - at.load(a1) - at.load(b1) - x1 - x3);
-    s2 += size(4 * x3 - at.load(a2) - at.load(b2) - x2 - x4);
-    s3 += size(4 * x4 - at.load(a3) - at.load(b3) - x3 - at.load(r5));
+    s0 += size(response(at, 0, 4 * x1 - at.load(a0) - at.load(b0) - x0 - x2, x1));
+    s1 += size(response(at, 1, 4 * x2 - at.load(a1) - at.load(b1) - x1 - x3, x2));
+    s2 += size(response(at, 2, 4 * x3 - at.load(a2) - at.load(b2) - x2 - x4, x3));
+    s3 += size(response(at, 3, 4 * x4 - at.load(a3) - at.load(b3) - x3 - at.load(r5), x4));
   });
   const A sums[4] = {sum_of(s0), sum_of(s1), sum_of(s2), sum_of(s3)};
   for (int i = 0; i < 4; ++i) out[i] = kSquare ? square_root(sums[i]) : sums[i];
+}
+
+// `times` is null where there are no other frames.
+template <typename T, bool kSquare>
+void laplacian(const T* const* row, const T* const* above, const T* const* below, const T* const* times,
+               int64_t channels, accumulate_t<T>* out) {
+  if (times == nullptr) {
+    laplacian_of<T, kSquare, false>(row, above, below, times, channels, out);
+  } else {
+    laplacian_of<T, kSquare, true>(row, above, below, times, channels, out);
+  }
 }
 
 // Parts of a long sum are added up on their own: similarities of thousands of channels show the rounding of one sum

@@ -13,8 +13,11 @@ struct RowKernels {
   using A = accumulate_t<T>;
 
   // Norm over channels of 4 row[i] - above[i - 1] - below[i - 1] - row[i - 1] - row[i + 1] for i = 1, 2, 3, 4.
-  void (*laplacian_l1)(const T* const* row, const T* const* above, const T* const* below, int64_t channels, A* out);
-  void (*laplacian_l2)(const T* const* row, const T* const* above, const T* const* below, int64_t channels, A* out);
+  // With `times`, four tokens of the frame before and four of that after, 2 row[i] - times[i - 1] - times[i + 3] more.
+  void (*laplacian_l1)(const T* const* row, const T* const* above, const T* const* below, const T* const* times,
+                       int64_t channels, A* out);
+  void (*laplacian_l2)(const T* const* row, const T* const* above, const T* const* below, const T* const* times,
+                       int64_t channels, A* out);
 
   // L2 norm.
   A (*norm)(const T* x, int64_t channels);

@@ -30,6 +30,7 @@ VALUES = {
     "mode": ("mlerp", "mlerp"),
     "modules": ("attn1,attn2", ("attn1", "attn2")),
     "noise": ("0.3", 0.3),
+    "over_time": (True, True),
     "pool": ("hidden", "hidden"),
     "proportional": (True, True),
     "ratio": ("0.25", 0.25),

@@ -43,11 +43,14 @@ class Around(nn.Module):
 
     def __init__(self, mlp, config, frames, grid):
         super().__init__()
+        self.count = frames * grid[0] * grid[1]
+        if config.spans_frames and frames > 1:
+            frames, grid = 1, (frames, *grid)
         self.mlp, self.config, self.frames, self.grid, self.calls = mlp, config, frames, grid, 0
 
     def forward(self, x):
         self.calls += 1
-        count = self.frames * self.grid[0] * self.grid[1]
+        count = self.count
         image = x[:, :count].reshape(x.shape[0] * self.frames, -1, x.shape[2])
         plan = self.config.plan(image, self.grid, self.config.ratio)
         few = reference.token_merge(image, plan, self.config.mode).reshape(x.shape[0], -1, x.shape[2])
@@ -75,7 +78,8 @@ def expected(name, config, grid, inputs):
 @pytest.mark.parametrize("name", NAMES, ids=lambda name: f"mlp-{name}")
 def test_mlps_alone_equal_mlps_written_out(name):
     model, case = build(name), case_of(name)
-    for batch, size, config in ((2, (6, 8), LGTMConfig()), (1, (8, 6), ToMeConfig(destinations="first", mode="mlerp"))):
+    other = ToMeConfig(destinations="first", mode="mlerp", window=(1, 1))
+    for batch, size, config in ((2, (6, 8), LGTMConfig()), (1, (8, 6), other)):
         config = replace(config, modules=("ff",))
         if name == "dit":
             size = (6, 6)

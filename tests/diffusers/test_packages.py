@@ -66,6 +66,44 @@ def test_adapters_of_peft_loaded_fused_and_swapped(name, config):
         torch.testing.assert_close(run(model, inputs()), run(plain, inputs()), **CLOSE)
 
 
+def in_steps(model, steps=4):
+    """What a model predicts in each step of a run."""
+    inputs, found = flux_inputs(), []
+    for step in range(steps):
+        inputs |= {"timestep": torch.full((2,), 1.0 - step / steps)}
+        found.append(run(model, inputs))
+        inputs["hidden_states"] = inputs["hidden_states"] - 0.1 * found[-1]
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda config: config.method)
+def test_steps_cached_by_cache_dit(config):
+    """It keeps what all blocks behind the first add, outside of what is merged in any of them."""
+    cache_dit = pytest.importorskip("cache_dit")
+    apply_token_compression(alone := tiny_flux(), config)
+    wanted, found = in_steps(alone), {}
+    for threshold in (0.0, 10.0):
+        for first in (True, False):
+            model = tiny_flux()
+            if first:
+                apply_token_compression(model, config)
+            cache = cache_dit.DBCacheConfig(
+                Fn_compute_blocks=1, Bn_compute_blocks=0, max_warmup_steps=1, residual_diff_threshold=threshold
+            )
+            cache_dit.enable_cache(model, cache_config=cache)
+            if not first:
+                apply_token_compression(model, config)
+            found[threshold, first] = in_steps(model)
+            cache_dit.disable_cache(model)
+            assert torch.equal(run(model, flux_inputs()), run(alone, flux_inputs()))
+    assert torch.equal(found[0.0, True], wanted)
+    assert torch.equal(found[0.0, False], wanted)
+    # The first step fills the cache; what the others take from it is the compressed model's.
+    assert torch.equal(found[10.0, True], found[10.0, False])
+    assert torch.equal(found[10.0, True][0], wanted[0])
+    assert all((found[10.0, True][1:] - wanted[1:]).abs().amax((1, 2, 3)) > 1e-4)
+
+
 def _torchao(model):
     ao = pytest.importorskip("torchao.quantization")
     ao.quantize_(model, ao.Int8WeightOnlyConfig())

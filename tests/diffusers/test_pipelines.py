@@ -8,11 +8,37 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPAGPipeline, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+)
+from diffusers.modular_pipelines import SequentialPipelineBlocks
+from diffusers.modular_pipelines.flux.denoise import FluxDenoiseStep
 
-from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToMeConfig, apply_token_compression, token_compression
+from bigain_kernels.diffusers import (
+    IEKVDConfig,
+    LGTMConfig,
+    ToMeConfig,
+    apply_token_compression,
+    remove_token_compression,
+    token_compression,
+)
 
-from .models import TEXT_DIM, dit_inputs, only, recorded_plans, run, tiny_dit, tiny_unet, unet_inputs
+from .models import (
+    TEXT_DIM,
+    dit_inputs,
+    flux_inputs,
+    only,
+    recorded_plans,
+    run,
+    tiny_dit,
+    tiny_flux,
+    tiny_unet,
+    unet_inputs,
+)
 
 TEXT = torch.randn(2, 5, TEXT_DIM, generator=torch.Generator().manual_seed(5))
 
@@ -69,6 +95,53 @@ def test_perturbed_attention(layer, config):
     assert not torch.equal(compressed, plain)
     assert pipe.unet.attn_processors == processors
     assert torch.equal(generate(pipe, pag_scale=0.0), compressed)
+
+
+def in_modules(transformer):
+    """The denoising of Flux's modular pipeline, with inputs given in the place of what comes before."""
+    blocks = SequentialPipelineBlocks.from_blocks_dict({"denoise": FluxDenoiseStep()})
+    blocks.sub_blocks["denoise"].set_progress_bar_config(disable=True)
+    pipe = blocks.init_pipeline()
+    pipe.update_components(transformer=transformer, scheduler=FlowMatchEulerDiscreteScheduler())
+    return pipe
+
+
+def denoise(pipe):
+    inputs = flux_inputs()
+    pipe.scheduler.set_timesteps(4)
+    return pipe(
+        latents=inputs["hidden_states"],
+        prompt_embeds=inputs["encoder_hidden_states"],
+        pooled_prompt_embeds=inputs["pooled_projections"],
+        txt_ids=inputs["txt_ids"],
+        img_ids=inputs["img_ids"],
+        timesteps=pipe.scheduler.timesteps,
+        num_inference_steps=4,
+        output="latents",
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [LGTMConfig(ratio=(0.6, 0.3), modules=("attn1", "ff")), LGTMConfig(start=0.3), IEKVDConfig(alpha=(0.8, 1.2))],
+)
+def test_modular_pipelines(config):
+    """Step by step what the model alone, compressed, makes of the same inputs."""
+    pipe = in_modules(tiny_flux())
+    plain = denoise(pipe)
+    apply_token_compression(pipe, config)
+    found = denoise(pipe)
+    apply_token_compression(alone := tiny_flux(), config)
+    inputs, scheduler = flux_inputs(), FlowMatchEulerDiscreteScheduler()
+    scheduler.set_timesteps(4)
+    x = inputs["hidden_states"]
+    for timestep in scheduler.timesteps:
+        inputs |= {"hidden_states": x, "timestep": timestep.flatten() / 1000}
+        x = scheduler.step(run(alone, inputs), timestep, x).prev_sample
+    assert torch.equal(found, x)
+    assert not torch.equal(found, plain)
+    remove_token_compression(pipe)
+    assert torch.equal(denoise(pipe), plain)
 
 
 def end_guidance(pipe, step, timestep, tensors):

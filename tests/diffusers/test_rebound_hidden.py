@@ -16,6 +16,7 @@ NAMES = ["wan", "flux2", "flux_controlnet"]
 CONFIGS = [
     LGTMConfig(merge="hidden"),
     LGTMConfig(merge="hidden", ratio=0.7, proportional=True, share_plan=2),
+    LGTMConfig(merge="hidden", ratio=0.6, proportional=True, window=(1, 1), over_time=True),
     ToMeConfig(merge="hidden", mode="mlerp", destinations="first"),
 ]
 
@@ -33,9 +34,11 @@ class Merged:
     """The plan of a call, and what follows from it: image tokens `start` to `stop` of all, `frames` grids."""
 
     def __init__(self, config, x, grid, start):
-        self.config, self.frames, self.start, self.count = config, grid[0], start, grid[0] * grid[1] * grid[2]
+        self.config, self.start, self.count = config, start, grid[0] * grid[1] * grid[2]
+        together = config.spans_frames and grid[0] > 1
+        self.frames, planned = (1, grid) if together else (grid[0], grid[1:])
         image = x.reshape(x.shape[0] * self.frames, -1, x.shape[2])
-        self.plan = config.plan(image, grid[1:], config.ratio)
+        self.plan = config.plan(image, planned, config.ratio)
         rows = x.shape[0] * self.frames // self.plan.num_rows
         anchors = self.plan.anchor.long().repeat(rows, 1).reshape(x.shape[0], self.frames, -1)
         first = torch.arange(self.frames)[:, None] * grid[1] * grid[2]

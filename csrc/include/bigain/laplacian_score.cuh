@@ -27,6 +27,7 @@ struct LaplacianScore {
   const T* x;  // (share * rows, N, channels), unit stride in channels; batch row b belongs to row b mod rows
   int64_t batch_stride, token_stride;
   int rows, share;  // share, at least 2, is read by kPlanShared
+  int frames;       // read in the modes kL1 and kL2: x is (rows / frames, frames * N, channels)
   int64_t channels;
   TileGrid grid;  // its tiles are read in the modes kPlan and kPlanShared
   float* score;   // (rows, N)
@@ -114,7 +115,12 @@ __global__ void __launch_bounds__(kScoreThreads, kMode != ScoreMode::kPlanShared
   const int block_x = blocks.by_blocks_x.take(number), block_y = blocks.by_blocks_y.take(number);
   const int b = number, top = block_y * blocks.rows, left = block_x * blocks.columns;
   const int64_t first_token = static_cast<int64_t>(b) * p.grid.tokens();
-  const T* const x = p.x + b * p.batch_stride;
+  const int frame = kPlan ? 0 : b % p.frames;
+  const T* const x = p.x + (kPlan ? b : b / p.frames) * p.batch_stride + frame * p.grid.tokens() * p.token_stride;
+  // A frame that is not there is the frame itself.
+  const int64_t to_next = p.grid.tokens() * p.token_stride;
+  const T* const before = x - (!kPlan && frame > 0 ? to_next : 0);
+  const T* const after = x + (!kPlan && frame + 1 < p.frames ? to_next : 0);
   const int lanes = blocks.lanes.count(), lane = blocks.lanes.lane();
   const int vectors = static_cast<int>(num_vectors<T>(p.channels));
   const int groups = kScoreThreads / lanes, strips = (blocks.rows + kScoreRows - 1) / kScoreRows;
@@ -135,6 +141,14 @@ __global__ void __launch_bounds__(kScoreThreads, kMode != ScoreMode::kPlanShared
       } else {
         tokens.template load<kAligned>(p, x, row, column, c);
       }
+      Vector<T> earlier[kScoreRows] = {}, later[kScoreRows] = {};
+      if (!kPlan && p.frames > 1) {
+#pragma unroll
+        for (int i = 0; i < kScoreRows; ++i) {
+          earlier[i] = Stencil<T>::template load_token<kAligned>(p, before, i + 1, row, column, c);
+          later[i] = Stencil<T>::template load_token<kAligned>(p, after, i + 1, row, column, c);
+        }
+      }
 #pragma unroll
       for (int i = 0; i < kScoreRows; ++i) {
         float parts[kVector<T>];
@@ -145,6 +159,9 @@ __global__ void __launch_bounds__(kScoreThreads, kMode != ScoreMode::kPlanShared
           response -= tokens.below(i)[j];
           response -= tokens.left(i)[j];
           response -= tokens.right(i)[j];
+          if (!kPlan && p.frames > 1) {
+            response += (tokens.centre(i)[j] - earlier[i][j]) + (tokens.centre(i)[j] - later[i][j]);
+          }
           parts[j] = kMode == ScoreMode::kL2 ? response * response : fabsf(response);
         }
         response_sum[i] += tree_sum(parts);
