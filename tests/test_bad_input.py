@@ -36,7 +36,9 @@ WRONG_CALLS = [
     ("grid of floats", lambda: bk.laplacian_score(X, (4.0, 6.0)), TypeError, "grid: got (4.0, 6.0)"),
     ("grid of bools", lambda: bk.laplacian_score(X, (True, 24)), TypeError, "grid: got (True, 24)"),
     ("grid of zero", lambda: bk.laplacian_score(X, (0, 24)), ValueError, "grid: got (0, 24), expected both"),
-    ("grid of three", lambda: bk.laplacian_score(X, (2, 2, 6)), TypeError, "grid: got (2, 2, 6)"),
+    ("grid of four", lambda: bk.laplacian_score(X, (2, 2, 2, 3)), TypeError, "grid: got (2, 2, 2, 3)"),
+    ("grid of three", lambda: bk.merge_plan(SIM, MATCH, DST, 4, (2, 2, 6)), TypeError, "grid: got (2, 2, 6)"),
+    ("frames", lambda: bk.laplacian_score(X, (3, 2, 6)), ValueError, "grid: got (3, 2, 6), that is 36 tokens"),
     (
         "norm",
         lambda: bk.laplacian_score(X, GRID, norm="l3"),

@@ -66,13 +66,9 @@ def assert_same(found, expected, exactly=False):
         torch.testing.assert_close(g, expected[name], rtol=0, atol=scale, msg=name)
 
 
-@pytest.mark.parametrize("config", CONFIGS)
-@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"of_{name}")
-def test_gradients_are_those_of_the_reference(name, config, monkeypatch):
-    """The reference's steps, which PyTorch differentiates, in the places of the ops."""
-    model, inputs = model_of(name), inputs_of(name)
-    apply_token_compression(model, CONFIGS[config])
-    found, called = gradients(model, inputs), []
+def reference_in_place(monkeypatch):
+    """Puts the reference's steps, which PyTorch differentiates, in the places of the ops; a list of those called."""
+    called = []
 
     def plain(op):
         def run(*args, **kwargs):
@@ -85,6 +81,16 @@ def test_gradients_are_those_of_the_reference(name, config, monkeypatch):
         monkeypatch.setattr(steps, op, plain(op))
     for op in ("kv_downsample", "pooled_kv_projection"):
         monkeypatch.setattr(projections, op, plain(op))
+    return called
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: f"of_{name}")
+def test_gradients_are_those_of_the_reference(name, config, monkeypatch):
+    model, inputs = model_of(name), inputs_of(name)
+    apply_token_compression(model, CONFIGS[config])
+    found = gradients(model, inputs)
+    called = reference_in_place(monkeypatch)
     assert_same(found, gradients(model, inputs))
     assert called
 

@@ -43,7 +43,7 @@ struct ScoreBlocks {
   Lanes lanes;
   int rows, columns, tiles_x;
   bool select;
-  Divisor by_columns, by_tiles_x, by_blocks_x, by_blocks_y;
+  Divisor by_columns, by_tiles_x, by_blocks_x, by_blocks_y, by_frames;
 };
 
 // What kScoreRows tokens of a column and their neighbours have in the channels of one vector.
@@ -115,10 +115,11 @@ __global__ void __launch_bounds__(kScoreThreads, kMode != ScoreMode::kPlanShared
   const int block_x = blocks.by_blocks_x.take(number), block_y = blocks.by_blocks_y.take(number);
   const int b = number, top = block_y * blocks.rows, left = block_x * blocks.columns;
   const int64_t first_token = static_cast<int64_t>(b) * p.grid.tokens();
-  const int frame = kPlan ? 0 : b % p.frames;
-  const T* const x = p.x + (kPlan ? b : b / p.frames) * p.batch_stride + frame * p.grid.tokens() * p.token_stride;
-  // A frame that is not there is the frame itself.
+  unsigned video = b;
+  const int frame = kPlan ? 0 : blocks.by_frames.take(video);
   const int64_t to_next = p.grid.tokens() * p.token_stride;
+  const T* const x = p.x + video * p.batch_stride + frame * to_next;
+  // A frame that is not there is the frame itself.
   const T* const before = x - (!kPlan && frame > 0 ? to_next : 0);
   const T* const after = x + (!kPlan && frame + 1 < p.frames ? to_next : 0);
   const int lanes = blocks.lanes.count(), lane = blocks.lanes.lane();
@@ -242,8 +243,16 @@ void launch_laplacian_score(const LaplacianScore<T>& p, cudaStream_t stream) {
   const int tiles_x = static_cast<int>(ceil_div(ceil_div(kScoreThreads / lanes.count(), strips), sx));
   const int columns = sx * tiles_x;
   const int64_t blocks_x = ceil_div(p.grid.width, columns), blocks_y = ceil_div(p.grid.height, rows);
-  const ScoreBlocks blocks = {
-      lanes, rows, columns, tiles_x, select, Divisor(columns), Divisor(tiles_x), Divisor(blocks_x), Divisor(blocks_y)};
+  const ScoreBlocks blocks = {lanes,
+                              rows,
+                              columns,
+                              tiles_x,
+                              select,
+                              Divisor(columns),
+                              Divisor(tiles_x),
+                              Divisor(blocks_x),
+                              Divisor(blocks_y),
+                              Divisor(kPlan ? 1 : p.frames)};
   const size_t shared_bytes = select ? 2 * sizeof(float) * rows * columns : 0;
   const unsigned grid = grid_extent(p.rows * blocks_y * blocks_x);
   const bool aligned = has_vectors<T>(p.x, p.channels, p.batch_stride, p.token_stride);
