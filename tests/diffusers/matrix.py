@@ -1,11 +1,14 @@
-"""The table of docs/models.md, written from what a test run showed: `python -m tests.diffusers.matrix`.
+"""The tables of docs/models.md, written from what a test run showed: `python -m tests.diffusers.matrix`.
 
-A cell is the number of tests that passed for a family, or the reason why there are none. A test that failed ends the
-program. `test_models_page.py` holds the page to the registry and to the tests that there are.
+A cell of the first is the number of tests that passed for a family, of the others the test, or the reason why there is
+none. A test that failed ends the program. What a file of tests showed is kept in build/matrix until the next commit, so
+that a run that was stopped goes on. `test_models_page.py` holds the page to the registry and to the tests.
 """
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from dataclasses import fields
 from pathlib import Path
@@ -20,6 +23,7 @@ from .family_models import CASES, CONTROLNETS, WRITTEN_OUT
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "models.md"
+KEPT = HERE.parents[1] / "build" / "matrix"
 MARK = "<!-- written by `python -m tests.diffusers.matrix` -->"
 NAMES = {case.model: name for name, case in (*CASES.items(), *WRITTEN_OUT.items(), *CONTROLNETS.items())}
 NAMES |= {"UNet2DConditionModel": "unet", "ControlNetModel": "unet_controlnet"}
@@ -27,6 +31,13 @@ RECOMMENDED = """## What to begin with
 
 `recommended_config(model)` gives these. They are starting points, not results: the last column says what stands behind
 them in this repository."""
+AROUND_HEAD = """## Around it
+
+The tests of `tests/diffusers/test_matrix.py` by family and way of compressing it; a cell has the parameter of the test
+at the head of its column, or the reason why there is none. *fullgraph*, the whole model under
+`torch.compile(fullgraph=True)`; *export*, `torch.export`; *gradients*, of all parameters; *mask*, what a mask hides of
+the text is seen nowhere; *lora*, peft in all compressed attentions, put in before and after; *offload*, accelerate's
+and by leaves."""
 MODELS = {
     "unet": "Stable Diffusion 1.5, 2.x, SDXL",
     "dit": "DiT",
@@ -65,7 +76,22 @@ FILES = (
     "rebound_hidden",
     "controlnet",
     "training",
+    "matrix",
 )
+# The tests of test_matrix.py, which all families have in all ways of compressing them.
+AROUND = ("fullgraph", "export", "gradients", "mask", "lora", "offload")
+WAYS = {
+    "attention": """### merge="attention"
+
+Queries, keys and values, after norm and rotation.""",
+    "hidden": """### merge="hidden"
+
+Hidden states, before the projections. All other families merge by "attention" alone: their processors project and
+rotate by themselves, and each would have to be told the rotations of merged tokens in its own way.""",
+    "pool": """### Pooling
+
+Keys and values, by `IEKVDConfig(alpha=0.8)`.""",
+}
 NO_HIDDEN = "attention only"
 NO_MLP = "refused"
 AS_DIT = "one code with DiT"
@@ -104,8 +130,8 @@ def row(name: str) -> dict[str, Shown | str]:
             "merge hidden": as_model,
             "merge attention": Shown(written_out, (name + "-merge",)),
             "around the MLP": Shown("test_hidden_states_and_mlps_of_controlnets", (name,)),
-            "one graph": "not tested",
-            "16 bits": "not tested",
+            "one graph": Shown("test_fullgraph", (name + "-",)),
+            "16 bits": Shown("test_bfloat16_of_controlnets", (name,)),
             "gradients": as_model,
         }
         beside = Shown("test_a_unet_and_its_controlnet", ("",))
@@ -138,9 +164,6 @@ def row(name: str) -> dict[str, Shown | str]:
             "one graph": Shown("test_whole_joint_models_compile", ("",)),
             "16 bits": Shown("test_half_precision", (tiny,)),
         }
-    if name == "flux_controlnet":
-        halves = Shown("test_bfloat16_is_close_and_one_graph_compiles", (name,))
-        cells |= {"one graph": halves, "16 bits": halves}
     if name in ("wan", "flux2", "flux_controlnet"):
         written_out = "test_merged_hidden_states_of_rebound_families_equal_attention_written_out"
         cells |= {"merge hidden": Shown(written_out, (name,))}
@@ -150,20 +173,23 @@ def row(name: str) -> dict[str, Shown | str]:
 
 
 class Outcomes:
-    """A plugin that keeps which tests passed and which did not."""
+    """A plugin that keeps which tests passed, which did not, and why some were skipped."""
 
     def __init__(self) -> None:
-        self.passed: set[str] = set()
-        self.failed: set[str] = set()
+        self.passed: list[str] = []
+        self.failed: list[str] = []
+        self.skipped: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.failed.add(report.nodeid)
+            self.failed.append(report.nodeid)
+        elif report.skipped and isinstance(report.longrepr, tuple):
+            self.skipped[report.nodeid] = report.longrepr[2].removeprefix("Skipped: ")
         elif report.when == "call" and report.passed:
-            self.passed.add(report.nodeid)
+            self.passed.append(report.nodeid)
 
 
-def table(passed: set[str]) -> str:
+def table(passed: list[str]) -> str:
     """The table of all registered families."""
     names = [NAMES[family.model.__name__] for family in registered()]
     columns = list(row(names[0]))
@@ -181,6 +207,32 @@ def table(passed: set[str]) -> str:
         lines.append(f"| `{name}` | {MODELS[name]} | `{family.model.__name__}` | " + " | ".join(shown) + " |")
     refused = "".join(f"* `{model}`: {reason}.\n" for model, reason in REFUSED.items())
     return "\n".join(lines) + f"\n\nRefused by name, with the reason:\n\n{refused}"
+
+
+def around(column: str, parameter: str, passed: list[str], skipped: dict[str, str]) -> str:
+    """A cell of `AROUND`: the parameter of the test that passed, or why it was skipped."""
+    end = f"test_matrix.py::test_{column}[{parameter}]"
+    if any(each.endswith(end) for each in passed):
+        return f"`[{parameter}]`"
+    reasons = [reason for each, reason in skipped.items() if each.endswith(end)]
+    if not reasons or reasons[0].startswith("could not import"):
+        raise SystemExit(f"{end}: did not run")
+    return reasons[0]
+
+
+def ways_table(passed: list[str], skipped: dict[str, str]) -> str:
+    """What stands around each family, in every way of compressing it that it offers."""
+    lines = []
+    for mode, title in WAYS.items():
+        head = " | ".join(f"`test_{column}`" for column in AROUND)
+        lines += [title, "", f"| family | {head} |", "|" + " --- |" * (len(AROUND) + 1)]
+        for family in registered():
+            name = NAMES[family.model.__name__]
+            if mode == "pool" or mode in family.merges:
+                shown = " | ".join(around(column, f"{name}-{mode}", passed, skipped) for column in AROUND)
+                lines.append(f"| `{name}` | {shown} |")
+        lines.append("")
+    return "\n".join(lines)
 
 
 def recommended_table() -> str:
@@ -203,13 +255,30 @@ def recommended_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def outcomes_of(name: str, commit: str) -> Outcomes:
+    """What the tests of a file showed, at this commit."""
+    kept, outcomes = KEPT / f"{name}.json", Outcomes()
+    if kept.exists() and (found := json.loads(kept.read_text()))["commit"] == commit:
+        outcomes.passed, outcomes.failed, outcomes.skipped = found["passed"], found["failed"], found["skipped"]
+        return outcomes
+    pytest.main(["-q", "-n0", "-p", "no:cacheprovider", str(HERE / f"test_{name}.py")], [outcomes])
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps({"commit": commit, **vars(outcomes)}, indent=1))
+    return outcomes
+
+
 def main() -> None:
-    outcomes = Outcomes()
-    pytest.main(["-q", "-p", "no:cacheprovider", *(str(HERE / f"test_{name}.py") for name in FILES)], [outcomes])
-    if outcomes.failed:
-        raise SystemExit(f"{len(outcomes.failed)} tests failed")
+    git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
+    commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
+    every = [outcomes_of(name, commit) for name in FILES]
+    failed = [each for outcomes in every for each in outcomes.failed]
+    if failed:
+        raise SystemExit("\n".join([f"{len(failed)} tests failed", *failed]))
+    passed = [each for outcomes in every for each in outcomes.passed]
+    skipped = {each: reason for outcomes in every for each, reason in outcomes.skipped.items()}
     before, _, _ = PAGE.read_text().partition(MARK)
-    PAGE.write_text(f"{before}{MARK}\n\n{table(outcomes.passed)}\n{RECOMMENDED}\n\n{recommended_table()}")
+    shown = f"{table(passed)}\n{AROUND_HEAD}\n\n{ways_table(passed, skipped)}"
+    PAGE.write_text(f"{before}{MARK}\n\n{shown}\n{RECOMMENDED}\n\n{recommended_table()}")
 
 
 if __name__ == "__main__":

@@ -96,6 +96,38 @@ def test_merged_hidden_states_of_a_stable_diffusion_3_controlnet():
         torch.testing.assert_close(seen["output"][1], attn.to_add_out(out[:, 18:]), **CLOSE)
 
 
+class Decided(LGTMConfig):
+    """L-GTM of tokens that have nothing to do with the model's, so that rounding decides nothing."""
+
+    def plan(self, x, grid, ratio, timestep=None):
+        return super().plan(noise(x.shape[0], x.shape[1], 8), grid, ratio, timestep)
+
+
+@pytest.mark.parametrize("config", [IEKVDConfig(), Decided(modules=("attn1", "ff"), proportional=True)])
+@pytest.mark.parametrize("name", ["unet_controlnet", *CONTROLNETS])
+def test_bfloat16_of_controlnets(name, config):
+    if name == "unet_controlnet":
+        model, inputs = tiny_controlnet(), unet_inputs()
+        inputs |= picture(inputs)
+    else:
+        model, inputs = build(name), case_of(name).inputs(2, (1, 6, 6))
+    apply_token_compression(model, config)
+
+    def blocks():
+        with torch.no_grad():
+            return torch.cat([each.flatten() for each in model(**inputs, return_dict=False)[0]])
+
+    wanted = blocks()
+    model.bfloat16()
+    for key, value in inputs.items():
+        # Positions stay in float32, as pipelines make them.
+        if torch.is_tensor(value) and value.is_floating_point() and "ids" not in key:
+            inputs[key] = value.bfloat16()
+    found = blocks()
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - wanted).abs().mean() < 0.04 * wanted.abs().mean()
+
+
 def test_a_union_has_its_mode_in_front_of_the_text(monkeypatch):
     torch.manual_seed(0)
     config = {**CONTROLNETS["flux_controlnet"].config, "num_mode": 3}
