@@ -28,12 +28,14 @@ class ImageFolder:
         root: the folder.
         paths, names: of each image, its file and its class.
         classes: all class names of the folder, sorted; also those of which `limit` left no image.
+        left_out: in a line each, what lies there and is no image, counted.
     """
 
     root: Path
     paths: tuple[Path, ...]
     names: tuple[str, ...]
     classes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -78,8 +80,12 @@ def find_images(root: Path, limit: int | None = None) -> ImageFolder:
         raise FileNotFoundError(f"images: got {root}, expected a folder with one subfolder for each class")
     paths: list[Path] = []
     classes = []
+    hidden = others = 0
     for folder in filter(_is_folder, _visible(root)):
-        found = [path for path in _visible(folder) if path.suffix.lower() in (*IMAGE_SUFFIXES, *_OTHER_SUFFIXES)]
+        visible = _visible(folder)
+        hidden += len(os.listdir(folder)) - len(visible)
+        found = [path for path in visible if path.suffix.lower() in (*IMAGE_SUFFIXES, *_OTHER_SUFFIXES)]
+        others += len(visible) - len(found)
         if not found:
             raise FileNotFoundError(
                 f"images: got {folder}, expected {'/'.join(IMAGE_SUFFIXES)} files in a class folder"
@@ -89,7 +95,10 @@ def find_images(root: Path, limit: int | None = None) -> ImageFolder:
     if not paths:
         raise FileNotFoundError(f"images: got {root}, expected {'/'.join(IMAGE_SUFFIXES)} files in class subfolders")
     chosen = sorted(paths, key=lambda path: _rank(path, root))[:limit]
-    return ImageFolder(root, tuple(chosen), tuple(path.parent.name for path in chosen), tuple(classes))
+    names = tuple(path.parent.name for path in chosen)
+    counted = {"hidden and system files": hidden, "files that are no images": others}
+    left_out = tuple(f"{count} {what}" for what, count in counted.items() if count)
+    return ImageFolder(root, tuple(chosen), names, tuple(classes), left_out)
 
 
 def load_images(paths: Sequence[Path], shape: tuple[int, int, int]) -> torch.Tensor:

@@ -114,19 +114,44 @@ def _opaque(image: Any) -> Any:
     return image.convert("L" if image.mode in ("1", "L") else "RGB")
 
 
-def read_image(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """An image as `shape` float32 in [-1, 1], upright, cropped to the centre and resized (bicubic).
+def fit(image: Any, width: int, height: int) -> Any:
+    """The largest centred part of the shape, resized (bicubic); its edges may lie between pixels."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+
+
+def paper(image: Any, width: int, height: int) -> Any:
+    """As published: the shorter side is resized (bicubic) to the model's, and the centre cropped on whole pixels.
+
+    The longer side is rounded down, and half a pixel of the crop to even, as torchvision does.
+    """
+    from PIL import Image
+
+    w, h = image.size
+    short = min(w, h)
+    resized = image.resize((w * width // short, h * height // short), Image.Resampling.BICUBIC)
+    left, top = round((resized.width - width) / 2), round((resized.height - height) / 2)
+    return resized.crop((left, top, left + width, top + height))
+
+
+TRANSFORMS = {"fit": fit, "paper": paper}
+
+
+def read_image(path: Path, shape: tuple[int, int, int], transform: str = "fit") -> torch.Tensor:
+    """An image as `shape` float32 in [-1, 1], upright.
 
     16 bits are read as 8, transparency as white, an animation as its first frame; colour profiles are not applied.
 
     Args:
         path: a PNG, JPEG, WebP, BMP or GIF file, whatever its suffix.
         shape: (channels, height, width); 1 channel makes it gray.
+        transform: one of `TRANSFORMS`, how it is brought to that height and width.
 
     Raises:
         DamagedImage: the file is damaged, of another format, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     channels, height, width = shape
     _check_file(path)
@@ -139,7 +164,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
                 image = _opaque(opened).convert("L" if channels == 1 else "RGB")
         if turn is not None:
             image = image.transpose(Image.Transpose[turn])
-        fitted = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
+        fitted = TRANSFORMS[transform](image, width, height)
     except UnidentifiedImageError as error:
         raise DamagedImage(path, "none of these") from error
     except _unreadable() as error:
