@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, apply_token_compression
+from bigain_kernels.evaluation.harness.flops import counter
 from bigain_kernels.timing import summary
 
 from . import harness, machine
@@ -66,16 +66,6 @@ METHODS: dict[str, Patch] = {
     "lgtm_0.7": _ours(LGTMConfig(ratio=0.7)),
     "iekvd_2": _ours(IEKVDConfig(factor=2, alpha=0.9)),
 }
-
-
-def _attention_on_cpu(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    return sdpa_flop_count(q, k, v)
-
-
-def counter() -> FlopCounterMode:
-    """Of torch, with the one attention that it has no formula for, that of its flash kernel on the CPU."""
-    own = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_on_cpu}
-    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 def once(name: str, dtype: str, method: str, seconds: float, at_least: int = 3) -> dict[str, Any]:

@@ -22,6 +22,7 @@ try:
     from .env import env
     from .generate import generate
     from .method_options import with_method_options
+    from .reproduce import reproduce
     from .train_tiny import train_tiny
     from .tune import tune
 except ModuleNotFoundError as missing:
@@ -45,7 +46,15 @@ def make_app() -> typer.Typer:
         add_completion=False,
         rich_markup_mode="rich",
     )
-    for command in (demo, with_method_options(classify), with_method_options(generate), train_tiny, env, tune):
+    for command in (
+        demo,
+        with_method_options(classify),
+        with_method_options(generate),
+        reproduce,
+        train_tiny,
+        env,
+        tune,
+    ):
         app.command(command.__name__.replace("_", "-"))(command)
     return app
 

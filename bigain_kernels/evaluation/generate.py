@@ -1,7 +1,8 @@
-"""Generation with classifier-free guidance, by DDIM, from any `Denoiser`; and the picture of a set of samples."""
+"""Generation with classifier-free guidance from any `Denoiser`; and the picture of a set of samples."""
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 
 from .compression import compressed, with_shared_plan
 from .denoisers import Denoiser, prediction_type
@@ -22,16 +22,19 @@ class GenerateConfig:
     """Settings of generation.
 
     Attributes:
-        steps: DDIM steps.
+        steps: of the scheduler.
         guidance: uncond + guidance * (cond - uncond); 1 needs no unconditional pass.
         seed: of the starting noise; sample i starts from the noise of (seed, i), whatever the batch.
         batch_size: samples made together. With guidance a forward pass has twice as many rows.
+        scheduler: a class of diffusers that takes the noise schedule of the model. What it draws on the way is drawn
+            for (seed, i) too.
     """
 
     steps: int = 20
     guidance: float = 1.5
     seed: int = 0
     batch_size: int = 100
+    scheduler: str = "DDIMScheduler"
 
     def __post_init__(self) -> None:
         most = {"steps": 10**6, "guidance": 1e4, "seed": 2**63 - 1, "batch_size": 10**6}
@@ -42,31 +45,48 @@ class GenerateConfig:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected at most {most[name]:g}")
 
 
-def _ddim(denoiser: Denoiser, steps: int) -> DDIMScheduler:
+def sampler(denoiser: Denoiser, name: str, steps: int) -> Any:
+    """A scheduler of diffusers by name, with the noise schedule of the model and its timesteps set.
+
+    Raises:
+        ValueError: there is none of that name, or it needs another kind of model.
+    """
+    import diffusers
+
     prediction_type(denoiser.scheduler)
+    cls: Any = getattr(diffusers, name, None)
+    if diffusers.SchedulerMixin not in getattr(cls, "__mro__", ()):
+        raise ValueError(f"scheduler: got {name!r}, expected a scheduler of diffusers such as DDIMScheduler")
     # Clipping is for models of pixels in [-1, 1] whose own scheduler asks for it; DDIM's default would add it to all.
     clip = bool(denoiser.scheduler.config.get("clip_sample", False))
-    scheduler = DDIMScheduler.from_config(denoiser.scheduler.config, clip_sample=clip)
+    scheduler = cls.from_config(denoiser.scheduler.config, clip_sample=clip)
+    prediction_type(scheduler)
     scheduler.set_timesteps(steps)
     return scheduler
 
 
 @torch.no_grad()
 def _generate_batch(
-    denoiser: Denoiser, labels: torch.Tensor, noise: torch.Tensor, config: GenerateConfig
+    denoiser: Denoiser, labels: torch.Tensor, indices: Sequence[int], config: GenerateConfig
 ) -> torch.Tensor:
-    scheduler = _ddim(denoiser, config.steps)
+    noise = seeded_noise([(config.seed, i) for i in indices], denoiser.sample_shape).to(labels.device)
+    scheduler = sampler(denoiser, config.scheduler, config.steps)
+    drawn = {}
+    if "generator" in inspect.signature(scheduler.step).parameters:
+        keys = [np.random.SeedSequence((config.seed, i, 1)).generate_state(1, np.uint64)[0] >> 1 for i in indices]
+        drawn = {"generator": [torch.Generator().manual_seed(int(key)) for key in keys]}
     x = noise * scheduler.init_noise_sigma
     guided = config.guidance != 1.0
     # [uncond, cond]: row b and row n + b are the pair of sample b, the order in which they may share a plan.
     both = torch.cat([torch.full_like(labels, denoiser.num_classes), labels]) if guided else labels
-    for step in scheduler.timesteps.tolist():
-        rows = torch.cat([x, x]) if guided else x
-        predicted = denoiser(rows, torch.full((rows.shape[0],), step, device=x.device), both)
+    for step in scheduler.timesteps:
+        scaled = scheduler.scale_model_input(x, step)
+        rows = torch.cat([scaled, scaled]) if guided else scaled
+        predicted = denoiser(rows, torch.full((rows.shape[0],), step.item(), device=x.device), both)
         if guided:
             uncond, cond = predicted.chunk(2)
             predicted = uncond + config.guidance * (cond - uncond)
-        x = scheduler.step(predicted, step, x).prev_sample
+        x = scheduler.step(predicted, step, x, **drawn).prev_sample
     # Once for a batch: what is infinite or NaN at any step stays so to the last.
     wrong = (~x.isfinite()).flatten(1).any(dim=1)
     if bool(wrong.any()):
@@ -88,7 +108,9 @@ def generate(
     indices: Sequence[int] | None = None,
     record: Callable[[torch.Tensor], None] | None = None,
 ) -> torch.Tensor:
-    """Sample one image for each label by deterministic DDIM (Song et al., 2021) with classifier-free guidance.
+    """Sample one image for each label with classifier-free guidance, by a scheduler of diffusers.
+
+    By default that is deterministic DDIM (Song et al., 2021).
 
     Args:
         denoiser: the model, see `Denoiser`.
@@ -123,8 +145,7 @@ def generate(
     with compressed(denoiser, compression):
         for first in range(0, len(chosen), config.batch_size):
             part = slice(first, first + config.batch_size)
-            noise = seeded_noise([(config.seed, i) for i in chosen[part]], denoiser.sample_shape)
-            batches.append(_generate_batch(denoiser, labels[part], noise.to(labels.device), config))
+            batches.append(_generate_batch(denoiser, labels[part], chosen[part], config))
             if record is not None:
                 record(batches[-1])
     return torch.cat(batches)

@@ -100,3 +100,22 @@ def test_odd_names_of_classes_stand_beside_a_grid(name: str, tmp_path: Path) -> 
     path = tmp_path / "grid.png"
     save_grid(torch.zeros(1, 1, 4, 4), torch.tensor([0]), [name], path, "title")
     assert path.exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "EulerAncestralDiscreteScheduler"]
+)
+def test_any_scheduler_draws_for_the_sample_whatever_the_batch(name: str) -> None:
+    denoiser = PrototypeDenoiser(3)
+    labels = torch.tensor([2, 0, 1])
+    made = generate(denoiser, labels, GenerateConfig(steps=10, guidance=1.0, scheduler=name))
+    cut = generate(denoiser, labels, GenerateConfig(steps=10, guidance=1.0, scheduler=name, batch_size=2))
+    assert torch.equal(made, cut)
+    nearest = torch.cdist(made.flatten(1), denoiser.prototypes[:3].flatten(1)).argmin(dim=1)
+    assert torch.equal(nearest, labels)
+
+
+@pytest.mark.parametrize("name", ["AutoencoderKL", "NoScheduler", "FlowMatchEulerDiscreteScheduler"])
+def test_another_scheduler_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=r"^scheduler: got"):
+        generate(PrototypeDenoiser(3), torch.tensor([0]), GenerateConfig(steps=2, scheduler=name))

@@ -35,7 +35,7 @@ class PrototypeDenoiser:
         return clean if kind == "sample" else alpha.sqrt() * noise - (1 - alpha).sqrt() * clean
 
 
-def save_latent_dit(folder: Path, layers: int = 1) -> None:
+def save_latent_dit(folder: Path, layers: int = 1, classes: int = 3) -> None:
     """A random DiT that learns variances, over a random VAE: the shape of facebook/DiT-XL-2, very small."""
     torch.manual_seed(0)
     transformer = DiTTransformer2DModel(
@@ -46,7 +46,7 @@ def save_latent_dit(folder: Path, layers: int = 1) -> None:
         num_layers=layers,
         sample_size=8,
         patch_size=2,
-        num_embeds_ada_norm=3,
+        num_embeds_ada_norm=classes,
         norm_num_groups=4,
     )
     vae = AutoencoderKL(

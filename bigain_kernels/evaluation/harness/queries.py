@@ -20,7 +20,7 @@ class Outcomes:
     Attributes:
         paths: of the images, sorted.
         labels: true classes of each; several where an image shows several things.
-        ranking: (n, K) int64 labels, likeliest first; what was dropped later stands before what was dropped earlier.
+        ranking: (n, K) int32 labels, likeliest first; what was dropped later stands before what was dropped earlier.
         scores: (n, K) by place, the less the likelier, of the samples that every class was asked about, standardised:
             comparable over classes and over images.
         classes: (K,) label of each place.
@@ -134,7 +134,7 @@ def outcomes(images: Iterable[tuple[str, tuple[int, ...], ImageErrors, float]], 
             raise ValueError(
                 f"rule: got one that asks {standing.question} of {name}, expected one that the rows answer"
             )
-        ranked, common = errors.classes[standing.ranking], errors.common()
+        ranked, common = errors.classes[standing.ranking].astype(np.int32), errors.common()
         score = scores(common if common.samples else errors, "standardised").astype(np.float32)
         found.append((name, labels, ranked, score, int(errors.asked.sum()), seconds, errors.classes))
     if not found:

@@ -62,13 +62,14 @@ class RunFolder:
         path: the folder; made if missing.
         settings: everything that decides the numbers; JSON values.
         shards: how many the work is cut into.
+        name: of the file that a finished shard leaves, from its number.
 
     Raises:
         ValueError: the folder holds a run with other settings.
     """
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], shards: int) -> None:
-        self.path, self.shards = path, shards
+    def __init__(self, path: Path, settings: Mapping[str, Any], shards: int, name: str = "rows/{:06d}.parquet") -> None:
+        self.path, self.shards, self._name = path, shards, name
         self.settings: dict[str, Any] = json.loads(json.dumps(settings))
         path.mkdir(parents=True, exist_ok=True)
         file = path / _SETTINGS
@@ -86,7 +87,12 @@ class RunFolder:
             write_text(file, json.dumps(self.settings, indent=2) + "\n")
 
     def rows_of(self, shard: int) -> Path:
-        return self.path / "rows" / f"{shard:06d}.parquet"
+        """The file that a shard leaves, whole, when it is finished."""
+        return self.path / self._name.format(shard)
+
+    def mark(self, shard: int) -> None:
+        """Say that a shard is finished which leaves other files than rows."""
+        write_text(self.rows_of(shard), "")
 
     def done(self) -> int:
         """Shards that are finished."""

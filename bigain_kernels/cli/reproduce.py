@@ -1,0 +1,50 @@
+"""`bigain reproduce`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import options as opt
+from .text import say
+
+
+def reproduce(
+    config: Annotated[
+        str,
+        typer.Argument(
+            help="A YAML file, or tiny, sd2-pets, sd2-imagenet100, sd2-imagenet1k, sd2-coco or dit-xl2-imagenet100."
+        ),
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for rows, images and the report; gone on with if it has some.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the data set.", show_default=False)] = None,
+    checkpoint: Annotated[str | None, typer.Option(help="In the place of that of the config.")] = None,
+    limit: Annotated[int | None, typer.Option(help="The first images alone, to classify and to draw.")] = None,
+    device: opt.DeviceOption = None,
+    threads: opt.ThreadsOption = None,
+) -> None:
+    """Run an experiment, a table of the paper or one's own, and write its report.
+
+    Start the same command again to go on, and in several processes (torchrun, accelerate launch) or on several machines
+    with the folder between them to share the work. Ctrl-C keeps what is finished, and reports on it.
+    """
+    from ..evaluation.harness.experiment import load_experiment
+    from ..evaluation.harness.processes import member
+    from ..evaluation.harness.report import write_report
+    from ..evaluation.harness.reproduce import Reproduction
+
+    opt.set_threads(threads)
+    given: dict[str, Any] = {"data.root": data, "checkpoint": checkpoint, "data.limit": limit}
+    experiment = load_experiment(config, {name: value for name, value in given.items() if value is not None})
+    chosen, _ = opt.device_and_dtype(device, experiment.dtype)
+    with member(chosen) as self:
+        job = Reproduction(experiment, out or Path(Path(config).stem), self.device)
+        with opt.progress_bar() as bar:
+            task = bar.add_task("starting", total=job.total, completed=job.done())
+            job.run(lambda what, done: bar.update(task, advance=done, description=what), self.rank)
+        if self.rank == 0:
+            say(f"Report: {write_report(job)}")

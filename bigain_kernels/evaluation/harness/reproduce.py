@@ -1,0 +1,269 @@
+"""An experiment from its description to rows and images on disk; `report` says what they mean."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from ...methods import MergeConfig
+from ..checkpoints import SHIPPED, Checkpoint, load_checkpoint
+from ..compression import settings_of
+from ..data import MNIST_SIZE, load_digits, load_mnist
+from ..denoisers import PromptDenoiser
+from ..generate import GenerateConfig
+from ..output import write_text
+from .datasets import READERS, DataSet, imagenet_labels, with_prompts
+from .deciding import digest, machine
+from .drawing import draw_shards
+from .engine import Asking, Engine
+from .experiment import Experiment, Method
+from .latents import CachedLatents
+from .protocols import protocol
+from .rules import Rule, Stages
+from .run import RunFolder, run_shards, shard_slices
+
+_FILE = "experiment.json"
+_POLL = 0.2
+
+
+class Progress(Protocol):
+    """Told how much of all there is to do is done."""
+
+    def __call__(self, what: str, done: int) -> None: ...
+
+
+class DigitImages:
+    """The test digits that the package brings, those of MNIST for a model of images as large."""
+
+    def __init__(self, shape: tuple[int, int, int], limit: int | None) -> None:
+        digits = load_mnist("test") if shape == (1, MNIST_SIZE, MNIST_SIZE) else load_digits("test")
+        if tuple(digits.images.shape[1:]) != shape:
+            raise ValueError(f"data: got digits for a model of {shape} images, expected the shape of the digits")
+        self._images = digits.images[:limit]
+        self.paths = tuple(f"{i:04d}.png" for i in range(len(self._images)))
+        self.labels = tuple((int(label),) for label in digits.labels[:limit])
+        self.classes = tuple(map(str, range(10)))
+        self.captions: dict[str, str] = {}
+
+    def read(self, i: int) -> torch.Tensor:
+        return self._images[i]
+
+
+def slug(text: str) -> str:
+    """A name of a folder from a title."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "method"
+
+
+@dataclass(frozen=True)
+class Part:
+    """One run of an experiment: a method and a seed."""
+
+    method: Method
+    seed: int
+    folder: RunFolder
+
+
+class Reproduction:
+    """The work of an experiment and where it lies.
+
+    Args:
+        experiment: what to do.
+        out: the folder.
+        device: where.
+
+    Raises:
+        ValueError, OSError: something of the experiment that does not fit, named; a folder of another experiment.
+    """
+
+    def __init__(self, experiment: Experiment, out: Path, device: torch.device) -> None:
+        self.experiment, self.out = experiment, out
+        written = json.loads(experiment.model_dump_json())
+        self._claim(written)
+        data = self._data()
+        self.checkpoint = self._load(data, device)
+        self.images, labels = self._bind(data)
+        self.labels = tuple(labels)
+        chosen = experiment.classify
+        classes = len(labels)
+        self.compressions = {
+            (m.title, seed): m.compression(seed)
+            for m in experiment.methods
+            for seed in {*chosen.seeds, *(experiment.generate.seeds if experiment.generate else ())}
+        }
+        base = protocol(chosen.protocol, classes, half_errors=chosen.half_errors)
+        stages: Rule = base.rule
+        if chosen.stages is not None:
+            assert isinstance(base.rule, Stages)
+            stages = Stages(chosen.stages, base.rule.score)
+        stages.check(classes)
+        self.rule, self.timesteps, self.transform = stages, chosen.timesteps or base.timesteps, base.transform
+        self._weights = self.checkpoint.fingerprint()
+        self._everywhere = {
+            "weights": self._weights,
+            "dtype": experiment.dtype,
+            "data": experiment.data.kind,
+            "transform": self.transform,
+            **machine(device),
+        }
+        self.classified = [self._classification(m, seed) for m in experiment.methods for seed in chosen.seeds]
+        self.drawn = self._generation()
+        latents = digest({**self._everywhere, "size": chosen.shard, "paths": list(self.images.paths)})
+        self._latents = CachedLatents(out / "latents" / latents, self.checkpoint)
+
+    def _claim(self, written: dict[str, Any]) -> None:
+        """Keeps experiments apart: the folder is new, empty or that of this one."""
+        file = self.out / _FILE
+        if file.exists():
+            if json.loads(file.read_text(encoding="utf-8")) != written:
+                raise ValueError(f"out: got {self.out} with another experiment, expected another folder or the same")
+        elif self.out.exists() and any(self.out.iterdir()):
+            raise ValueError(f"out: got {self.out} with files in it, expected an empty folder or one of this command")
+        else:
+            write_text(file, json.dumps(written, indent=2) + "\n")
+
+    def _data(self) -> DataSet | None:
+        data = self.experiment.data
+        if data.kind == "digits":
+            return None
+        if data.root is None:
+            raise ValueError(f"data.root: got none, expected the folder of the data set (kind {data.kind})")
+        found = READERS[data.kind](data.root)
+        return found if data.prompts is None else with_prompts(found, data.prompts)
+
+    def _load(self, data: DataSet | None, device: torch.device) -> Checkpoint:
+        source = self.experiment.checkpoint
+        return load_checkpoint(
+            SHIPPED.get(source, source),
+            class_names=() if data is None else data.prompts,
+            template="{}",
+            device=device,
+            dtype=getattr(torch, self.experiment.dtype),
+        )
+
+    def _bind(self, data: DataSet | None) -> tuple[Any, Sequence[int]]:
+        """The images as the model knows them, and its labels of the classes."""
+        limit = self.experiment.data.limit
+        if data is None:
+            digits = DigitImages(self.checkpoint.image_shape, limit)
+            return digits, range(len(digits.classes))
+        if isinstance(self.checkpoint.denoiser, PromptDenoiser) and self.checkpoint.vae is not None:
+            labels: Sequence[int] = range(len(data.classes))
+        elif self.experiment.data.kind == "imagenet" and self.checkpoint.denoiser.num_classes == 1000:
+            assert self.experiment.data.root is not None
+            labels = imagenet_labels(data, self.experiment.data.root)
+        else:
+            labels = [self.checkpoint.label_of(key, "data") for key in data.keys]
+        transform = protocol(self.experiment.classify.protocol, len(labels)).transform
+        return data.first(limit).bound(labels, self.checkpoint.image_shape, transform), labels
+
+    def asking(self, method: Method, seed: int) -> Asking:
+        chosen = self.experiment.classify
+        merges = isinstance(self.compressions[method.title, seed], MergeConfig)
+        base = protocol(chosen.protocol, len(self.labels), merges=merges, half_errors=chosen.half_errors)
+        return Asking(
+            self.rule,
+            self.timesteps,
+            seed,
+            chosen.batch_size,
+            self.labels,
+            method.plans or base.plans,
+            base.half_errors,
+        )
+
+    def _classification(self, method: Method, seed: int) -> Part:
+        chosen, asking = self.experiment.classify, self.asking(method, seed)
+        settings = {
+            **self._everywhere,
+            "classes": list(self.labels),
+            "compression": settings_of(self.compressions[method.title, seed]),
+            "rule": {"kind": type(self.rule).__name__, **asdict(self.rule)},  # type: ignore[call-overload]
+            "timesteps": list(self.timesteps),
+            "seed": seed,
+            "plans": asking.plans,
+            "half_errors": asking.half_errors,
+            "batch_size": chosen.batch_size,
+            "shard": chosen.shard,
+        }
+        shards = len(shard_slices(len(self.images.paths), chosen.shard))
+        return Part(method, seed, RunFolder(self.out / "classify" / f"{slug(method.title)}-{seed}", settings, shards))
+
+    def _generation(self) -> list[Part]:
+        chosen = self.experiment.generate
+        if chosen is None:
+            return []
+        found = []
+        for method in self.experiment.methods:
+            for seed in chosen.seeds:
+                settings = {
+                    **self._everywhere,
+                    "compression": settings_of(self.compressions[method.title, seed]),
+                    **chosen.model_dump(exclude={"seeds", "limit"}),
+                    "seed": seed,
+                    "prompts": digest({"labels": self.draws()[1]}),
+                }
+                shards = len(shard_slices(len(self.draws()[0]), chosen.batch_size))
+                folder = self.out / "generate" / f"{slug(method.title)}-{seed}"
+                found.append(Part(method, seed, RunFolder(folder, settings, shards, "done/{:06d}")))
+        return found
+
+    def draws(self) -> tuple[tuple[str, ...], list[int]]:
+        """Paths of the drawings and the model's label of each: the first of the image's classes."""
+        limit = self.experiment.generate.limit if self.experiment.generate else 0
+        return self.images.paths[:limit], [labels[0] for labels in self.images.labels[:limit]]
+
+    @property
+    def total(self) -> int:
+        """Images to classify and to draw, over all methods and seeds."""
+        return len(self.images.paths) * len(self.classified) + len(self.draws()[0]) * len(self.drawn)
+
+    def done(self) -> int:
+        """How many of `total` lie there finished."""
+        found = 0
+        for parts, size, images in (
+            (self.classified, self.experiment.classify.shard, len(self.images.paths)),
+            (self.drawn, self.experiment.generate.batch_size if self.experiment.generate else 1, len(self.draws()[0])),
+        ):
+            slices = shard_slices(images, size)
+            for part in parts:
+                found += sum(s.stop - s.start for i, s in enumerate(slices) if part.folder.rows_of(i).exists())
+        return found
+
+    def run(self, progress: Progress = lambda what, done: None, rank: int = 0) -> None:
+        """Do what is left of all runs, together with whoever else is at it; comes back when all is done."""
+        for part in self.classified:
+            if part.folder.done() == part.folder.shards:
+                continue
+            title = f"classifying: {part.method.title}"
+            asking = self.asking(part.method, part.seed)
+            with Engine(self.checkpoint.denoiser, asking, self.compressions[part.method.title, part.seed]) as engine:
+                run_shards(
+                    part.folder,
+                    self.images,
+                    engine,
+                    self._latents.encode,
+                    self.experiment.classify.shard,
+                    rank=rank,
+                    record=lambda count, rows, title=title: progress(title, count),  # type: ignore[misc]
+                )
+        chosen = self.experiment.generate
+        for part in self.drawn:
+            assert chosen is not None
+            paths, labels = self.draws()
+            title = f"drawing: {part.method.title}"
+            config = GenerateConfig(chosen.steps, chosen.guidance, part.seed, chosen.batch_size, chosen.scheduler)
+            draw_shards(
+                part.folder,
+                paths,
+                labels,
+                self.checkpoint,
+                config,
+                self.compressions[part.method.title, part.seed],
+                rank=rank,
+                record=lambda count, title=title: progress(title, count),  # type: ignore[misc]
+            )

@@ -1,0 +1,193 @@
+"""Whole experiments on the shipped model and on random pipelines: killed, shared, and through every preset."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from bigain_kernels.cli.main import main
+from bigain_kernels.evaluation.harness.experiment import load_experiment, presets
+from bigain_kernels.evaluation.harness.report import write_report
+from bigain_kernels.evaluation.harness.reproduce import Reproduction
+
+from ...compat.test_clients import folder_of_a_pipeline
+from ..toys import save_latent_dit
+from . import trees
+from .test_run import contents
+
+SMALL = {
+    "name": "small",
+    "checkpoint": "tiny-dit",
+    "data": {"kind": "digits", "limit": 10},
+    "classify": {"protocol": "ours", "stages": [[1, 3], [2, 1]], "shard": 4},
+    "generate": {"steps": 2, "guidance": 1.5, "limit": 6, "batch_size": 3},
+    "methods": [{"title": "none"}, {"title": "L-GTM", "method": "lgtm", "options": {"ratio": 0.5}}],
+}
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("config") / "small.yaml"
+    path.write_text(yaml.safe_dump(SMALL))
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory) -> Path:
+    """One process, never interrupted."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    threads = torch.get_num_threads()
+    assert main(["reproduce", str(config), "--out", str(out), "--threads", "1"]) == 0
+    torch.set_num_threads(threads)
+    return out
+
+
+def numbers(out: Path) -> dict[str, Any]:
+    """All that decides a report, to the bit: rows, drawings, and numbers without times."""
+    found: dict[str, Any] = {run.name: contents(run) for run in sorted((out / "classify").iterdir())}
+    for image in sorted(out.glob("generate/*/images/*")):
+        found[str(image.relative_to(out))] = image.read_bytes()
+    written = json.loads((out / "numbers.json").read_text())
+    for points in written["Classification"].values():
+        del points["ms"]
+    return {**found, "numbers": written}
+
+
+def test_a_report_has_what_is_promised(whole) -> None:
+    text, page = (whole / "report.md").read_text(), (whole / "report.html").read_text()
+    for expected in ("| L-GTM |", "minus none", "Holm", "## Not run", "## Settings", "bigain_kernels:", "weights:"):
+        assert expected in text
+    assert "<td>L-GTM</td>" in page
+    assert {path.name for path in whole.glob("*.png")} == {
+        f"{what}-{cost}.png" for what in ("accuracy", "kid") for cost in ("ms", "gflop")
+    }
+    found = json.loads((whole / "numbers.json").read_text())
+    assert found["Classification"]["L-GTM"]["GFLOP"] < found["Classification"]["none"]["GFLOP"]
+    assert found["Not run"] == []
+    assert len(list(whole.glob("generate/none-0/images/*.png"))) == 6
+    assert (whole / "per_class.csv").read_text().startswith("method,class,accuracy")
+
+
+def test_an_interrupted_experiment_goes_on_to_the_same_numbers(config, whole, tmp_path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    seen: list[int] = []
+
+    def stop(what: str, done: int) -> None:
+        seen.append(done)
+        if len(seen) in (2, 4):
+            raise KeyboardInterrupt
+
+    for _ in range(2):
+        job = Reproduction(load_experiment(str(config)), tmp_path, torch.device("cpu"))
+        with pytest.raises(KeyboardInterrupt):
+            job.run(stop)
+    assert job.done() == 10 + 4 < job.total
+    assert "shards are left" in write_report(job).read_text()
+    job.run(stop)
+    assert job.done() == job.total == 2 * 10 + 2 * 6
+    write_report(job)
+    torch.set_num_threads(threads)
+    assert numbers(tmp_path) == numbers(whole)
+
+
+def _start(rank: int, port: int, config: Path, out: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {
+        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
+        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+    }
+    command = [sys.executable, "-m", "bigain_kernels.cli.main", "reproduce", str(config), "--out", str(out)]
+    return subprocess.Popen([*command, "--threads", "1", "--device", "cpu"], env=environment, stderr=subprocess.PIPE)
+
+
+@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_two_processes_have_the_numbers_of_one(config, whole, tmp_path, killed: bool) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = tmp_path / "out"
+    # Each finds a folder that the other has begun.
+    Reproduction(load_experiment(str(config)), out, torch.device("cpu"))
+    workers = [_start(rank, port, config, out) for rank in range(2)]
+    try:
+        if killed:
+            deadline = time.monotonic() + 200
+            while not list(out.glob("classify/*/rows/*.parquet")) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            workers[1].send_signal(signal.SIGKILL)
+        _, error = workers[0].communicate(timeout=240)
+        assert workers[0].returncode == 0, error.decode()[-2000:]
+        if not killed:
+            assert workers[1].wait(timeout=120) == 0
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.communicate()
+    assert numbers(out) == numbers(whole)
+
+
+def test_another_experiment_is_refused(config, whole, tmp_path, capsys) -> None:
+    other = tmp_path / "small.yaml"
+    other.write_text(yaml.safe_dump(SMALL | {"dtype": "bfloat16"}))
+    assert main(["reproduce", str(other), "--out", str(whole)]) == 2
+    assert "with another experiment" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("x")
+    assert main(["reproduce", str(config), "--out", str(tmp_path / "mine")]) == 2
+    assert "with files in it" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def pipelines(tmp_path_factory) -> dict[str, Path]:
+    """Random ones, of the kinds that the presets ask for."""
+    root = tmp_path_factory.mktemp("pipelines")
+    folder_of_a_pipeline(root / "sd")
+    save_latent_dit(root / "dit", layers=12, classes=1000)
+    return {"sd": root / "sd", "dit": root / "dit"}
+
+
+def _tree(preset: str, root: Path) -> Path:
+    if "imagenet" not in preset:
+        return trees.pets(root) if "pets" in preset else trees.coco(root)
+    wnids = {f"n{10 * i:08d}": f"name {i}" for i in range(1000)}
+    trees.imagenet(root, {wnid: wnids[wnid] for wnid in list(wnids)[5::400]})
+    (root / "LOC_synset_mapping.txt").write_text("\n".join(f"{w} {n}" for w, n in wnids.items()))
+    return root
+
+
+# Those that differ in more than data and methods; make test-slow has the others.
+_AT_ONCE = ("dit-xl2-imagenet100", "sd2-coco")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in _AT_ONCE else pytest.mark.slow) for name in presets() if name != "tiny"],
+)
+def test_random_pipelines_go_through_every_preset(name: str, pipelines, tmp_path) -> None:
+    changes = {
+        "data.root": str(_tree(name, tmp_path / "data")),
+        "checkpoint": str(pipelines[name.split("-")[0].rstrip("2")]),
+        **{"data.limit": 2, "generate.steps": 2, "generate.limit": 1, "dtype": "float32"},
+    }
+    job = Reproduction(load_experiment(name, changes), tmp_path / "out", torch.device("cpu"))
+    job.run()
+    text = write_report(job).read_text()
+    assert job.rule.stages == ((5, 3), (20, 1))  # of three classes no more stay
+    for method in job.experiment.methods:
+        assert f"| {method.title} |" in text
+        for value in method.paper.values():
+            assert f"| {value:.2f} |" in text
+    assert ("mAP" in text) == (name == "sd2-coco")
+    # Encoded once for all methods.
+    assert len(list((tmp_path / "out" / "latents").rglob("*.safetensors"))) == 1
