@@ -64,7 +64,7 @@ def generate(
         with_shared_plan(compression, 2)
     if not 1 <= images <= _MOST_IMAGES:
         raise ValueError(f"images: got {images}, expected 1 to {_MOST_IMAGES}")
-    batch = {} if batch_size is None else {"batch_size": batch_size}
+    batch: dict[str, Any] = {} if batch_size is None else {"batch_size": batch_size}
     config = GenerateConfig(steps=steps, guidance=guidance, seed=seed, **batch)
     chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
     with OutputFolder(out, _NAMES, again=overwrite) as output:

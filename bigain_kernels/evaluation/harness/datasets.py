@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -143,7 +142,9 @@ def imagenet_labels(data: DataSet, root: Path) -> list[int]:
 def oxford_pets(root: Path) -> DataSet:
     """Oxford-IIIT Pets: `images/<Breed>_<n>.jpg` and the test split of `annotations/test.txt`."""
     listing = _expect(root / "annotations" / "test.txt", "the test split of Oxford-IIIT Pets")
-    paths, labels, breeds = [], [], {}
+    paths: list[str] = []
+    labels: list[int] = []
+    breeds: dict[int, str] = {}
     for number, line in enumerate(listing.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip() or line.startswith("#"):
             continue
@@ -233,14 +234,3 @@ READERS: dict[str, Callable[[Path], DataSet]] = {
     "pets": oxford_pets,
     "coco": coco,
 }
-
-
-def describe(data: DataSet) -> dict[str, Any]:
-    """In numbers, for a report."""
-    several = sum(len(labels) > 1 for labels in data.labels)
-    return {
-        "images": len(data.paths),
-        "classes": len(data.classes),
-        "several labels": several,
-        "left out": list(data.left_out),
-    }

@@ -119,7 +119,7 @@ class Experiment(_Strict):
     checkpoint: str
     data: Data
     methods: tuple[Method, ...] = Field(min_length=1)
-    classify: Classification = Classification()
+    classify: Classification = Field(default_factory=lambda: Classification.model_validate({}))
     generate: Generation | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     notes: tuple[str, ...] = ()
