@@ -137,7 +137,8 @@ def shards_of(folders: Sequence[Path]) -> list[Path]:
     Raises:
         ValueError: settings differ; the message says what in.
     """
-    found = sorted(path for folder in folders for path in folder.glob("rows/*.parquet"))
+    # A process that was killed while it wrote leaves a hidden file.
+    found = sorted(path for folder in folders for path in folder.glob("rows/[!.]*.parquet"))
     if not found:
         raise ValueError(f"rows: got {', '.join(map(str, folders))} without any, expected folders of runs")
     first = read_settings(found[0])

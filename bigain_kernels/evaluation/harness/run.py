@@ -142,7 +142,7 @@ class RunFolder:
     def damaged(self) -> list[tuple[str, str]]:
         """Path and reason of every image that was left out."""
         found = []
-        for file in sorted((self.path / _DAMAGED).glob("*.json")):
+        for file in sorted((self.path / _DAMAGED).glob("[!.]*.json")):
             found += [(each["path"], each["reason"]) for each in json.loads(file.read_text(encoding="utf-8"))]
         return found
 

@@ -56,7 +56,7 @@ def whole(config, tmp_path_factory) -> Path:
 def numbers(out: Path) -> dict[str, Any]:
     """All that decides a report, to the bit: rows, drawings, and numbers without times."""
     found: dict[str, Any] = {run.name: contents(run) for run in sorted((out / "classify").iterdir())}
-    for image in sorted(out.glob("generate/*/images/*")):
+    for image in sorted(out.glob("generate/*/images/[!.]*")):
         found[str(image.relative_to(out))] = image.read_bytes()
     written = json.loads((out / "numbers.json").read_text())
     for points in written["Classification"].values():

@@ -94,6 +94,8 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_rows(tmp_path) -> None:
         run(tmp_path / "cut", stop_after=2)
     assert len(shards_of([tmp_path / "cut"])) == 2
     before = {path: path.stat().st_mtime_ns for path in shards_of([tmp_path / "cut"])}
+    # What a kill in the middle of writing leaves.
+    (tmp_path / "cut" / "rows" / ".123-000002.parquet").write_bytes(b"PAR1")
     run(tmp_path / "cut")
     assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
     assert all(path.stat().st_mtime_ns == at for path, at in before.items())
