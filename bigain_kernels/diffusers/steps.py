@@ -105,7 +105,9 @@ class Merging(Step):
         if mask is None and processor.attends_natively():
             if needs_derivative(query, key, value):  # the op's would attend twice
                 q, k, v = (x.to(value.dtype).transpose(1, 2) for x in (query, key, value))
-                return attend_with_bias(q, k, v, self._weights(key)).transpose(1, 2)
+                # Autocast would round the weights to the 16 bits of the queries.
+                with torch.autocast(q.device.type, enabled=False):
+                    return attend_with_bias(q, k, v, self._weights(key)).transpose(1, 2)
             return attend_by_op(query, key, value, (1, key.shape[1]), 1, 1.0, key_bias=self._weights(key))
         weights = self._weights(key).to(query.dtype)
         weights = weights.repeat(query.shape[0] // weights.shape[0], 1)[:, None, None]

@@ -6,12 +6,13 @@ By alpha the derivative is what is blended: the nearest token less the average.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import _C, Tensor
 
 from ..backends.compositions import kv_downsample_attention
 from ..declaration import Gradient
@@ -138,9 +139,25 @@ def _attention_backward(
 
     names = sorted(needs)
     values = [given[name] for name in names]
-    pulled: Any = torch.func.vjp(again, *values)
-    out, pull = pulled
-    return dict(zip(names, pull(gradient.to(out.dtype)), strict=True))
+    with _no_hooks():
+        pulled: Any = torch.func.vjp(again, *values)
+        out, pull = pulled
+        return dict(zip(names, pull(gradient.to(out.dtype)), strict=True))
+
+
+@contextmanager
+def _no_hooks() -> Iterator[None]:
+    """Without the hooks on saved tensors that are in force, such as those of offloading: torch.func refuses them, and
+    what is saved in here is gone when the backward pass of the op is."""
+    hooks = []
+    while (top := _C._autograd._top_saved_tensors_default_hooks(True)) is not None:
+        hooks.append(top)
+        _C._autograd._pop_saved_tensors_default_hooks()
+    try:
+        yield
+    finally:
+        for pack, unpack in reversed(hooks):
+            _C._autograd._push_saved_tensors_default_hooks(pack, unpack)
 
 
 POOL = Gradient(_pool_backward, lambda needs, *_: set() if "row_alpha" in needs else {"xs"})

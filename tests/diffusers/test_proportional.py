@@ -98,6 +98,18 @@ def test_half_precision(build, inputs, dtype):
     assert (output.float() - full).abs().mean() < 0.1 * full.abs().mean()
 
 
+@pytest.mark.parametrize(("build", "inputs"), MODELS)
+def test_autocast_rounds_no_weights_where_gradients_are_recorded(build, inputs):
+    model, call = build(), inputs()
+    apply_token_compression(model, LGTMConfig(ratio=0.7, proportional=True))
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = run(model, call)
+        with torch.enable_grad():
+            found = model(**call).sample
+    assert found.requires_grad
+    assert torch.equal(found, wanted)
+
+
 def test_report_says_so():
     model = tiny_dit()
     assert {row.path for row in apply_token_compression(model, LGTMConfig()).rows} == {"merge tokens"}

@@ -195,3 +195,22 @@ def test_compiled_backward_is_the_eager_one(name):
     found = torch.autograd.grad(loss(compiled(*inputs)), inputs)
     for one, other in zip(found, grads(name, inputs), strict=True):
         torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_under_hooks_on_saved_tensors(name):
+    """Those of offloading and checkpointing, in force in both passes: the same bits, and the hooks stay in force."""
+    function, *inputs = CASES[name]
+    inputs = [x.clone().requires_grad_() for x in inputs]
+    packed = []
+
+    def gradients():
+        return torch.autograd.grad(sum(y.square().sum() for y in tree_leaves(function(*inputs))), inputs)
+
+    wanted = gradients()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: packed.append(x) or x.clone(), lambda x: x):
+        found = gradients()
+        before = len(packed)
+        inputs[0].square()
+        assert len(packed) > before > 0
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
