@@ -82,7 +82,9 @@ def _generate_batch(
     for step in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, step)
         rows = torch.cat([scaled, scaled]) if guided else scaled
-        predicted = denoiser(rows, torch.full((rows.shape[0],), step.item(), device=x.device), both)
+        # Some schedulers count in floats; denoisers take whole timesteps as integers.
+        t = int(step) if float(step).is_integer() else float(step)
+        predicted = denoiser(rows, torch.full((rows.shape[0],), t, device=x.device), both)
         if guided:
             uncond, cond = predicted.chunk(2)
             predicted = uncond + config.guidance * (cond - uncond)
