@@ -23,10 +23,10 @@ from .ops import (
     token_unmerge,
 )
 from .plan import MergePlan
-from .warming import WarmedUp, warm_up
 
 if TYPE_CHECKING:
     from .methods import abm_plan, alpha_schedule, lgtm_plan, sito_plan, tome_plan
+    from .warming import WarmedUp, warm_up
 
 __version__ = "0.1.0"
 
@@ -54,17 +54,21 @@ __all__ = [
     "warm_up",
 ]
 
-# Imported when they are asked for: with their configs they would take as long to import as all the rest.
-_METHODS = ("abm_plan", "alpha_schedule", "lgtm_plan", "sito_plan", "tome_plan")
+# Imported when they are asked for: the methods with their configs would take as long to import as all the rest.
+_LATER = {
+    **dict.fromkeys(("abm_plan", "alpha_schedule", "lgtm_plan", "sito_plan", "tome_plan"), "methods"),
+    **dict.fromkeys(("WarmedUp", "warm_up"), "warming"),
+}
 
 
 def __getattr__(name: str) -> Any:
-    if name not in ("methods", *_METHODS):
+    if name == "methods":
+        return import_module(f"{__name__}.methods")
+    if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    methods = import_module(f"{__name__}.methods")
-    globals().update({each: getattr(methods, each) for each in _METHODS})
-    return globals()[name]
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_LATER[name]}"), name)
+    return value
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), "methods", *_METHODS})
+    return sorted({*globals(), "methods", *_LATER})

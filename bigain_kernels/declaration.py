@@ -9,8 +9,6 @@ registrations, and how the arguments of a public function become those of the op
 * launchers of kernels take the public arguments, but the tables in the place of a plan.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,10 +38,14 @@ class Argument(NamedTuple):
     tables: str = ""
 
 
+def _alone(value: Any) -> tuple[Any]:
+    return (value,)
+
+
 def _as_it_is(name: str, kind: str, *default: float | None) -> Argument:
     """One flat argument. An option that an op gets later has a default, for programs that were exported before."""
     parameter = f"{kind} {name}" + "".join(f"={value}" for value in default)
-    return Argument((name,), (parameter,), name, lambda value: (value,))
+    return Argument((name,), (parameter,), name, _alone)
 
 
 def tensor(name: str) -> Argument:
@@ -139,7 +141,8 @@ class Op(NamedTuple):
         flops: operations of a call, from the public arguments; `flops.py` says what counts.
         samples: calls that tests make, by a name each: public arguments made of `testing.Inputs`.
         selects: whether all results are indices, which have no derivative by nature.
-        gradient: how it is differentiated; None refuses, unless it selects.
+        gradient: the `Gradient` that says how it is differentiated, as "module.NAME" in `ops`, imported with the first
+            derivative; empty refuses, unless it selects.
     """
 
     name: str
@@ -149,7 +152,7 @@ class Op(NamedTuple):
     flops: Callable[..., int]
     samples: Callable[[Any], dict[str, tuple[Any, ...]]]
     selects: bool = False
-    gradient: Gradient | None = None
+    gradient: str = ""
 
     @property
     def schema(self) -> str:
@@ -187,9 +190,15 @@ class Op(NamedTuple):
 
     def device_of(self) -> Callable[[tuple[Any, ...]], str]:
         """What tells the device type of a call from its flat arguments: that of the first tensor."""
-        if self.arguments[0].parameters[0].startswith("Tensor[]"):
-            return lambda args: args[0][0].device.type
-        return lambda args: args[0].device.type
+        return _of_list if self.arguments[0].parameters[0].startswith("Tensor[]") else _of_first
+
+
+def _of_list(args: tuple[Any, ...]) -> str:
+    return args[0][0].device.type
+
+
+def _of_first(args: tuple[Any, ...]) -> str:
+    return args[0].device.type
 
 
 # The ops of this package by name, in the order of their declaration.

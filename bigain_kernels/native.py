@@ -31,8 +31,8 @@ _REMEDY = (
 def _find(stem: str, variable: str) -> tuple[Path | None, str]:
     """A library of this installation, or why there is none."""
     override = os.environ.get(variable)
-    library = Path(override) if override else next(iter(sorted(_FOLDER.glob(f"{stem}.*so"))), None)
-    if library is not None:
+    library = Path(override) if override else _FOLDER / f"{stem}.abi3.so"
+    if override or library.exists():
         return library, ""
     reason = _FOLDER / f"{stem}_missing.txt"  # written by setup.py
     return None, reason.read_text(encoding="utf-8") if reason.exists() else "this installation was made without it"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -77,7 +76,7 @@ def test_the_highest_priority_of_the_device_runs():
         assert backends.choose("laplacian_score", "cpu").backend == "toy"
         assert backends.choose("token_merge", "cpu").backend != "toy"
         assert backends.choose("laplacian_score", "cuda").backend != "toy"
-        with backends.registered(replace(toy, devices=None)):
+        with backends.registered(toy._replace(devices=None)):
             assert backends.choose("laplacian_score", "cuda").backend == "toy"
     assert "toy" not in backends.known_backends()
     assert (bk.laplacian_score(X, (4, 4)) > 0).all()

@@ -1,17 +1,14 @@
 """What a backend is."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 Implementation = Callable[..., Any]
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class Backend:
+class Backend(NamedTuple):
     """One way to run the ops.
 
     An implementation takes the arguments of an op in `torch.ops.bigain`, checked, and returns its results within the
@@ -36,7 +33,7 @@ class Backend:
     priority: int = 0
     missing: str = ""
     refuses: Callable[[str, tuple[Any, ...]], str] | None = None
-    compositions: Mapping[str, Callable[..., Implementation]] = field(default_factory=dict)
+    compositions: Mapping[str, Callable[..., Implementation]] = MappingProxyType({})
 
     def serves(self, device: str) -> bool:
         """Whether it takes tensors on devices of this type."""

@@ -1,16 +1,20 @@
-"""The backend "reference": plain PyTorch, on any device."""
+"""The backend "reference": plain PyTorch, on any device.
+
+The reference is not imported before the first choice of a backend.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from .. import reference
 from ..declaration import OPS, tables_of
 from ..plan import MergePlan
 from .backend import Backend, Implementation
 
 
 def _implement(op: str) -> Implementation | None:
+    from .. import reference
+
     if op not in reference.__all__:
         return None
     function, is_list = OPS[op].of_public(getattr(reference, op)), OPS[op].returns == "Tensor[]"

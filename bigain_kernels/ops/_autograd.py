@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -20,35 +21,8 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from ..declaration import OPS, Op
-
-# Sets of dispatch keys as bits, which compare fast. Of a call with nothing special about it, no other key than that of
-# its device is below autograd and the bookkeeping of views.
-_BELOW = _C._after_ADInplaceOrView_keyset.raw_repr()
-_DEVICES = {_C.DispatchKeySet(key).raw_repr() for key in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)}
-
-
-def no_derivative(op: str, kind: str = "") -> RuntimeError:
-    """The error of whoever asks for a derivative that there is not; `kind` is which, with a space behind it."""
-    return RuntimeError(f"bigain_kernels.{op}: has no {kind}derivative; run under torch.no_grad() or detach the input")
-
-
-def _raise(gradient: Tensor, shape: list[int], dtype: torch.dtype, op: str) -> Tensor:
-    raise no_derivative(op)
-
-
-def define_refusal(library: torch.library.Library) -> None:
-    """Define the op that stands for the gradients in the backward pass, and raises when it runs.
-
-    It is an op so that compiled code, whose backward pass is traced with its forward pass, raises no sooner.
-    """
-    library.define("no_derivative(Tensor gradient, SymInt[] shape, ScalarType dtype, str op) -> Tensor")
-    library.impl("no_derivative", _raise, "CompositeExplicitAutograd")
-    torch.library.register_fake(
-        "bigain::no_derivative",
-        lambda gradient, shape, dtype, op: gradient.new_empty(shape, dtype=dtype),
-        lib=library,
-    )
+from ..declaration import OPS, Gradient, Op
+from ._library import BELOW, DEVICES, no_derivative
 
 
 def _results(call: Callable[[], Any]) -> Any:
@@ -87,12 +61,11 @@ class _Differentiate(_SingleLevelFunction):
 
     @staticmethod
     def forward(ctx: Any, op: Op, args: tuple[Any, ...], call: Callable[[], Any], *inputs: Tensor) -> Any:
-        assert op.gradient is not None
         ctx.op, ctx.needs_all = op, [name for name, _ in _named(op, args)]
         ctx.needs = frozenset(
             name for name, needed in zip(ctx.needs_all, ctx.needs_input_grad[3:], strict=True) if needed
         )
-        unused = op.gradient.unused(ctx.needs, *_to_public(op.name)(*args))
+        unused = _gradient(op.name).unused(ctx.needs, *_to_public(op.name)(*args))
         kept = [None if name in unused else arg for name, arg in zip(op.flat_names, args, strict=True)]
         ctx.dtypes = [x.dtype for x in inputs]
         ctx.args = [arg if not isinstance(arg, (Tensor, list, tuple)) else None for arg in kept]
@@ -111,7 +84,7 @@ class _Differentiate(_SingleLevelFunction):
         ]
         found: dict[str, Tensor] = {}
         if any(each is not None for each in gradients):
-            found = ctx.op.gradient.backward(gradients, ctx.needs, *_to_public(ctx.op.name)(*args))
+            found = _gradient(ctx.op.name).backward(gradients, ctx.needs, *_to_public(ctx.op.name)(*args))
         return (
             None,
             None,
@@ -126,6 +99,13 @@ class _Differentiate(_SingleLevelFunction):
 # The base class has it from C.
 _refuse: Callable[..., Any] = _Refuse.apply  # type: ignore[attr-defined]
 _differentiate: Callable[..., Any] = _Differentiate.apply  # type: ignore[attr-defined]
+
+
+@cache
+def _gradient(op: str) -> Gradient:
+    """How an op is differentiated."""
+    module, name = OPS[op].gradient.split(".")
+    return getattr(import_module(f"{__package__}.{module}"), name)
 
 
 @cache
@@ -157,33 +137,27 @@ def _has_tangent(x: Tensor) -> bool:
 
 
 def autograd_kernel(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
-    """The autograd kernel of an op that `run` computes.
-
-    A call with nothing between it and the device, which is the usual call, goes straight to `run`: handing it down to
-    the next kernel takes longer than a whole dispatch.
-    """
+    """The autograd kernel of an op that `run` computes, for the calls that `_library` does not hand to `run` itself."""
     overload = getattr(torch.ops.bigain, op.name).default
     returns_list = op.returns == "Tensor[]"
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:
         with _C._AutoDispatchBelowAutograd():
-            if keyset.raw_repr() & _BELOW in _DEVICES:
+            if keyset.raw_repr() & BELOW in DEVICES:
                 return run(*args)
             return overload.redispatch(keyset & _C._after_autograd_keyset, *args)
 
     def kernel(keyset: Any, *args: Any) -> Any:
         recorded = _C.is_grad_enabled() and _C._any_requires_grad(*args)
         tangent = forward_ad._current_level >= 0 and any(map(_has_tangent, _tensors(args)))
-        if not recorded and not tangent and keyset.raw_repr() & _BELOW in _DEVICES:
-            return run(*args)
         if op.selects or not (recorded or tangent):
             return below(keyset, args)
-        if op.gradient is None and (tangent or _C._are_functorch_transforms_active()):
+        if not op.gradient and (tangent or _C._are_functorch_transforms_active()):
             raise no_derivative(op.name)
         if tangent:
             raise no_derivative(op.name, "forward-mode ")
         with enable_single_level_autograd_function():
-            if op.gradient is None:
+            if not op.gradient:
                 results = _refuse(op.name, lambda: below(keyset, args), *_tensors(args))
             else:
                 results = _differentiate(op, args, lambda: below(keyset, args), *_tensors(args))

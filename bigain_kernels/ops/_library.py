@@ -14,7 +14,6 @@ from torch.nn import Parameter
 
 from ..backends import implementation
 from ..declaration import OPS, Op
-from ._autograd import autograd_kernel, define_refusal
 from ._vmap import one_by_one
 
 
@@ -35,7 +34,10 @@ def _library() -> torch.library.Library:
 
 # Keeping the Library object alive keeps the registrations alive. C++ and Triton only add implementations to it.
 LIBRARY = _library()
-define_refusal(LIBRARY)
+# Sets of dispatch keys as bits, which compare fast. Of a call with nothing special about it, no other key than that of
+# its device is below autograd and the bookkeeping of views.
+BELOW = _C._after_ADInplaceOrView_keyset.raw_repr()
+DEVICES = {_C.DispatchKeySet(key).raw_repr() for key in (_C.DispatchKey.CPU, _C.DispatchKey.CUDA)}
 _AUTOCAST = _C.DispatchKeySet(_C.DispatchKey.AutocastCPU) | _C.DispatchKeySet(_C.DispatchKey.AutocastCUDA)
 
 # What is said of a thread in which nothing looks at ops on their way to the device, as bits of dispatch keys: these at
@@ -46,6 +48,22 @@ _INCLUDED = ~(
 _EXCLUDED = _AUTOCAST.raw_repr()
 # Tensors without a behaviour of their own, and what else goes by itself through a schema.
 _PLAIN = frozenset({Tensor, Parameter, int, float, str, type(None)})
+
+
+def no_derivative(op: str, kind: str = "") -> RuntimeError:
+    """The error of whoever asks for a derivative that there is not; `kind` is which, with a space behind it."""
+    return RuntimeError(f"bigain_kernels.{op}: has no {kind}derivative; run under torch.no_grad() or detach the input")
+
+
+def _refuse(gradient: Tensor, shape: list[int], dtype: torch.dtype, op: str) -> Tensor:
+    raise no_derivative(op)
+
+
+# What stands for the gradients in the backward pass of an op that has none, and raises when it runs. It is an op so
+# that compiled code, whose backward pass is traced with its forward pass, raises no sooner.
+LIBRARY.define("no_derivative(Tensor gradient, SymInt[] shape, ScalarType dtype, str op) -> Tensor")
+LIBRARY.impl("no_derivative", _refuse, "CompositeExplicitAutograd")
+LIBRARY.impl("no_derivative", lambda gradient, shape, dtype, op: gradient.new_empty(shape, dtype=dtype), "Meta")
 
 
 def _is_plain(args: tuple[Any, ...]) -> bool:
@@ -64,6 +82,19 @@ def _is_plain(args: tuple[Any, ...]) -> bool:
     )
 
 
+@cache
+def _fake(op: str) -> Callable[..., Any]:
+    return OPS[op].of_public(OPS[op].fake)
+
+
+@cache
+def _differentiated(op: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    """The autograd kernel of an op for all but the usual call. Inference never imports it."""
+    from ._autograd import autograd_kernel
+
+    return autograd_kernel(OPS[op], run)
+
+
 def define(op: Op) -> Callable[..., Any]:
     """Register an op: in torch.library, and in `OPS`.
 
@@ -76,10 +107,6 @@ def define(op: Op) -> Callable[..., Any]:
     def dispatch(*args: Any) -> Any:
         return implementation(op.name, device_of(args), args)(*args)
 
-    @cache
-    def fake() -> Callable[..., Any]:
-        return op.of_public(op.fake)
-
     LIBRARY.define(op.schema)
     overload = getattr(torch.ops.bigain, op.name).default
 
@@ -88,10 +115,18 @@ def define(op: Op) -> Callable[..., Any]:
         with _C._ExcludeDispatchKeyGuard(_AUTOCAST):
             return overload(*args)
 
+    def autograd(keyset: Any, *args: Any) -> Any:
+        # The usual call goes straight to the backend: the way down to the next kernel takes longer than a dispatch.
+        recorded = _C.is_grad_enabled() and _C._any_requires_grad(*args)
+        if not recorded and forward_ad._current_level < 0 and keyset.raw_repr() & BELOW in DEVICES:
+            return dispatch(*args)
+        return _differentiated(op.name, dispatch)(keyset, *args)
+
     # One Python kernel for all devices: the backend is chosen at the call, so use_backend works in compiled code too.
     LIBRARY.impl(op.name, dispatch, "CompositeExplicitAutograd")
-    LIBRARY.impl(op.name, autograd_kernel(op, dispatch), "Autograd", with_keyset=True)
-    torch.library.register_fake(f"bigain::{op.name}", lambda *args: fake()(*args), lib=LIBRARY)
+    LIBRARY.impl(op.name, autograd, "Autograd", with_keyset=True)
+    # As register_fake does, which first looks for its caller in all modules of the process, a fifth of this import.
+    LIBRARY.impl(op.name, lambda *args: _fake(op.name)(*args), "Meta")
     torch.library.register_vmap(f"bigain::{op.name}", one_by_one(op.name), lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(op.name, without_autocast, key)

@@ -11,7 +11,6 @@ from ..checks import check_alpha, check_factor, check_grid, check_same_device, c
 from ..declaration import Op, alpha, grid, pair, tensors
 from ._flops import none
 from ._library import define
-from ._pool_gradients import POOL
 from ._shapes import tiles
 
 OP = Op(
@@ -23,7 +22,7 @@ OP = Op(
     ],
     flops=none,
     samples=lambda s: {"": ([s.x, s.x], s.grid, (2, 2), 0.9), "rows": ([s.x], s.grid, (2, 1), s.alphas)},
-    gradient=POOL,
+    gradient="_pool_gradients.POOL",
 )
 _call = define(OP)
 

@@ -10,7 +10,6 @@ from ..checks import check_alpha, check_count, check_factor, check_grid, check_n
 from ..declaration import Op, alpha, grid, optional_number, optional_tensor, pair, tensor
 from ._flops import attention
 from ._library import define
-from ._pool_gradients import ATTENTION
 from ._shapes import tiles
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ OP = Op(
         "text": _with_text(s),
         "bias": (s.q[:, :, :9], s.q, s.q, (1, s.n), (1, 1), 1.0, None, s.score, (0, s.n)),
     },
-    gradient=ATTENTION,
+    gradient="_pool_gradients.ATTENTION",
 )
 _call = define(OP)
 

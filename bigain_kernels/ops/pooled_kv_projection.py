@@ -8,7 +8,6 @@ from ..checks import check_alpha, check_factor, check_grid, check_same_device, c
 from ..declaration import Op, alpha, grid, optional_tensor, pair, tensor
 from ._flops import projections
 from ._library import define
-from ._pool_gradients import PROJECT
 from ._shapes import tiles
 
 
@@ -42,7 +41,7 @@ OP = Op(
         "": (s.x, s.grid, (2, 2), 0.9, s.w, s.w[:3], None, None),
         "rows": (s.x, s.grid, (2, 1), s.alphas, s.w, s.w, s.w[0, :6], s.w[0, -6:]),
     },
-    gradient=PROJECT,
+    gradient="_pool_gradients.PROJECT",
 )
 _call = define(OP)
 

@@ -9,7 +9,6 @@ from ..declaration import Op, choice, optional_tensor, plan, tables_of, tensor
 from ..plan import MergePlan
 from ._flops import none
 from ._library import define
-from ._merge_gradients import MERGE
 from .token_merge_norm import call as merge_norm
 
 MODES = ("mean", "mlerp", "prune")
@@ -25,7 +24,7 @@ OP = Op(
         "mlerp": (s.x, s.plan, "mlerp", s.weights),
         "prune": (s.x, s.plan, "prune", None),
     },
-    gradient=MERGE,
+    gradient="_merge_gradients.MERGE",
 )
 _call = define(OP)
 

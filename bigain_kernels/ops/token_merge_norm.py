@@ -5,7 +5,6 @@ from __future__ import annotations
 from ..declaration import Op, number, optional_tensor, plan, tensor
 from ._flops import none
 from ._library import define
-from ._merge_gradients import MERGE_NORM
 
 _OPERANDS = ("norm_weight", "norm_bias", "scale", "shift")
 
@@ -19,7 +18,7 @@ OP = Op(
         "": (s.x, s.plan, None, 1e-5, None, None, None, None),
         "all": (s.x, s.plan, s.weights, 1e-6, s.x[0, 0], s.x[0, 1], s.x[:, 2], s.x[:, 3]),
     },
-    gradient=MERGE_NORM,
+    gradient="_merge_gradients.MERGE_NORM",
 )
 # For `token_merge`, the public function, which checks the arguments.
 call = define(OP)

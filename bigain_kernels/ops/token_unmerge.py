@@ -9,7 +9,6 @@ from ..declaration import Op, optional_tensor, plan, tables_of, tensor
 from ..plan import MergePlan
 from ._flops import none
 from ._library import define
-from ._merge_gradients import UNMERGE
 
 OP = Op(
     "token_unmerge",
@@ -18,7 +17,7 @@ OP = Op(
     fake=lambda y, plan, residual, gate: y.new_empty((y.shape[0], plan.num_tokens, y.shape[2])),
     flops=none,
     samples=lambda s: {"": (s.y, s.plan, None, None), "all": (s.y, s.plan, s.x, s.x[:, 0])},
-    gradient=UNMERGE,
+    gradient="_merge_gradients.UNMERGE",
 )
 _call = define(OP)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -109,7 +109,7 @@ def of_backend(name: str) -> Provider | None:
     backend = backends.get(name)
     if name == "cuda" and (backend.missing or not torch.cuda.is_available()):
         # The kernels emulated; their library is built and loaded when the first test asks for it.
-        emulated = replace(backend, devices=("cpu",), missing="", implement=_emulated)
+        emulated = backend._replace(devices=("cpu",), missing="", implement=_emulated)
         return Provider(emulated, "cpu", order_of=_set_order)
     if name == "triton" and not torch.cuda.is_available():
         # Nothing is asked of the backend here: what it says of CPU tensors, it says in the process that interprets.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -30,7 +28,7 @@ from tests.shapes import tokens
 @pytest.fixture
 def on_cpu():
     """The backend "triton" as if it took CPU tensors: what it refuses can be seen without a GPU."""
-    with backends.registered(replace(backends.get("triton"), devices=("cpu",), priority=100)):
+    with backends.registered(backends.get("triton")._replace(devices=("cpu",), priority=100)):
         yield
 
 

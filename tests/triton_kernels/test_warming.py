@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
@@ -42,7 +40,7 @@ def compiled(monkeypatch):
     monkeypatch.setattr(CompiledKernel, "_init_handles", lambda self: None)
     monkeypatch.setattr(CompiledKernel, "run", property(lambda self: lambda *arguments: None))
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
-    with backends.registered(replace(backends.get("triton"), devices=("cpu",), priority=100)):
+    with backends.registered(backends.get("triton")._replace(devices=("cpu",), priority=100)):
         yield names
 
 

@@ -16,7 +16,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -57,7 +56,7 @@ def main() -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(stub_driver(Path(folder)))
-        stack.enter_context(backends.registered(replace(backends.get("triton"), devices=("cpu",), priority=100)))
+        stack.enter_context(backends.registered(backends.get("triton")._replace(devices=("cpu",), priority=100)))
         stack.enter_context(torch.no_grad())
         x = torch.randn(2, GRID[0] * GRID[1], CHANNELS).to(torch.bfloat16)
         plan = methods.lgtm_plan(x, GRID, RATIO)

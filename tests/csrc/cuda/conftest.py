@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +111,7 @@ def on_cuda(cuda_ops) -> Iterator[CudaOps]:
     """The public ops run on the CUDA kernels, which the emulator brings to CPU tensors."""
     cuda = backends.get("cuda")
     with (
-        backends.registered(replace(cuda, devices=("cpu",), missing="") if cuda_ops.emulated else cuda),
+        backends.registered(cuda._replace(devices=("cpu",), missing="") if cuda_ops.emulated else cuda),
         bk.use_backend("cuda"),
     ):
         yield cuda_ops
