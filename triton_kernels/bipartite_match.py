@@ -28,6 +28,10 @@ float32 input uses three TF32 products per product ("tf32x3"): plain TF32 is off
 GPUs multiply float32 natively, and take "ieee".
 """
 
+# Triton does not unpack tuples into others.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 from typing import Any
@@ -44,7 +48,6 @@ from ._common import (
     INT_MAX,
     INT_MIN,
     LOG2_CHANNELS,
-    destination_scale,
     destination_token,
     destination_word,
     inverse_norm,
@@ -58,6 +61,7 @@ from ._common import (
 )
 from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
+from .match_tiles import best_kept, best_read
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
 BLOCK_K = {torch.float16: 64, torch.bfloat16: 64, torch.float32: 32}
@@ -67,6 +71,8 @@ LONGEST_PART = 320
 # Elements in 16 bytes of a 16-bit row. Strides and channels that it divides reach the kernel in this unit, so that the
 # compiler sees the alignment: by itself Triton notices multiples of 16 only.
 UNIT = 8
+# Whether tiles of 192 sources fit into registers: before this version of Triton, a few of their words spill.
+GROUPED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 # What a similarity counts in the measure of configs.pick: a match is "large" from 2^18 similarities on.
 _WORK = configs.LARGE >> 18
 _INTEGERS = [
@@ -74,9 +80,6 @@ _INTEGERS = [
     *("height", "width", "window", "s_xb"),
 ]
 
-
-# The word of no destination: its scale is NaN.
-_NOTHING = tl.constexpr(0x7FC00000 << 32)
 # What of a config the launcher reads and the kernel does not.
 _HOST = ("SPLIT", "RESIDENT", "KEEP")
 
@@ -151,128 +154,6 @@ def match_prepare_kernel(
     tl.store(p_packed + o_out, pack(b_key, o_t), mask=m_t)
 
 
-@triton.jit
-def _load_tile(p_rows, m_rows, i_k, o_k, channels, EVEN: tl.constexpr):
-    """Channels i_k + o_k of a tile (rows, BLOCK_K) of tokens; zeros where there are none."""
-    if EVEN:
-        return tl.load(p_rows + i_k, mask=m_rows[:, None], other=0.0)
-    return tl.load(p_rows + i_k, mask=m_rows[:, None] & (i_k + o_k < channels)[None, :], other=0.0)
-
-
-@triton.jit
-def _load_words(p_list, i_n, o_j, limit, FULL: tl.constexpr):
-    """The words from i_n on. When there are as many as o_j asks for (FULL), the last ones, rather than too few: to come
-    upon a destination twice changes nothing, and a mask would cost instructions."""
-    if FULL:
-        return tl.load(p_list + tl.minimum(i_n, limit - o_j.shape[0]) + o_j)
-    return tl.load(p_list + i_n + o_j, mask=i_n + o_j < limit, other=_NOTHING)
-
-
-@triton.jit
-def _best_kept(
-    p_tokens,
-    p_list,
-    p_a,
-    m_a,
-    b_row_scale,
-    begin,
-    end,
-    num_destinations,
-    channels,
-    s_row,
-    LONG: tl.constexpr,
-    STEPS: tl.constexpr,
-    EVEN: tl.constexpr,
-    FULL: tl.constexpr,
-    ORDERED: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    LONG_K: tl.constexpr,
-):
-    """The best destinations begin to end, for sources that stay in shared memory: LONG parts of LONG_K channels and
-    STEPS steps of BLOCK_K. Every thread keeps the best of its own places in the tile; they are compared when
-    all have passed."""
-    o_long, o_k, o_j = tl.arange(0, LONG_K), tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
-    # Triton does not unpack tuples into others.
-    long, short = (), ()
-    for i in tl.static_range(LONG):
-        b_a = _load_tile(p_a + o_long[None, :], m_a, i * LONG_K, o_long, channels, True)
-        long = long + (b_a,)  # type: ignore[assignment] # noqa: RUF005
-    for i in tl.static_range(STEPS):
-        b_a = _load_tile(p_a + o_k[None, :], m_a, LONG * LONG_K + i * BLOCK_K, o_k, channels, EVEN)
-        short = short + (b_a,)  # type: ignore[assignment] # noqa: RUF005
-    b_best = tl.full((BLOCK_M, BLOCK_N), float("-inf"), tl.float32)
-    b_best_token = tl.full((BLOCK_M, BLOCK_N), INT_MAX, tl.int32)
-    b_next = _load_words(p_list, begin, o_j, num_destinations, FULL)
-    for i_n in range(begin, end, BLOCK_N):
-        # The rows to copy are known a step before. The words are loaded once more for the similarities, as they would
-        # else stay in registers, in another layout, for as long as copies are ahead.
-        b_word, b_ahead = _load_words(p_list, i_n, o_j, num_destinations, FULL), b_next
-        b_next = _load_words(p_list, tl.minimum(i_n + BLOCK_N, end - 1), o_j, num_destinations, FULL)
-        m_b = destination_scale(b_ahead) > 0.0
-        p_b = p_tokens + destination_token(b_ahead).to(tl.int64)[:, None] * s_row
-        b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for i in tl.static_range(LONG):
-            b_b = _load_tile(p_b + o_long[None, :], m_b, i * LONG_K, o_long, channels, True)
-            b_dot = tl.dot(long[i], tl.trans(b_b), b_dot)
-        for i in tl.static_range(STEPS):
-            b_b = _load_tile(p_b + o_k[None, :], m_b, LONG * LONG_K + i * BLOCK_K, o_k, channels, EVEN)
-            b_dot = tl.dot(short[i], tl.trans(b_b), b_dot)
-        # NaN for what cannot be matched: not better than anything.
-        b_cosine = b_dot * destination_scale(b_word)[None, :] * b_row_scale[:, None]
-        b_token = tl.broadcast_to(destination_token(b_word)[None, :], (BLOCK_M, BLOCK_N))
-        m_better = b_cosine > b_best
-        if not ORDERED:
-            m_better |= (b_cosine == b_best) & (b_token < b_best_token)
-        b_best_token = tl.where(m_better, b_token, b_best_token)
-        b_best = tl.where(m_better, b_cosine, b_best)
-    b_high = tl.max(b_best, axis=1)
-    return b_high, tl.min(tl.where(b_best == b_high[:, None], b_best_token, INT_MAX), axis=1)
-
-
-@triton.jit
-def _dot(
-    p_a,
-    p_b,
-    m_a,
-    m_b,
-    channels,
-    EVEN: tl.constexpr,
-    PART: tl.constexpr,
-    NEST: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Products of rows p_a and p_b (the addresses of their first BLOCK_K channels), (BLOCK_M, BLOCK_N)."""
-    o_k = tl.arange(0, BLOCK_K)
-    b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    # Adding a part after its last product would let the compiler make one accumulator of the two.
-    if PART and NEST:
-        for i_part in range(0, channels, PART):
-            b_part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-            for i_k in range(i_part, tl.minimum(i_part + PART, channels), BLOCK_K):
-                b_a = _load_tile(p_a, m_a, i_k, o_k, channels, EVEN)
-                b_b = _load_tile(p_b, m_b, i_k, o_k, channels, EVEN)
-                b_part = tl.dot(b_a, tl.trans(b_b), b_part, input_precision=PRECISION)
-            b_dot += b_part
-        return b_dot
-    b_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for i_k in range(0, channels, BLOCK_K):
-        b_a = _load_tile(p_a, m_a, i_k, o_k, channels, EVEN)
-        b_b = _load_tile(p_b, m_b, i_k, o_k, channels, EVEN)
-        if PART:
-            if i_k % PART == 0:
-                b_sum += b_dot
-                b_dot = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        b_dot = tl.dot(b_a, tl.trans(b_b), b_dot, input_precision=PRECISION)
-    if PART:
-        b_dot += b_sum
-    return b_dot
-
-
 @triton.jit(do_not_specialize=_INTEGERS)
 def bipartite_match_kernel(
     p_x,
@@ -293,6 +174,7 @@ def bipartite_match_kernel(
     s_xb,
     s_xn,
     UNIT: tl.constexpr,
+    FAR: tl.constexpr,
     EVEN: tl.constexpr,
     PART: tl.constexpr,
     NEST: tl.constexpr,
@@ -304,25 +186,29 @@ def bipartite_match_kernel(
     SY: tl.constexpr,
     SX: tl.constexpr,
     PRECISION: tl.constexpr,
+    GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     LONG_K: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """A program makes `products` tiles (BLOCK_M sources, BLOCK_N destinations) in a row, destinations first, then
-    sources, then batch rows. The lowest destination is among the first num_first of the list. With WINDOW, the
-    destinations of each row of tiles stand together, rows ascending, and a program has whole tiles of sources. Strides
-    of x and its channels count UNIT elements; EVEN says that BLOCK_K divides the channels; PART is 0 when they are one
-    part; NEST takes a loop for each part, where the compiler cannot put an accumulator aside within a loop over all.
-    LONG and STEPS are the channels of sources that are kept, both 0 when they are read again for each tile. FULL: there
-    are BLOCK_N destinations; ORDERED: what lies BLOCK_N apart in the list, or where the last tile laps over the one
-    before, is ascending."""
+    """A program makes `products` tiles (SOURCES sources, BLOCK_N destinations) in a row, destinations first, then
+    sources, then batch rows. The sources of a tile are GROUPS groups, BLOCK_M of them and half of the one before. The
+    lowest destination is among the first num_first of the list. With WINDOW, the destinations of each row of tiles
+    stand together, rows ascending, and a program has whole tiles of sources. Strides of x and its channels count UNIT
+    elements; FAR says that offsets within a row of the batch need 64 bits; EVEN that BLOCK_K divides the channels; PART
+    is 0 when they are one part; NEST takes a loop for each part, where the compiler cannot put an accumulator aside
+    within a loop over all. LONG and STEPS are the channels of sources that are kept, both 0 when they are read again
+    for each tile; kept sources are one group. FULL: there are BLOCK_N destinations; ORDERED: what lies BLOCK_N apart in
+    the list, or where the last tile laps over the one before, is ascending."""
     wait_for_predecessor(EARLY)
     channels = units * UNIT
-    s_row = tl.cast(s_xn, tl.int64) * UNIT
-    o_k, o_j = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
-    tiles_m, tiles_n = tl.cdiv(num_sources, BLOCK_M), tl.cdiv(num_destinations, BLOCK_N)
+    s_row = tl.cast(s_xn, tl.int64 if FAR else tl.int32) * UNIT
+    o_j = tl.arange(0, BLOCK_N)
+    SOURCES: tl.constexpr = 2 * BLOCK_M - (BLOCK_M >> (GROUPS - 1))
+    tiles_m, tiles_n = tl.cdiv(num_sources, SOURCES), tl.cdiv(num_destinations, BLOCK_N)
+    last_y, last_x = tl.maximum(height // SY - 1, 0), tl.maximum(width // SX - 1, 0)
     first = tl.program_id(0) * products
     last = tl.minimum(first + products, rows * tiles_m * tiles_n)
     for i_tile in range(first // tiles_n, tl.cdiv(last, tiles_n)):
@@ -331,69 +217,56 @@ def bipartite_match_kernel(
         end = tl.minimum(tl.minimum(last - i_tile * tiles_n, tiles_n) * BLOCK_N, num_destinations)
         p_tokens = p_x + i_b * s_xb * UNIT
         p_list = p_words + i_b * num_destinations
-        o_m = i_tile % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
-        m_m = o_m < num_sources
-        b_source = tl.load(p_sources + i_b * num_sources + o_m, mask=m_m, other=0)
-        b_inverse = tl.load(p_inverse_norm + i_b * n + b_source, mask=m_m, other=0.0)
-        # Rows without a direction are read as zeros: no NaN enters the products.
-        m_a = b_inverse > 0.0
-        b_row_scale = tl.where(m_a, b_inverse, 1.0)
-        p_a = p_tokens + b_source.to(tl.int64)[:, None] * s_row
+        # On its way while the sources are looked up.
+        b_first = destination_token(tl.load(p_list + o_j, mask=o_j < num_first, other=INT_MAX))
+        # A value of each group of sources.
+        b_source, m_m, m_a, b_row_scale, o_a = (), (), (), (), ()
+        for i in tl.static_range(GROUPS):
+            o_m = i_tile % tiles_m * SOURCES + 2 * (BLOCK_M - (BLOCK_M >> i)) + tl.arange(0, BLOCK_M >> i)
+            m_own = o_m < num_sources
+            b_own = tl.load(p_sources + i_b * num_sources + o_m, mask=m_own, other=0)
+            b_inverse = tl.load(p_inverse_norm + i_b * n + b_own, mask=m_own, other=0.0)
+            # What a row without a direction is multiplied to is not looked at, be it NaN.
+            m_some = b_inverse > 0.0
+            b_source, m_m, m_a = b_source + (b_own,), m_m + (m_own,), m_a + (m_some,)
+            b_row_scale = b_row_scale + (tl.where(m_some, b_inverse, 1.0),)
+            o_a = o_a + (b_own * s_row,)
 
-        lowest = INT_MAX
-        for i_n in range(0, num_first, BLOCK_N):
-            b_first = destination_token(tl.load(p_list + i_n + o_j, mask=i_n + o_j < num_first, other=INT_MAX))
-            lowest = tl.minimum(lowest, tl.min(b_first, 0))
+        for i_n in range(BLOCK_N, num_first, BLOCK_N):
+            b_more = tl.load(p_list + i_n + o_j, mask=i_n + o_j < num_first, other=INT_MAX)
+            b_first = tl.minimum(b_first, destination_token(b_more))
+        lowest = tl.min(b_first, 0)
 
         if LONG + STEPS > 0:
-            b_best, b_best_token = _best_kept(
-                *(p_tokens, p_list, p_a, m_a, b_row_scale, begin, end, num_destinations, channels, s_row),
+            b_high, b_high_token = best_kept(
+                *(p_tokens, p_list, o_a[0], b_row_scale[0], begin, end, num_destinations, channels, s_row),
                 *(LONG, STEPS, EVEN, FULL, ORDERED, BLOCK_M, BLOCK_N, BLOCK_K, LONG_K),
             )
+            b_best, b_best_token = (b_high,), (b_high_token,)
         else:
+            b_tile_y, b_tile_x = (), ()
             if WINDOW:
-                last_y, last_x = tl.maximum(height // SY - 1, 0), tl.maximum(width // SX - 1, 0)
-                b_tile_y = tl.minimum(b_source // width // SY, last_y)
-                b_tile_x = tl.minimum(b_source % width // SX, last_x)
-                top = tl.min(tl.where(m_m, b_tile_y, INT_MAX), 0) - window
-                bottom = tl.max(tl.where(m_m, b_tile_y, -1), 0) + window
-                begin = _lower_bound(p_list, num_destinations, top * SY * width)
-                if bottom < last_y:
-                    end = _lower_bound(p_list, num_destinations, (bottom + 1) * SY * width)
-            b_best = tl.full((BLOCK_M,), float("-inf"), tl.float32)
-            b_best_token = tl.full((BLOCK_M,), INT_MAX, tl.int32)
-            limit = end if WINDOW else num_destinations
-            b_next = _load_words(p_list, begin, o_j, limit, FULL)
-            for i_n in range(begin, end, BLOCK_N):
-                m_b = destination_scale(b_next) > 0.0
-                p_b = p_tokens + destination_token(b_next).to(tl.int64)[:, None] * s_row + o_k[None, :]
-                b_dot = _dot(
-                    *(p_a + o_k[None, :], p_b, m_a, m_b, channels),
-                    *(EVEN, PART, NEST, PRECISION, BLOCK_M, BLOCK_N, BLOCK_K),
-                )
-                b_next = _load_words(p_list, tl.minimum(i_n + BLOCK_N, end - 1), o_j, limit, FULL)
-                b_word = _load_words(p_list, i_n, o_j, limit, FULL)
-                b_destination, b_scale = destination_token(b_word), destination_scale(b_word)
-                # -inf for what cannot be matched; adding zero also makes -0 and 0 one similarity. The row's own scale
-                # is applied before comparing: it can round two values to one, and programs compare what is rounded.
-                m_n = b_scale > 0.0
-                b_scale, b_bias = tl.where(m_n, b_scale, 0.0), tl.where(m_n, 0.0, float("-inf"))
-                b_cosine = tl.fma(b_dot * b_scale[None, :], b_row_scale[:, None], b_bias[None, :])
-                if WINDOW:
-                    b_away_y = tl.abs(b_tile_y[:, None] - tl.minimum(b_destination // width // SY, last_y)[None, :])
-                    b_away_x = tl.abs(b_tile_x[:, None] - tl.minimum(b_destination % width // SX, last_x)[None, :])
-                    b_cosine = tl.where(tl.maximum(b_away_y, b_away_x) <= window, b_cosine, float("-inf"))
-                b_high = tl.max(b_cosine, axis=1)
-                b_high_token = tl.min(tl.where(b_cosine == b_high[:, None], b_destination[None, :], INT_MAX), axis=1)
-                m_better = (b_high > b_best) | ((b_high == b_best) & (b_high_token < b_best_token))
-                b_best_token = tl.where(m_better, b_high_token, b_best_token)
-                b_best = tl.where(m_better, b_high, b_best)
+                top, bottom = INT_MAX, -1
+                for i in tl.static_range(GROUPS):
+                    b_tile_y = b_tile_y + (tl.minimum(b_source[i] // width // SY, last_y),)
+                    b_tile_x = b_tile_x + (tl.minimum(b_source[i] % width // SX, last_x),)
+                    top = tl.minimum(tl.min(tl.where(m_m[i], b_tile_y[i], INT_MAX), 0), top)
+                    bottom = tl.maximum(tl.max(tl.where(m_m[i], b_tile_y[i], -1), 0), bottom)
+                begin = _lower_bound(p_list, num_destinations, (top - window) * SY * width)
+                if bottom + window < last_y:
+                    end = _lower_bound(p_list, num_destinations, (bottom + window + 1) * SY * width)
+            b_best, b_best_token = best_read(
+                *(p_tokens, p_list, o_a, b_row_scale, b_tile_y, b_tile_x),
+                *(begin, end, end if WINDOW else num_destinations, channels, s_row, width, last_y, last_x, window),
+                *(EVEN, FULL, PART, NEST, WINDOW, SY, SX, PRECISION, GROUPS, BLOCK_M, BLOCK_N, BLOCK_K),
+            )
 
-        m_matched = m_a & (b_best > float("-inf"))
-        b_similarity = tl.where(m_matched, b_best, float("-inf"))
-        b_match = tl.where(m_matched, b_best_token, lowest)
-        p_out = p_packed + i_b * n + b_source
-        tl.atomic_max(p_out, pack(ordered_key(b_similarity), b_match), mask=m_m, sem="relaxed")
+        for i in tl.static_range(GROUPS):
+            m_matched = m_a[i] & (b_best[i] > float("-inf"))
+            b_similarity = tl.where(m_matched, b_best[i], float("-inf"))
+            b_match = tl.where(m_matched, b_best_token[i], lowest)
+            p_out = p_packed + i_b * n + b_source[i]
+            tl.atomic_max(p_out, pack(ordered_key(b_similarity), b_match), mask=m_m[i], sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["count"])
@@ -411,7 +284,8 @@ def _products(
 ) -> tuple[int, int]:
     """(tiles that each program makes, programs): as many for each, and on no multiprocessor more than must be."""
     tiles_n = cdiv(num_destinations, config["BLOCK_N"])
-    tiles = x.shape[0] * cdiv(num_sources, config["BLOCK_M"]) * tiles_n
+    sources = 2 * config["BLOCK_M"] - (config["BLOCK_M"] >> (config["GROUPS"] - 1))
+    tiles = x.shape[0] * cdiv(num_sources, sources) * tiles_n
     if window is not None:
         # A window has few destinations: a program goes through them for a whole tile of sources.
         return tiles_n, tiles // tiles_n
@@ -447,6 +321,7 @@ def launch_match(
     rows, n, channels = x.shape
     num_sources, num_destinations = sources.shape[1], words.shape[1]
     config = config or pick_match(x, num_sources, num_destinations, window)
+    config = {"NEST": False, "GROUPS": 1, **config, **({} if GROUPED else {"GROUPS": 1})}
     products, count = _products(x, num_sources, num_destinations, window, config)
     # Read only with a window: without one, a binary for each stride would be the same.
     (height, width), (sy, sx) = (grid, stride) if window is not None and grid and stride else ((1, n), (1, 1))
@@ -470,6 +345,7 @@ def launch_match(
         width=width,
         window=window or 0,
         **layout_arguments(x),
+        FAR=n * x.stride(1) >= 2**31,
         EVEN=channels % block_k == 0,
         PART=PART if x.dtype != torch.float32 and channels > LONGEST_PART else 0,
         LONG=long,
@@ -482,7 +358,7 @@ def launch_match(
         PRECISION="tf32x3" if x.dtype == torch.float32 and not torch.version.hip else "ieee",
         BLOCK_K=block_k,
         LONG_K=PART,
-        **{"NEST": False, **constants},
+        **constants,
         **EXACT,
         **early(x.device),
     )

@@ -35,8 +35,9 @@ from .launching import cdiv, power_of_2
 HISTOGRAM = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 9)
 # Words of scratch for each token and program: numbers, or what is packed into a word; assignments; counters.
 SCRATCH = tl.constexpr(3)
-# More programs than this for one row would mostly do again what the others do.
-MOST_PARTS = 32
+# More programs than this for one row would mostly do again what the others do; fewer where their scratch, which is for
+# SCRATCH_TOKENS of all programs together, would leave the L2 cache.
+MOST_PARTS, LONG_PARTS, SCRATCH_TOKENS = 64, 32, 1 << 20
 
 
 @triton.jit
@@ -251,7 +252,8 @@ def parts_of(n: int, rows: int, device: torch.device, config: configs.Config) ->
     """(programs of a row, tokens of a program): enough programs to fill the chip, where rows have tokens for them."""
     chunks = cdiv(n, config["TOKENS"])
     parts = config.get("PARTS") or max(configs.multiprocessors(device) // rows, 1)
-    each = cdiv(chunks, min(parts, chunks, MOST_PARTS))
+    most = min(MOST_PARTS, max(SCRATCH_TOKENS // n, LONG_PARTS))
+    each = cdiv(chunks, min(parts, chunks, most))
     return cdiv(chunks, each), each * config["TOKENS"]
 
 

@@ -32,21 +32,21 @@ def issue_cycles(launch, trips):
 
 # Digits of similarities, digits of tokens where similarities tie, and parts of the tokens; without counters in shared
 # memory, as in older Tritons, bits instead of digits, those of tokens without a loop.
-@pytest.mark.parametrize(("histogram", "trips"), [(True, (4, 2, 2)), (False, (32, 2))])
+@pytest.mark.parametrize(("histogram", "trips"), [(True, (4, 2, 1)), (False, (32, 1))])
 def test_a_row_of_4096_tokens(monkeypatch, histogram, trips):
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
     config = {**configs.candidates("merge_plan")[0], "HISTOGRAM": histogram}
     with record_launches() as launches:
         launch_merge_plan_packed(torch.empty((2, 4096), dtype=torch.int64, device="meta"), 2867, config)
-    assert launches[0].grid == (32, 2)
+    assert launches[0].grid == (64, 2)
     assert issue_cycles(launches[0], trips) <= BUDGET
 
 
 def test_parts_fill_the_chip(monkeypatch):
-    """Of 132 multiprocessors 33 for each of four rows, at most 32, and none without tokens."""
+    """Of 132 multiprocessors 33 for each of four rows, at most 64 for one, 32 for a long one, none without tokens."""
     monkeypatch.setattr(configs, "multiprocessors", lambda device: 132)
-    for n, grid in ((1024, (16, 4)), (9216, (29, 4)), (32_760, (32, 4))):
+    for n, grid in ((1024, (16, 4)), (4096, (64, 1)), (9216, (29, 4)), (9216, (48, 2)), (32_760, (32, 4))):
         with record_launches() as launches:
-            launch_merge_plan_packed(torch.empty((4, n), dtype=torch.int64, device="meta"), n // 2)
+            launch_merge_plan_packed(torch.empty((grid[1], n), dtype=torch.int64, device="meta"), n // 2)
         assert launches[0].grid == grid
         assert launches[0].arguments["SINGLE"] == (n <= 4096)

@@ -14,7 +14,7 @@ import torch
 from ..launching import Launch
 from .capture import MULTIPROCESSORS
 from .sass import Code, Function, Instruction, Loop, Place, flat, waits_first
-from .trips import Trips, heads_loop, statement
+from .trips import Trips, first_of_body, heads_loop, statement
 
 SCHEDULERS = 4
 # An H200. Clock in cycles a microsecond; bytes a microsecond of HBM and of the L2 cache.
@@ -191,7 +191,7 @@ class Walk:
         self.pace = max(warps / SCHEDULERS, 1.0)
         # Whether copies are real, and when the last of them has come.
         self.copies_on, self.arrived = True, 0.0
-        self.skippable = self._skippable()
+        self.skippable, self.bodies = self._skippable()
         self.heads: Counter[tuple[str, int]] = Counter()
         for place, ran in trips.statements.items():
             self.heads.update({place[0]: ran} if place else {})
@@ -204,14 +204,21 @@ class Walk:
         self.depth_now = self.depth = 0
         self.multiplied: list[float] = []
 
-    def _skippable(self) -> set[int]:
-        """Addresses that a branch may jump over, or that stand behind the end of another way through the program."""
-        ends = [each.address for each in self.function.instructions if each.kind == "EXIT" and not each.predicate]
-        found = {each.address for each in self.function.instructions if ends and each.address > ends[0]}
-        for each in self.function.instructions:
+    def _skippable(self) -> tuple[set[int], set[int]]:
+        """Addresses that a branch may jump over, or that stand behind the end of another way through the program; and
+        of these, those that bear the line of an `if` that is jumped over: the compiler has lost which of its statements
+        they are of, but not that they are."""
+        code = self.function.instructions
+        place_of = {each.address: each.place for each in code}
+        ends = [each.address for each in code if each.kind == "EXIT" and not each.predicate]
+        found = {each.address for each in code if ends and each.address > ends[0]}
+        bodies = set()
+        for each in code:
             if each.kind == "BRA" and each.target is not None and each.target > each.address:
-                found |= set(range(each.address + 16, each.target, 16))
-        return found
+                over = range(each.address + 16, each.target, 16)
+                found |= set(over)
+                bodies |= {address for address in over if each.predicate and place_of.get(address) == each.place}
+        return found, bodies
 
     def repeats(self, loop: Loop, among: Code) -> float:
         """How often a loop runs when it is entered. What the compiler unrolled runs less often."""
@@ -263,6 +270,8 @@ class Walk:
         place = statement(each.place)
         if each.address not in self.skippable or not place or times == 0:
             return 1.0
+        if each.address in self.bodies and (line := first_of_body(*place[0])):
+            place = ((place[0][0], line), *place[1:])
         # Triton 3.6 forgets who called, of loads that it moves ahead.
         ran = self.trips.statements[place] or (self.heads[place[0]] if len(place) == 1 else 0)
         return min(ran / times, 1.0)

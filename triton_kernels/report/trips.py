@@ -164,6 +164,16 @@ def heads_loop(name: str, line: int, *words: str) -> bool:
 
 
 @functools.cache
+def first_of_body(name: str, line: int) -> int | None:
+    """The line of the first statement within the `if` that a line of one of our files begins; None for other lines."""
+    path = Path(_OURS) / name
+    for each in ast.walk(ast.parse(path.read_text())):
+        if isinstance(each, ast.If) and each.lineno == line:
+            return each.body[0].lineno
+    return None
+
+
+@functools.cache
 def statement(place: Place) -> Place:
     """A place with lines brought to the heads of their statements; files that are not ours are left out."""
     own = [(name, line) for name, line in place if (Path(_OURS) / name).exists()]

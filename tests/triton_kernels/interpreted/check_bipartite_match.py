@@ -17,7 +17,7 @@ from .inputs import DTYPES, INTERPRETED, ON_GPU, candidates, on_device
 launch_bipartite_match, launch_match = on_device(launch_bipartite_match), on_device(launch_match)
 
 SMALL = {"BLOCK_M": 16, "BLOCK_N": 16, "num_warps": 4, "num_stages": 2}
-KEPT = {**SMALL, "KEEP": True}
+KEPT, GROUPED = {**SMALL, "KEEP": True}, {**SMALL, "BLOCK_M": 32, "GROUPS": 2}
 
 
 def shipped(dtype, window):
@@ -26,7 +26,7 @@ def shipped(dtype, window):
         ops = ("bipartite_match", "bipartite_match_narrow", "bipartite_match_fp32", "bipartite_match_window")
         every = [c for op in ops for architecture in ARCHITECTURES for c in configs.candidates(op, architecture)]
         # Warps and stages are nothing to the interpreter: configs that differ in these alone are one case.
-        different = {repr([(k, c[k]) for k in sorted(c) if k.isupper()]): c for c in [*every, SMALL, KEPT]}
+        different = {repr([(k, c[k]) for k in sorted(c) if k.isupper()]): c for c in [*every, SMALL, KEPT, GROUPED]}
         return list(different.values())
     return candidates(bipartite_match.config_op(dtype, 72, window))
 
@@ -35,7 +35,7 @@ def destinations_of(x, grid, stride):
     return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
 
 
-@pytest.mark.parametrize("config", [SMALL, KEPT], ids=["read again", "kept"])
+@pytest.mark.parametrize("config", [SMALL, KEPT, GROUPED], ids=["read again", "kept", "in groups"])
 @pytest.mark.parametrize("split", [1, 2, 4])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equal_tokens_match_the_lowest_destination(dtype, split, config):
