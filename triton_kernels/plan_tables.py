@@ -272,8 +272,8 @@ def options(n: int, device: torch.device, config: configs.Config | None) -> dict
         "SINGLE": n <= block,
         "BLOCK": block,
         "TOKENS": min(config["TOKENS"], block),
-        # Four tokens a thread at least: more threads than that only wait for one another.
-        "num_warps": min(config["num_warps"], max(block // 128, 1)),
+        # Four tokens a thread at least: more threads than that only wait for one another, in ballots sooner.
+        "num_warps": min(config["num_warps"], max(block // 128, 1), 16 if config["HISTOGRAM"] or n > block else 8),
         **EXACT,
         **early(device),
     }

@@ -23,7 +23,7 @@ KERNELS = (*STREAMS, "bipartite_match", "merge_plan")
 BROKEN: dict[tuple[str, str], str] = {
     ("loads ahead", "laplacian_score"): "each step waits for its own loads",
     ("loads ahead", "row_stats"): "each step waits for its own loads",
-    ("filled", "bipartite_match"): "0.73: 192 tiles for the Flux-class model, 96 for two rows of DiT",
+    ("filled", "bipartite_match"): "0.73: 96 tiles for two rows of DiT",
     ("issue per byte", "laplacian_score"): "16 instructions an element",
     ("issue per byte", "token_merge"): "statistics of each member besides, where a LayerNorm is merged",
     ("72 channels", "token_merge"): "scale and shift of a norm are shorter than a program has threads",
@@ -73,15 +73,16 @@ def test_matching_is_not_held_up_by_issuing(known):
 
 
 def test_a_step_of_matching_holds_nothing_but_the_product(known):
-    """No loads into registers, no reciprocals or conversions, and two barriers at most. Where sources are kept, the
-    step is a whole tile of destinations, and loads their words."""
+    """No loads into registers, no reciprocals or conversions, a barrier for the copies and one for each product at most.
+    Where sources are kept, the step is a whole tile of destinations, and loads their words."""
     known("pure step", "bipartite_match")
     kept = {each.shape.name for each in launches("bipartite_match") if each.launch.arguments["LONG"]}
+    groups = {each.shape.name: each.launch.arguments["GROUPS"] for each in launches("bipartite_match")}
     assert kept == {"sd2_512", "sd2_768"}
     for shape, loop in products(facts("bipartite_match")):
         assert loop.slow == 0, shape
         assert loop.loads <= (10 if shape in kept else 0), shape
-        assert loop.barriers <= (3 if shape in kept else 2), shape
+        assert loop.barriers <= (3 if shape in kept else 1 + groups[shape]), shape
 
 
 @pytest.mark.parametrize("kernel", ["token_unmerge", "kv_downsample"])
