@@ -73,7 +73,7 @@ def test_matching_is_not_held_up_by_issuing(known):
 
 
 def test_a_step_of_matching_holds_nothing_but_the_product(known):
-    """No loads into registers, no reciprocals or conversions, a barrier for the copies and one for each product at most.
+    """No loads into registers, no reciprocals or conversions, a barrier for copies and one for each product at most.
     Where sources are kept, the step is a whole tile of destinations, and loads their words."""
     known("pure step", "bipartite_match")
     kept = {each.shape.name for each in launches("bipartite_match") if each.launch.arguments["LONG"]}
