@@ -17,6 +17,7 @@ try:
     import typer
     from typer.exceptions import TyperException
 
+    from .bench import bench
     from .classify import classify
     from .demo import demo
     from .env import env
@@ -50,6 +51,7 @@ def make_app() -> typer.Typer:
         demo,
         with_method_options(classify),
         with_method_options(generate),
+        bench,
         reproduce,
         train_tiny,
         env,

@@ -27,7 +27,7 @@ from bigain_kernels.evaluation.demo_files import ORDER_TITLE
 from bigain_kernels.evaluation.folders import find_images
 from bigain_kernels.evaluation.records import ResultsFile
 
-COMMANDS = ["demo", "classify", "generate", "reproduce", "train-tiny", "env", "tune"]
+COMMANDS = ["demo", "classify", "generate", "bench", "reproduce", "train-tiny", "env", "tune"]
 
 
 def _bigain(*arguments: str | Path) -> int:

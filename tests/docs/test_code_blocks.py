@@ -21,7 +21,7 @@ from .blocks import BLOCKS, PAGES, ROOT
 
 # What may stand in front of a command, and commands that are not ours.
 _ASSIGNMENT = re.compile(r"[A-Z_]+=\S*$")
-_FOREIGN = ("pip", "git", "time", "cd", "cp", "ln", "export", "jupyter")
+_FOREIGN = ("pip", "torchrun", "git", "time", "cd", "cp", "ln", "export", "jupyter")
 
 
 def of(*kinds):
