@@ -23,7 +23,7 @@ def main(steps: int = 5) -> list[float]:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(loss.item())
     print(f"{sum(p.numel() for p in learned)} parameters, loss {losses[0]:.4f} to {losses[-1]:.4f}")
     return losses
 
