@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 # What each says, and what it needs.
@@ -38,7 +39,8 @@ def test_runs(name, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [name])
     ended: list = []
     monkeypatch.setattr(sys, "exit", ended.append)
-    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+    with torch.enable_grad():  # as a script has it
+        runpy.run_path(str(EXAMPLES / name), run_name="__main__")
     assert ended in ([], [0])
     assert SAYS[name] in capsys.readouterr().out
 
