@@ -22,8 +22,14 @@ _MODEL = ("training_log.csv", "scheduler/scheduler_config.json")
 _WEIGHTS = ("config.json", "diffusion_pytorch_model.safetensors")
 _FILES = {
     "digits": (*_MODEL, *(f"transformer/{name}" for name in _WEIGHTS), "classifier.safetensors"),
-    "dit": (*_MODEL, *(f"transformer/{name}" for name in _WEIGHTS), "state.safetensors"),
-    "unet": (*_MODEL, *(f"unet/{name}" for name in _WEIGHTS), "state.safetensors", "embeddings.safetensors"),
+    "dit": (*_MODEL, *(f"transformer/{name}" for name in _WEIGHTS), "classifier.safetensors", "state.safetensors"),
+    "unet": (
+        *_MODEL,
+        *(f"unet/{name}" for name in _WEIGHTS),
+        "classifier.safetensors",
+        "state.safetensors",
+        "embeddings.safetensors",
+    ),
 }
 _NAMES = (
     "training.json",
@@ -37,6 +43,9 @@ _NAMES = (
 )
 
 
+_STAGE = "SIZE:STEPS:BATCH[:RATE[:CONTRAST[:UNTIL]]]"
+
+
 def _read_stages(text: str) -> tuple[Stage, ...]:
     from ..evaluation.train_mnist import Stage
 
@@ -44,18 +53,18 @@ def _read_stages(text: str) -> tuple[Stage, ...]:
     for part in text.split(","):
         try:
             size, steps, batch, *rest = part.split(":")
-            numbers = [float(number) for number in rest]
-            stages.append(Stage(int(size), int(steps), int(batch), *numbers))
+            rates, until = [float(number) for number in rest[:2]], [int(number) for number in rest[2:]]
+            stages.append(Stage(int(size), int(steps), int(batch), *rates, *until))
         except (TypeError, ValueError) as error:
             if str(error).startswith("stages: "):
                 raise
-            raise ValueError(f"stages: got {part!r}, expected SIZE:STEPS:BATCH[:RATE[:CONTRAST]],...") from error
+            raise ValueError(f"stages: got {part!r}, expected {_STAGE},...") from error
     return tuple(stages)
 
 
 def train_tiny(
     model: Annotated[
-        str, typer.Option(help="digits: the DiT of 16 x 16 digits and their classifier. unet, dit: MNIST, 32 x 32.")
+        str, typer.Option(help="unet, dit: of MNIST, those of the demo. digits: the DiT of 64 tokens that tests run.")
     ] = "digits",
     out: Annotated[Path | None, typer.Option(help="Folder of the checkpoint.", show_default="tiny_MODEL")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the checkpoint in --out.")] = False,
@@ -69,8 +78,8 @@ def train_tiny(
     stages: Annotated[
         str | None,
         typer.Option(
-            help="unet, dit: SIZE:STEPS:BATCH[:RATE[:CONTRAST]],...: image size, steps, images of one step, factor of "
-            "the learning rate, and how much telling right labels from wrong ones counts."
+            help=f"unet, dit: {_STAGE},...: image size, steps, images of one step, factor of the learning rate, how "
+            "much telling right labels from wrong ones counts, and from which timestep it does not."
         ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW, after warm-up (2e-3).")] = None,
@@ -88,11 +97,13 @@ def train_tiny(
     log_every: Annotated[
         int | None, typer.Option(help="Steps between log lines, where all is saved (digits 200, else 100).")
     ] = None,
-    epochs: Annotated[int | None, typer.Option(help="digits: epochs of the classifier; 0 trains none (60).")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(help="Of the classifier that judges samples; 0 trains none (digits 60, else 20).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     threads: ThreadsOption = None,
 ) -> None:
-    """Train one of the shipped models: the tiny DiT of the demo, or a U-Net or a DiT on MNIST.
+    """Train one of the shipped models, with the classifier that judges its samples.
 
     The result is the same for one seed, one thread count and one torch version. Ctrl-C keeps the last saved weights.
     """
@@ -106,8 +117,9 @@ def train_tiny(
         "label_dropout": label_dropout,
         "weight_decay": weight_decay,
         "log_every": log_every,
+        "epochs": epochs,
     }
-    own: dict[str, Any] = {"steps": steps, "batch_size": batch_size, "epochs": epochs}
+    own: dict[str, Any] = {"steps": steps, "batch_size": batch_size}
     other: dict[str, Any] = {"stages": stages, "snr_limit": snr_limit, "resume": resume or None, "state": state}
     if not digits:
         own, other = other, own
@@ -136,9 +148,7 @@ def _of_digits(given: dict[str, Any]) -> Callable[[OutputFolder], None]:
     """What trains the tiny DiT and its classifier, with settings that have been looked at."""
     from ..evaluation.train_tiny import TrainConfig, train_classifier, train_tiny_dit
 
-    epochs = given.pop("epochs", 60)
-    if not 0 <= epochs <= 10**6:
-        raise ValueError(f"epochs: got {epochs}, expected 0 to 1e6")
+    epochs = _epochs(given, 60)
     config = TrainConfig(**given)
 
     def train(output: OutputFolder) -> None:
@@ -153,16 +163,30 @@ def _of_digits(given: dict[str, Any]) -> Callable[[OutputFolder], None]:
     return train
 
 
+def _epochs(given: dict[str, Any], default: int) -> int:
+    """Take the epochs of the classifier out of `given`."""
+    epochs = given.pop("epochs", default)
+    if not 0 <= epochs <= 10**6:
+        raise ValueError(f"epochs: got {epochs}, expected 0 to 1e6")
+    return epochs
+
+
 def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], None]:
     """What trains the U-Net or the DiT of MNIST, with settings that have been looked at."""
+    from ..evaluation.data import load_coarse_mnist
     from ..evaluation.train_mnist import STAGES, STATE, MnistConfig, train_mnist
+    from ..evaluation.train_tiny import train_classifier
 
+    epochs = _epochs(given, 20)
     text = given.pop("stages", None)
     resume, state = given.pop("resume", False), given.pop("state", None)
     config = MnistConfig(model=model, stages=STAGES[model] if text is None else _read_stages(text), **given)
-    options = {**asdict(config), "stages": ",".join(map(str, config.stages))}
+    options = {**asdict(config), "stages": ",".join(map(str, config.stages)), "epochs": epochs}
 
     def train(output: OutputFolder) -> None:
+        if epochs and not (resume and (output.path / "classifier.safetensors").exists()):
+            measured = train_classifier(output.path, epochs, config.seed, load_coarse_mnist)
+            say(f"classifier: test accuracy {measured['test_accuracy']:.4f} in {measured['seconds']:.0f} s")
         with progress_bar() as progress:
             shown = _shown(progress, config.steps)
 

@@ -1,57 +1,29 @@
-"""The demo: both jobs of BiGain, classification and generation, on real images under every method.
+"""The demo: what compression costs and gives on two shipped models, at a working point and beyond it.
 
-The work is cut into chunks, and every method does a chunk before the next begins. So all methods see the same images
+For each model first the frontier (`frontier.py`): rise of the denoising error against speed, on validation images. Its
+choice, the best of the rivals, no compression, and ratio 0.7, the paper's stress point, then do both jobs,
+classification and generation, on test images. Methods take turns on every chunk of the work: all see the same images
 under the same conditions of the machine, and whenever the demo is stopped its results are of equal numbers of images.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from ..methods import CompressionConfig
-from ..methods.registry import make_config, options_of
-from .checkpoints import TINY_DIT, load_checkpoint, load_classifier
 from .classify import ClassifierConfig, classify
-from .compression import tokens_kept
-from .data import load_digits
+from .frontier import Frontier, choose
 from .generate import GenerateConfig, generate
+from .points import BY_KEY, NONE, STRESS, Point
+from .real_size import RealSize
+from .subjects import SETTINGS, Subject, load_subject
 
-
-@dataclass(frozen=True)
-class DemoMethod:
-    """One row of the table.
-
-    `shared`: one plan for rows that belong together. `proportional`: keys weighed by size. `rival`: key of the method
-    it is compared with.
-    """
-
-    key: str
-    title: str
-    method: str
-    shared: bool = False
-    proportional: bool = False
-    rival: str | None = None
-
-
-METHODS = (
-    DemoMethod("none", "none", "none"),
-    DemoMethod("tome", "ToMe", "tome", rival="none"),
-    DemoMethod("lgtm", "L-GTM", "lgtm", rival="tome"),
-    DemoMethod("abm", "ABM", "abm", rival="tome"),
-    DemoMethod("tome_shared", "ToMe, shared", "tome", shared=True, rival="tome"),
-    DemoMethod("lgtm_shared", "L-GTM, shared", "lgtm", shared=True, rival="lgtm"),
-    DemoMethod("tome_proportional", "ToMe, proportional", "tome", proportional=True, rival="tome"),
-    DemoMethod("lgtm_proportional", "L-GTM, proportional", "lgtm", proportional=True, rival="lgtm"),
-    DemoMethod("todo", "ToDo", "todo", rival="none"),
-    DemoMethod("avgpool", "average pooling", "avgpool", rival="todo"),
-    DemoMethod("iekvd", "IE-KVD", "iekvd", rival="todo"),
-)
+MODELS = ("unet", "dit")
+_STRESS_KEYS = (f"tome_{STRESS:g}", f"lgtm_{STRESS:g}", f"lgtm_{STRESS:g}_proportional_shared")
 
 
 @dataclass(frozen=True)
@@ -59,60 +31,132 @@ class DemoConfig:
     """How much the demo does. The default fits four minutes on two CPU cores.
 
     Attributes:
-        images: held-out digits to classify, at most 400.
-        samples: images to generate for each guidance; errors of the kernel distance need three.
+        models: of `subjects.SETTINGS`.
+        frontier_images: validation images at each timestep of the frontier.
+        images: test images to classify.
+        samples: images to generate; errors of the kernel distance need three.
         steps: DDIM steps.
-        guidances: of classifier-free guidance.
-        ratio, factor, alpha: of the merge methods, of the pooling methods, and of IE-KVD.
-        stages, timesteps: of the classifier. With two noise samples for an image the methods have room to differ; with
-            four, which are the default of `ClassifierConfig` and what `--full` takes, they come closer.
         seed: of all noise.
         threads: of torch.
         image_chunk, sample_chunk: what a method does before the next has its turn.
-        picture_strides: a picture of each photograph is drawn for each of these tiles.
+        real_size: whether layers of real size are timed, too.
+        picture_stride: tile of the pictures of photographs.
     """
 
-    images: int = 400
-    samples: int = 200
-    steps: int = 16
-    guidances: tuple[float, ...] = (1.5, 3.0)
-    ratio: float = 0.7
-    factor: int = 2
-    alpha: float = 0.9
-    stages: tuple[tuple[int, int], ...] = ((1, 4), (2, 1))
-    timesteps: tuple[int, ...] = (350, 150)
+    models: tuple[str, ...] = MODELS
+    frontier_images: int = 16
+    images: int = 100
+    samples: int = 20
+    steps: int = 12
     seed: int = 0
     threads: int = 2
-    image_chunk: int = 50
-    sample_chunk: int = 50
-    picture_strides: tuple[int, ...] = (2, 4)
+    image_chunk: int = 10
+    sample_chunk: int = 10
+    real_size: bool = True
+    picture_stride: int = 4
 
     def __post_init__(self) -> None:
+        wrong = [model for model in self.models if model not in SETTINGS]
+        if wrong or not self.models:
+            raise ValueError(f"models: got {list(self.models)}, expected some of {list(SETTINGS)}")
         limits = {"images": (1, 400), "samples": (3, 100_000), "steps": (1, 1000), "threads": (1, 1024)}
-        limits |= {"image_chunk": (1, 400), "sample_chunk": (3, 100_000)}
+        limits |= {"image_chunk": (1, 400), "sample_chunk": (1, 100_000), "frontier_images": (2, 200)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"{name}: got {getattr(self, name)}, expected {least} to {most}")
 
 
-FULL = DemoConfig(samples=1000, steps=50, stages=ClassifierConfig().stages, timesteps=ClassifierConfig().timesteps)
+FULL = DemoConfig(frontier_images=60, images=400, samples=200, steps=25)
 
 
 @dataclass
 class Outcome:
-    """What one method has done so far.
+    """What one point has done of the two jobs so far.
 
     Attributes:
-        tokens: tokens that attention sees, in words.
         correct: (n,) bool, for the images classified.
-        samples: by guidance, (n, 1, 16, 16).
+        samples: (n, 1, s, s).
         seconds: of each chunk of "classify" and "generate".
     """
 
-    tokens: str
     correct: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
-    samples: dict[float, torch.Tensor] = field(default_factory=dict)
+    samples: list[torch.Tensor] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"classify": [], "generate": []})
+
+
+class Jobs:
+    """Classification of test images and generation, under some points of one model.
+
+    Args:
+        subject: the model.
+        config: how much.
+        chosen, rival: the working point and what it is compared with; `points` holds both and those of the stress test.
+    """
+
+    def __init__(
+        self, subject: Subject, config: DemoConfig, chosen: Point, rival: Point, stress: Sequence[Point]
+    ) -> None:
+        self.subject, self.config, self.chosen, self.rival = subject, config, chosen, rival
+        self.points = tuple({point.key: point for point in (NONE, chosen, rival, *stress)}.values())
+        self.outcomes = {point.key: Outcome() for point in self.points}
+        self.labels = torch.arange(config.samples) % subject.checkpoint.denoiser.num_classes
+
+    def run(self, progress: Callable[[str], None]) -> None:
+        """Do all; `progress` is called with a description after each chunk of each point."""
+        title, turn = self.subject.settings.title, 0
+        for first in range(0, self.config.images, self.config.image_chunk):
+            for point in self._turn(turn):
+                outcome, started = self.outcomes[point.key], time.perf_counter()
+                correct = self._classify(point, slice(first, first + self.config.image_chunk))
+                outcome.seconds["classify"].append(time.perf_counter() - started)
+                outcome.correct = torch.cat([outcome.correct, correct])
+                progress(f"{title}, classifying: {point.title}")
+            turn += 1
+        for first in range(0, self.config.samples, self.config.sample_chunk):
+            for point in self._turn(turn):
+                outcome, started = self.outcomes[point.key], time.perf_counter()
+                outcome.samples.append(self._generate(point, slice(first, first + self.config.sample_chunk)))
+                outcome.seconds["generate"].append(time.perf_counter() - started)
+                progress(f"{title}, generating: {point.title}")
+            turn += 1
+
+    def _turn(self, turn: int) -> tuple[Point, ...]:
+        """The points, a different one first each time."""
+        offset = turn % len(self.points)
+        return self.points[offset:] + self.points[:offset]
+
+    def _classify(self, point: Point, part: slice) -> torch.Tensor:
+        settings, count = self.subject.settings, self.config.images
+        images, labels = self.subject.test.images[:count], self.subject.test.labels[:count]
+        return classify(
+            self.subject.checkpoint.denoiser,
+            images[part],
+            labels[part],
+            ClassifierConfig(settings.stages, settings.timesteps, seed=self.config.seed, batch_size=40),
+            compression=point.compression(),
+            share_plan=point.shared,
+            indices=range(len(images))[part],
+        ).correct
+
+    def _generate(self, point: Point, part: slice) -> torch.Tensor:
+        config = self.config
+        return generate(
+            self.subject.checkpoint.denoiser,
+            self.labels[part],
+            GenerateConfig(config.steps, self.subject.settings.guidance, config.seed, config.sample_chunk),
+            compression=point.compression(),
+            share_plan=point.shared,
+            indices=range(config.samples)[part],
+        )
+
+
+@dataclass
+class Part:
+    """All of one model: its frontier, and its jobs once the frontier has chosen."""
+
+    subject: Subject
+    frontier: Frontier
+    jobs: Jobs | None = None
 
 
 class Demo:
@@ -120,106 +164,48 @@ class Demo:
 
     Args:
         config: how much to do.
-        folder: the checkpoint of the tiny DiT and its classifier.
+        folder: another checkpoint, for a demo of one model.
 
     Raises:
         FileNotFoundError: no checkpoint there.
+        ValueError: a folder for several models.
     """
 
-    def __init__(self, config: DemoConfig | None = None, folder: Path = TINY_DIT) -> None:
+    def __init__(self, config: DemoConfig | None = None, folder: Path | None = None) -> None:
         self.config = config = config or DemoConfig()
-        self.checkpoint = load_checkpoint(folder)
-        self.classifier = load_classifier(folder)
-        self.digits = load_digits("test")
-        self.labels = torch.arange(config.samples) % self.checkpoint.denoiser.num_classes
-        side: Any = self.checkpoint.denoiser.model.config
-        self.grid = (side.sample_size // side.patch_size,) * 2
-        self.compressions = {method.key: _compression(method, config) for method in METHODS}
-        self.outcomes = {key: Outcome(tokens_kept(used, self.grid)) for key, used in self.compressions.items()}
+        if folder is not None and len(config.models) > 1:
+            raise ValueError(f"checkpoint: got one for {list(config.models)}, expected --model with it")
+        self.parts = [self._part(load_subject(model, folder)) for model in config.models]
+        self.real_size = RealSize() if config.real_size else None
+
+    def _part(self, subject: Subject) -> Part:
+        return Part(subject, Frontier(subject, self.config.frontier_images, seed=self.config.seed))
 
     @property
     def total(self) -> int:
-        """Chunks of work in all, over all methods."""
+        """Steps of progress in all."""
         config = self.config
-        images = len(range(0, config.images, config.image_chunk))
-        samples = len(range(0, config.samples, config.sample_chunk)) * len(config.guidances)
-        return (images + samples) * len(METHODS)
+        chunks = len(range(0, config.images, config.image_chunk)) + len(range(0, config.samples, config.sample_chunk))
+        jobs = (3 + len(_STRESS_KEYS)) * chunks
+        return sum(part.frontier.total + jobs for part in self.parts) + (self.real_size.total if self.real_size else 0)
 
     def run(self, progress: Callable[[str], None] | None = None) -> None:
-        """Do all the work; `progress` is called with a description after each of `total` chunks."""
+        """Do all the work; `progress` is called with a description after each of about `total` steps."""
+        told = progress or (lambda _: None)
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         try:
-            self._warm_up()
-            self._classify_all(progress or (lambda _: None))
-            self._generate_all(progress or (lambda _: None))
+            for part in self.parts:
+                part.frontier.run(told)
+            for part in self.parts:
+                part.jobs = self._jobs(part)
+                part.jobs.run(told)
+            if self.real_size is not None:
+                self.real_size.run(told)
         finally:
             torch.set_num_threads(threads)
 
-    def _warm_up(self) -> None:
-        """Every method once on a chunk, so that first-call costs fall on none of them."""
-        for method in METHODS:
-            self._classify(method, slice(0, min(8, self.config.images)))
-            self._generate(method, slice(0, 2), self.config.guidances[0], steps=1)
-
-    def _classify(self, method: DemoMethod, part: slice) -> torch.Tensor:
-        images, labels = self.digits.images[: self.config.images], self.digits.labels[: self.config.images]
-        return classify(
-            self.checkpoint.denoiser,
-            images[part],
-            labels[part],
-            ClassifierConfig(self.config.stages, self.config.timesteps, seed=self.config.seed),
-            compression=self.compressions[method.key],
-            share_plan=method.shared,
-            indices=range(len(images))[part],
-        ).correct
-
-    def _generate(self, method: DemoMethod, part: slice, guidance: float, steps: int) -> torch.Tensor:
-        config = GenerateConfig(steps, guidance, self.config.seed, self.config.sample_chunk)
-        return generate(
-            self.checkpoint.denoiser,
-            self.labels[part],
-            config,
-            compression=self.compressions[method.key],
-            share_plan=method.shared,
-            indices=range(len(self.labels))[part],
-        )
-
-    def _classify_all(self, progress: Callable[[str], None]) -> None:
-        for chunk, first in enumerate(range(0, self.config.images, self.config.image_chunk)):
-            part = slice(first, first + self.config.image_chunk)
-            for method in _turn(chunk):
-                outcome = self.outcomes[method.key]
-                started = time.perf_counter()
-                correct = self._classify(method, part)
-                outcome.seconds["classify"].append(time.perf_counter() - started)
-                outcome.correct = torch.cat([outcome.correct, correct])
-                progress(f"classifying: {method.title}")
-
-    def _generate_all(self, progress: Callable[[str], None]) -> None:
-        chunk = 0
-        for first in range(0, self.config.samples, self.config.sample_chunk):
-            part = slice(first, first + self.config.sample_chunk)
-            for guidance in self.config.guidances:
-                for method in _turn(chunk):
-                    outcome = self.outcomes[method.key]
-                    started = time.perf_counter()
-                    made = self._generate(method, part, guidance, self.config.steps)
-                    outcome.seconds["generate"].append(time.perf_counter() - started)
-                    before = [outcome.samples[guidance]] if guidance in outcome.samples else []
-                    outcome.samples[guidance] = torch.cat([*before, made])
-                    progress(f"generating at guidance {guidance}: {method.title}")
-                chunk += 1
-
-
-def _compression(method: DemoMethod, config: DemoConfig) -> CompressionConfig | None:
-    """What a row of the table applies: the values of the demo for the options that its method has."""
-    values = {name: getattr(config, name) for name in ("ratio", "factor", "alpha", "seed")}
-    options = {name: value for name, value in values.items() if name in options_of(method.method)}
-    return make_config(method.method, options | ({"proportional": True} if method.proportional else {}))
-
-
-def _turn(chunk: int) -> tuple[DemoMethod, ...]:
-    """The methods, a different one first in each chunk."""
-    first = chunk % len(METHODS)
-    return METHODS[first:] + METHODS[:first]
+    def _jobs(self, part: Part) -> Jobs:
+        rows = part.frontier.rows()
+        stress = [BY_KEY[key] for key in _STRESS_KEYS]
+        return Jobs(part.subject, self.config, choose(rows, ours=True), choose(rows, ours=False), stress)

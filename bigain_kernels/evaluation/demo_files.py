@@ -1,4 +1,4 @@
-"""What the demo leaves on disk: tables, sample grids, pictures, and a page that shows them."""
+"""What the demo leaves on disk and shows: tables, numbers, pictures, and a page that explains them."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from typing import Any
 
 import torch
 
-from ..methods import MergeConfig
 from .data import PHOTOGRAPHS
-from .demo import METHODS, Demo
-from .demo_results import DemoResult, Row, shown_p
-from .generate import save_grid
+from .demo import Demo, Part
+from .demo_pictures import draw_accuracy, draw_frontier, draw_merge_maps, draw_real_size, draw_samples
+from .demo_results import DemoResult, ModelResult
+from .frontier import BUDGET, FrontierRow
 from .metrics import Fraction, Measured
 from .output import OutputFolder, replacing
 from .pictures import PictureConfig, draw_photograph
-from .pooling_order import PoolingOrder
+from .points import BY_KEY, NONE, STRESS
 
-# Samples of each class on a grid.
-_COLUMNS = 10
+Table = tuple[list[str], list[list[str]]]
+_ROLES = {"none": "", "chosen": "chosen", "rival": "rival", "stress": "stress"}
+# Merging as drawn on a digit.
+_MAPPED = ("tome_0.5", "lgtm_0.5", f"lgtm_{STRESS:g}", "abm_0.5")
 
 
-def _shown(measured: Measured | None, scale: float = 1.0, digits: int = 2, sign: str = "") -> str:
-    if measured is None or math.isnan(measured.value):
+def _shown(measured: Measured, digits: int = 2) -> str:
+    if math.isnan(measured.value):
         return "-"
-    return f"{scale * measured.value:{sign}.{digits}f} ± {scale * measured.error:.{digits}f}"
+    return f"{measured.value:.{digits}f} ± {measured.error:.{digits}f}"
 
 
 def _percent(fraction: Fraction) -> str:
@@ -38,193 +40,203 @@ def _percent(fraction: Fraction) -> str:
     return f"{100 * fraction.value:.1f} ({100 * fraction.low:.1f} to {100 * fraction.high:.1f})"
 
 
-def table_cells(result: DemoResult) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the table. A cell may have several lines, one for each guidance."""
-    guidances = list(result.rows[0].generation)
-    per = "\n" + " / ".join(f"{g:g}" for g in guidances) if guidances else ""
-    heading = ["method", "tokens", "accuracy %", "difference\nto its rival"]
-    heading += [f"KID{per}", f"class right %{per}", f"distance{per}", "time s", "speed"]
+def frontier_cells(result: DemoResult) -> Table:
+    """One line for each point: rise of the error and speed, for each model."""
+    models = [model for model in result.models if model.frontier]
+    heading = ["method"]
+    of: list[dict[str, FrontierRow]] = []
+    titles: dict[str, str] = {}
+    for model in models:
+        heading += [f"{model.title}:\nerror +%", "\nspeed"]
+        of.append({row.point.key: row for row in model.frontier})
+        titles |= {row.point.key: row.point.title for row in model.frontier}
 
-    def cells(row: Row) -> list[str]:
-        made = row.generation.values()
-        difference = "-"
-        if row.difference is not None:
-            difference = f"{row.difference.difference:+.1f}, {shown_p(row.difference.p)}\nto {row.rival}"
-        return [
-            row.title,
-            row.tokens,
-            _percent(row.accuracy),
-            difference,
-            "\n".join(_shown(g.kid, 1, 2) for g in made) or "-",
-            "\n".join(_percent(g.consistency) for g in made) or "-",
-            "\n".join(_shown(g.distance, 1, 3) for g in made) or "-",
-            f"{row.seconds:.1f}",
-            "-" if math.isnan(row.speed) else f"{row.speed:.2f}x",
-        ]
+    def cells(row: FrontierRow | None) -> list[str]:
+        if row is None:
+            return ["-", "-"]
+        return ["0" if row.point == NONE else _shown(row.rise, 1), f"{row.speed:.2f}x"]
 
-    return heading, [cells(row) for row in result.rows]
+    lines = [[title, *(cell for rows in of for cell in cells(rows.get(key)))] for key, title in titles.items()]
+    return heading, lines
 
 
-def caption(demo: Demo, result: DemoResult) -> str:
-    """What the numbers are, in a few sentences."""
-    config = demo.config
+def job_cells(model: ModelResult) -> Table:
+    """One line for each point that did both jobs."""
+    heading = ["method", "", "tokens", "accuracy %", "KID", "class right %", "PSNR dB", "speed"]
+    rows = []
+    for row in model.jobs:
+        rows.append(
+            [
+                row.point.title,
+                _ROLES[row.role],
+                row.tokens,
+                _percent(row.accuracy),
+                _shown(row.kid, 3),
+                _percent(row.consistency),
+                _shown(row.psnr, 1),
+                "-" if math.isnan(row.speed) else f"{row.speed:.2f}x",
+            ]
+        )
+    return heading, rows
+
+
+def real_size_cells(result: DemoResult) -> Table:
+    """One line for each model and method."""
+    heading = ["random weights: speed only", "method", "ms", "speed"]
+    return heading, [[row.model, row.title, f"{row.milliseconds:.0f}", f"{row.speed:.2f}x"] for row in result.real_size]
+
+
+def frontier_caption(demo: Demo) -> str:
+    """What the frontier's numbers are."""
+    where = "; ".join(
+        f"{part.subject.settings.title} at timesteps {', '.join(map(str, part.subject.settings.frontier))}, "
+        f"{part.subject.grid[0] * part.subject.grid[1]} tokens"
+        for part in demo.parts
+    )
     return (
-        f"{result.rows[0].images} held-out digits classified by denoising error (timesteps "
-        f"{', '.join(map(str, config.timesteps))}), {result.samples} samples for each "
-        f"guidance in {config.steps} DDIM steps, {config.threads} threads; ratio {config.ratio:g}, factor "
-        f"{config.factor}, alpha {config.alpha:g}, seed {config.seed}. In brackets stand 95 % intervals (Wilson), "
-        "after ± one standard error. difference: points, with p of McNemar's exact test after Holm's correction. "
-        "“shared”: one plan for all classes of an image when classifying, for both rows of a guidance pair when "
-        "generating. “proportional”: attention weighs every merged key by the number of its tokens. "
-        "KID: kernel distance from the 600 held-out digits in the 64 features of the small classifier, which are "
-        "brought to order one. class right: "
-        "samples that it takes for the digit asked for. distance: mean squared, to the samples of “none” from the same "
-        "noise. time: median of the chunks of work, times their number. speed: median over the chunks, against “none”."
+        f"error: rise of the denoising error over no compression, on {demo.config.frontier_images} validation images "
+        f"({where}), with the label and without, mean ± one standard error. speed: median over forward passes of "
+        f"{demo.config.threads} threads, the methods in turns. “proportional”: attention weighs a merged key by its "
+        "number of tokens. “shared”: one plan for rows that belong together."
     )
 
 
-ORDER_TITLE = "Pooling before or after norm and rotation"
-ORDER_CAPTION = (
-    "A small Flux model with random weights on a photograph with noise: distance of its output from that without "
-    "pooling, in % of the latter, mean over sets of weights ± one standard error. “after”: keys and values pooled "
-    "after norm and rotation, as IE-KVD is defined (the default). “before”: hidden states pooled before the "
-    "projections, pooled keys rotated by the position of the nearest token. “before - after”: paired over the weights, "
-    "negative where “before” is nearer. “apart”: between the two; at alpha 1 they take the same tokens. “sharpness”: "
-    "factor on the queries. Random weights show the arithmetic of the two orders, not what either does to pictures."
-)
+def jobs_caption(demo: Demo, result: DemoResult) -> str:
+    """What the numbers of the jobs are."""
+    images = max((row.images for model in result.models for row in model.jobs), default=0)
+    samples = max((model.samples for model in result.models), default=0)
+    return (
+        f"{images} test images classified by denoising error; {samples} samples in {demo.config.steps} DDIM steps; "
+        f"seed {demo.config.seed}. “chosen”: the fastest point of BiGain or of this project whose error rises by at "
+        f"most {BUDGET:g} % on validation images, or that rises least; “rival”: the same of what was there before; "
+        f"“stress”: ratio {STRESS:g}, as in the paper's tables. In brackets 95 % intervals (Wilson), after ± one "
+        "standard error. KID: kernel distance from validation and test images in the features of a small classifier, "
+        "brought to order one; near zero is like them. class right: samples that it takes for the digit asked for. "
+        "PSNR: to the uncompressed samples from the same noise."
+    )
 
 
-def order_cells(orders: list[PoolingOrder]) -> tuple[list[str], list[list[str]]]:
-    """Heading and cells of the table that compares the orders of pooling."""
-    heading = ["sharpness", "alpha", "after %", "before %", "before - after", "apart %"]
-    return heading, [
-        [
-            f"{o.sharpness:g}",
-            f"{o.alpha:g}",
-            _shown(o.keys, 100, 2),
-            _shown(o.hidden, 100, 2),
-            _shown(o.difference, 100, 2, "+"),
-            _shown(o.apart, 100, 2),
-        ]
-        for o in orders
-    ]
+def _flat(model: ModelResult) -> list[dict[str, Any]]:
+    """All numbers of a model, one dictionary for each point and table."""
+    rows: list[dict[str, Any]] = []
+    for row in model.frontier:
+        rows.append(
+            {
+                "model": model.key,
+                "table": "frontier",
+                "method": row.point.key,
+                "rise_percent": row.rise.value,
+                "rise_percent_se": row.rise.error,
+                "moved_percent": row.moved,
+                "speed": row.speed,
+            }
+        )
+    for job in model.jobs:
+        flat: dict[str, Any] = {
+            "model": model.key,
+            "table": "jobs",
+            "method": job.point.key,
+            "role": job.role,
+            "tokens": job.tokens,
+            "images": job.images,
+        }
+        for name in ("accuracy", "kid", "consistency", "psnr"):
+            for key, value in asdict(getattr(job, name)).items():
+                flat[name if key == "value" else f"{name}_{key}"] = value
+        rows.append({**flat, "seconds": job.seconds, "speed": job.speed})
+    return rows
 
 
-def _flat(row: Row) -> dict[str, Any]:
-    flat: dict[str, Any] = {"method": row.key, "tokens": row.tokens, "images": row.images, "rival": row.rival}
-
-    def put(name: str, measured: Fraction | Measured) -> None:
-        flat.update({name if key == "value" else f"{name}_{key}": value for key, value in asdict(measured).items()})
-
-    put("accuracy", row.accuracy)
-    flat["difference"] = None if row.difference is None else row.difference.difference
-    flat["difference_p"] = None if row.difference is None else row.difference.p
-    for guidance, made in row.generation.items():
-        for name in ("kid", "consistency", "distance"):
-            put(f"{name}_guidance_{guidance:g}", getattr(made, name))
-    return {**flat, "seconds": row.seconds, "speed": row.speed}
-
-
-def write_numbers(demo: Demo, result: DemoResult, orders: list[PoolingOrder], output: OutputFolder) -> None:
-    """`results.csv`, one line for each method, and `results.json` with the settings, versions and notes too."""
+def write_numbers(demo: Demo, result: DemoResult, output: OutputFolder) -> None:
+    """`results.csv`, one line for each point of each table; `results.json` with settings, versions and notes too."""
     import diffusers
 
-    rows = [_flat(row) for row in result.rows]
+    rows = [row for model in result.models for row in _flat(model)]
+    names = list(dict.fromkeys(name for row in rows for name in row))
     with replacing(output.claim("results.csv")) as part, open(part, "w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     content = {
         "config": asdict(demo.config),
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
+        "weights": {part.subject.key: part.subject.checkpoint.fingerprint() for part in demo.parts},
         "rows": [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows],
+        "real_size": [asdict(row) for row in result.real_size],
         "notes": result.notes,
-        "pooling_orders": [asdict(order) for order in orders],
     }
     output.write_text("results.json", json.dumps(content, indent=2) + "\n")
 
 
-def write_grids(demo: Demo, output: OutputFolder) -> list[Path]:
-    """`samples/<method>_guidance_<g>.png` for every method and guidance that has samples."""
-    names, paths = demo.checkpoint.class_names, []
-    shown = _COLUMNS * len(names)
-    for method in METHODS:
-        for guidance, samples in demo.outcomes[method.key].samples.items():
-            path = output.claim(f"samples/{method.key}_guidance_{guidance:g}.png")
-            labels = demo.labels[: len(samples)][:shown]
-            save_grid(samples[:shown], labels, names, path, f"{method.title}, guidance {guidance:g}")
-            paths.append(path)
-    return paths
-
-
-def write_pictures(demo: Demo, output: OutputFolder) -> list[Path]:
-    """`photographs/<name>_<stride>x<stride>.png` for each photograph and each tile size."""
-    paths = []
-    for name in PHOTOGRAPHS:
-        for stride in demo.config.picture_strides:
-            path = output.claim(f"photographs/{Path(name).stem}_{stride}x{stride}.png")
-            draw_photograph(name, path, PictureConfig(ratio=demo.config.ratio, stride=(stride, stride)))
-            paths.append(path)
-    return paths
-
-
 def _markdown_table(heading: list[str], rows: list[list[str]]) -> list[str]:
     lines = [heading, ["---"] * len(heading), *rows]
-    return ["| " + " | ".join(cell.replace("\n", "<br>") for cell in line) + " |" for line in lines]
+    return ["| " + " | ".join(cell.replace("\n", " ").strip() for cell in line) + " |" for line in lines]
 
 
-def write_index(
-    demo: Demo,
-    result: DemoResult,
-    orders: list[PoolingOrder],
-    output: OutputFolder,
-    grids: list[Path],
-    pictures: list[Path],
-) -> Path:
-    """`README.md` of the folder: the table, the lines under it, and every picture with what it shows."""
-    merge = [
-        m.title
-        for m in METHODS
-        if isinstance(demo.compressions[m.key], MergeConfig) and not (m.shared or m.proportional)
-    ]
-    lines = ["# What `bigain demo` measured", "", *_markdown_table(*table_cells(result)), "", caption(demo, result), ""]
-    lines += [f"* {note}" for note in result.notes]
-    lines += ["", "The same numbers: [results.csv](results.csv), [results.json](results.json).", ""]
-    if orders:
-        lines += [f"## {ORDER_TITLE}", "", *_markdown_table(*order_cells(orders)), "", ORDER_CAPTION, ""]
-    if pictures:
-        lines += ["## What is merged in a photograph", ""]
-        lines += [
-            "Each token is a patch of 8 x 8 pixels. From top to bottom: the tokens that others are merged into (a "
-            f"detail, with the tiles), the clusters of {', '.join(merge)} (an unmerged token shows the photograph, a "
-            "merged one the mean colour of its cluster), and the unmerged tokens alone: they follow the edges and the "
-            "texture. With tiles of 2 x 2 a ratio of 0.7 merges nearly every source, so only the strongest edges stay; "
-            "with tiles of 4 x 4 there are fewer destinations to pay for, and the edges stay whole.",
-            "",
-        ]
-        lines += [f"![{path.stem}]({path.relative_to(output.path).as_posix()})\n" for path in pictures]
-    if grids:
-        lines += [
-            "## Samples",
-            "",
-            "One row for each digit asked for; a place starts from the same noise in every grid.",
-            "",
-        ]
-        lines += [f"![{path.stem}]({path.relative_to(output.path).as_posix()})" for path in grids]
-    output.write_text("README.md", "\n".join(lines) + "\n")
+def _pictures_of_model(demo: Demo, part: Part, model: ModelResult, output: OutputFolder) -> dict[Path, str]:
+    """Draws; by path, what is seen."""
+    drawn: dict[Path, str] = {}
+    jobs = part.jobs
+    if model.frontier:
+        path = output.claim(f"frontier_{model.key}.png")
+        draw_frontier(model, jobs.chosen if jobs else None, path)
+        drawn[path] = f"{model.title}: the frontier. Below the dotted line the error rises by less than {BUDGET:g} %."
+    if jobs is None or not model.jobs[0].images:
+        return drawn
+    path = output.claim(f"accuracy_{model.key}.png")
+    draw_accuracy(model, path)
+    drawn[path] = f"{model.title}: accuracy against time."
+    if model.samples >= 3:
+        path = output.claim(f"samples_{model.key}.png")
+        draw_samples(jobs, model, path)
+        drawn[path] = f"{model.title}: samples from the same noise, each row with its difference to the uncompressed."
+    path = output.claim(f"merge_maps_{model.key}.png")
+    draw_merge_maps(part.subject, tuple(BY_KEY[key] for key in _MAPPED), demo.config.seed, path)
+    drawn[path] = (
+        f"{model.title}: what merges in a test image at two timesteps. Tokens that merged with none show the image, "
+        "each cluster has a colour."
+    )
+    return drawn
+
+
+def write_pictures(demo: Demo, result: DemoResult, output: OutputFolder) -> dict[Path, str]:
+    """All pictures; by path, what is seen."""
+    drawn: dict[Path, str] = {}
+    for part, model in zip(demo.parts, result.models, strict=True):
+        drawn |= _pictures_of_model(demo, part, model, output)
+    if result.real_size:
+        path = output.claim("real_size.png")
+        draw_real_size(result.real_size, path)
+        drawn[path] = "Layers of real size with random weights: speed only."
+    stride = demo.config.picture_stride
+    for name in PHOTOGRAPHS:
+        path = output.claim(f"photographs/{Path(name).stem}.png")
+        draw_photograph(name, path, PictureConfig(ratio=STRESS, stride=(stride, stride)))
+        drawn[path] = (
+            f"A photograph, each token a patch of 8 x 8 pixels, ratio {STRESS:g}, tiles of {stride} x {stride}: the "
+            "tokens that others merge into, clusters in their mean colour, and the tokens that merged with none."
+        )
+    return drawn
+
+
+def write_all(demo: Demo, result: DemoResult, output: OutputFolder, pictures: bool = True) -> Path:
+    """Everything above into `output`, and `README.md` that shows it; returns the page."""
+    write_numbers(demo, result, output)
+    drawn = write_pictures(demo, result, output) if pictures else {}
+    lines = ["# What `bigain demo` measured", "", "## What compression costs and gives", ""]
+    lines += [*_markdown_table(*frontier_cells(result)), "", frontier_caption(demo), ""]
+    if any(model.jobs for model in result.models):
+        lines += ["## Both jobs", ""]
+        for model in result.models:
+            if model.jobs:
+                lines += [f"### {model.title}", "", *_markdown_table(*job_cells(model)), ""]
+        lines += [jobs_caption(demo, result), "", *(f"* {note}" for note in result.notes), ""]
+    if result.real_size:
+        lines += ["## Real size", "", *_markdown_table(*real_size_cells(result)), ""]
+    lines += ["All numbers: [results.csv](results.csv), [results.json](results.json).", ""]
+    for path, caption in drawn.items():
+        name = path.relative_to(output.path).as_posix()
+        lines += [f"![{path.stem}]({name})", "", caption, ""]
+    output.write_text("README.md", "\n".join(lines))
     return output.path / "README.md"
-
-
-def write_all(
-    demo: Demo,
-    result: DemoResult,
-    output: OutputFolder,
-    orders: list[PoolingOrder] | None = None,
-    pictures: bool = True,
-) -> Path:
-    """Everything above into `output`; returns the page. `orders`: of `compare_pooling_orders`, if that was done."""
-    orders = orders or []
-    write_numbers(demo, result, orders, output)
-    drawn = write_pictures(demo, output) if pictures else []
-    return write_index(demo, result, orders, output, write_grids(demo, output), drawn)

@@ -1,4 +1,4 @@
-"""The two shipped models of digits of 32 x 32 pixels, a U-Net and a DiT: how they are built, and what drives them."""
+"""The two shipped models of handwritten digits, a U-Net and a DiT: how they are built, and what drives them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, DiTTransformer2DModel, UNet2DConditionModel
 
 from .data import MNIST_SIZE
@@ -14,6 +15,9 @@ from .tiny_models import NUM_CLASSES, build_tiny_dit
 
 # By kind, the folder of the model within its checkpoint, which is diffusers' name for what it is.
 FOLDERS = {"unet": "unet", "dit": "transformer"}
+# And the side of its images; those of the DiT have no more detail than this side's.
+SIZES = {"unet": MNIST_SIZE, "dit": 64}
+DETAIL = 16
 # The "prompt" of a class: tokens and width of its embedding.
 _TOKENS, _WIDTH = 4, 32
 
@@ -33,7 +37,7 @@ def build_mnist_unet() -> UNet2DConditionModel:
     cross-attention alone a model of this size learns to use it much later.
     """
     model = UNet2DConditionModel(
-        sample_size=MNIST_SIZE,
+        sample_size=SIZES["unet"],
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
@@ -53,8 +57,8 @@ def build_mnist_unet() -> UNet2DConditionModel:
 
 
 def build_mnist_dit() -> DiTTransformer2DModel:
-    """The DiT of the small digits for images of twice the side: 16 x 16 tokens of 2 x 2 pixels each."""
-    return build_tiny_dit(size=MNIST_SIZE)
+    """The DiT of the small digits for images of four times the side: 32 x 32 tokens of 2 x 2 pixels each."""
+    return build_tiny_dit(size=SIZES["dit"])
 
 
 def build_mnist_model(kind: str) -> Any:
@@ -62,19 +66,39 @@ def build_mnist_model(kind: str) -> Any:
     return build_mnist_unet() if kind == "unet" else build_mnist_dit()
 
 
-def build_mnist_scheduler() -> DDPMScheduler:
-    """1,000 steps, cosine schedule, v-prediction: most timesteps have noise at which something can be learned."""
-    return DDPMScheduler(
-        num_train_timesteps=1000,
-        beta_schedule="squaredcos_cap_v2",
-        prediction_type="v_prediction",
-        clip_sample=False,
-    )
+def resized(kind: str, images: torch.Tensor, size: int) -> torch.Tensor:
+    """Digits (n, 1, 32, 32) as the model of a kind sees them, at its own size or a coarser one: (n, 1, size, size).
+
+    The U-Net sees them as they are, or means of pixels. The DiT sees 16 x 16 means, enlarged smoothly: what is smooth
+    over neighbouring tokens, as images of high resolution and latents are, can be merged.
+    """
+    coarse = size if kind == "unet" else DETAIL
+    if coarse != images.shape[-1]:
+        images = F.interpolate(images, size=(coarse, coarse), mode="area")
+    if size > coarse:
+        images = F.interpolate(images, size=(size, size), mode="bicubic", align_corners=False).clamp(-1.0, 1.0)
+    return images
 
 
-def mnist_denoiser(kind: str, model: Any) -> Denoiser:
-    """The denoiser of a model of that kind."""
-    scheduler = build_mnist_scheduler()
+def build_mnist_scheduler(kind: str, size: int) -> DDPMScheduler:
+    """1,000 steps, v-prediction, on a cosine schedule: most timesteps have noise at which something can be learned.
+
+    For the DiT the ratio of signal to noise falls with the square of the enlargement, so that a timestep hides as much
+    of a digit at every size (Hoogeboom et al., "simple diffusion", 2023).
+    """
+    same: dict[str, Any] = {"num_train_timesteps": 1000, "prediction_type": "v_prediction", "clip_sample": False}
+    cosine = DDPMScheduler(beta_schedule="squaredcos_cap_v2", **same)
+    if kind == "unet":
+        return cosine
+    alphas = cosine.alphas_cumprod.double()
+    alphas = alphas / (alphas + (size / DETAIL) ** 2 * (1 - alphas))
+    betas = 1 - alphas / torch.cat([torch.ones(1, dtype=torch.float64), alphas[:-1]])
+    return DDPMScheduler(trained_betas=[float(f"{beta:.6g}") for beta in betas.clamp(max=0.999).tolist()], **same)
+
+
+def mnist_denoiser(kind: str, model: Any, size: int) -> Denoiser:
+    """The denoiser of a model of that kind for images of that size."""
+    scheduler = build_mnist_scheduler(kind, size)
     if kind == "unet":
         return PromptDenoiser(model, scheduler, class_embeddings())
     return LabelDenoiser(model, scheduler)

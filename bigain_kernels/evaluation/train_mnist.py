@@ -19,9 +19,9 @@ from diffusers.models.attention_processor import Attention
 from safetensors.torch import save_file
 
 from .checkpoints import EMBEDDINGS
-from .data import MNIST_SIZE, Digits, load_mnist
+from .data import Digits, load_mnist
 from .denoisers import Denoiser, diffuse
-from .mnist_models import FOLDERS, build_mnist_model, class_embeddings, mnist_denoiser
+from .mnist_models import FOLDERS, SIZES, build_mnist_model, class_embeddings, mnist_denoiser, resized
 from .output import replacing
 from .tiny_models import NUM_CLASSES
 from .train_tiny import augment, average_into, check_settings, drop_labels, save_model, spread_timesteps
@@ -31,11 +31,14 @@ LOG = "training_log.csv"
 STATE = "state.safetensors"
 # By a few of these the right label is to beat a wrong one, in mean squared error of the prediction.
 _MARGIN = 0.002
-# At less noise no label is needed, at more noise no digit can be told: there labels are not contrasted.
-_CONTRASTED = (100, 700)
+# At less noise no label is needed.
+_CONTRASTED_FROM = 100
 # Where, and on how many images, the validation error is logged.
 _VALIDATION_TIMESTEPS = (100, 250, 400, 550, 700)
 _VALIDATION_IMAGES, _VALIDATION_BATCH = 100, 20
+
+
+STAGE_SIZES = (8, 16, 32, 64)
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Stage:
 
     With `contrast` above 0 each image is denoised with a wrong label too, at twice the cost, and so much of
     `contrast_loss` is added to the loss: the right label is to leave the smaller error, which the denoising loss alone
-    asks for in the end only.
+    asks for in the end only. From timestep `until` on no digit can be told, and labels are not contrasted.
     """
 
     size: int
@@ -52,24 +55,30 @@ class Stage:
     batch: int
     rate: float = 1.0
     contrast: float = 0.0
+    until: int = 700
 
     def __post_init__(self) -> None:
-        if self.size not in (8, 16, MNIST_SIZE):
-            raise ValueError(f"stages: got size {self.size}, expected 8, 16 or {MNIST_SIZE}")
+        if self.size not in STAGE_SIZES:
+            raise ValueError(f"stages: got size {self.size}, expected one of {list(STAGE_SIZES)}")
         for name in ("steps", "batch"):
             if not 1 <= getattr(self, name) <= 10**9:
                 raise ValueError(f"stages: got {name} {getattr(self, name)}, expected 1 to 1e9")
-        for name in ("rate", "contrast"):
+        for name in ("rate", "contrast", "until"):
             if not 0 <= getattr(self, name) <= 1e3:
                 raise ValueError(f"stages: got {name} {getattr(self, name)}, expected 0 to 1000")
 
     def __str__(self) -> str:
-        return f"{self.size}:{self.steps}:{self.batch}:{self.rate:g}:{self.contrast:g}"
+        return f"{self.size}:{self.steps}:{self.batch}:{self.rate:g}:{self.contrast:g}:{self.until}"
 
 
 STAGES = {
     "unet": (Stage(16, 400, 32), Stage(16, 800, 16, 1.0, 1.0), Stage(32, 4000, 12, 0.5, 1.0)),
-    "dit": (Stage(16, 600, 64), Stage(16, 700, 32, 1.0, 1.0), Stage(32, 8000, 16, 0.5, 1.0)),
+    "dit": (
+        Stage(16, 1200, 64),
+        Stage(16, 800, 32, 1.0, 1.0),
+        Stage(32, 1200, 32, 1.0, 1.0),
+        Stage(64, 1000, 16, 0.5, 1.0),
+    ),
 }
 
 
@@ -142,11 +151,6 @@ class _PlainAttention:
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
-def _resized(images: torch.Tensor, size: int) -> torch.Tensor:
-    """(n, 1, s, s) to (n, 1, size, size), by means of pixels."""
-    return images if size == images.shape[-1] else F.interpolate(images, size=(size, size), mode="area")
-
-
 def contrast_loss(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
     """What the errors of a right and of a wrong label cost, each (n,): the less, the larger the wrong one is.
 
@@ -157,8 +161,8 @@ def contrast_loss(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _validation_error(denoiser: Denoiser, data: Digits, size: int) -> float:
-    images, labels = _resized(data.images[:_VALIDATION_IMAGES], size), data.labels[:_VALIDATION_IMAGES]
+def _validation_error(denoiser: Denoiser, kind: str, data: Digits, size: int) -> float:
+    images, labels = resized(kind, data.images[:_VALIDATION_IMAGES], size), data.labels[:_VALIDATION_IMAGES]
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(1))
     errors = []
     for timestep in _VALIDATION_TIMESTEPS:
@@ -184,7 +188,8 @@ class Run:
             if isinstance(module, Attention):
                 module.set_processor(_PlainAttention())
         self.config = config
-        self.denoiser = mnist_denoiser(config.model, self.model)
+        # By the size of the images: the same model, each with the noise of its size.
+        self.denoisers = {size: mnist_denoiser(config.model, self.model, size) for size in STAGE_SIZES}
         self.generator = torch.Generator().manual_seed(config.seed)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.99)
@@ -208,9 +213,10 @@ class Run:
         return denoising.item()
 
     def _losses(self, data: Digits, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
-        n, generator, scheduler = stage.batch, self.generator, self.denoiser.scheduler
+        n, generator, kind = stage.batch, self.generator, self.config.model
+        scheduler = self.denoisers[stage.size].scheduler
         index = torch.randint(len(data), (n,), generator=generator)
-        images, true = _resized(augment(data.images[index], generator), stage.size), data.labels[index]
+        images, true = resized(kind, augment(data.images[index], generator), stage.size), data.labels[index]
         labels = drop_labels(true, self.config.label_dropout, generator)
         t = spread_timesteps(n, scheduler.config.num_train_timesteps, generator)
         noise = torch.randn(images.shape, generator=generator)
@@ -223,14 +229,14 @@ class Run:
             other = (true + torch.randint(1, NUM_CLASSES, (n,), generator=generator)) % NUM_CLASSES
             rows, labels = 2, torch.cat([labels, torch.where(dropped, true, other)])
         with torch.autocast("cpu", torch.bfloat16):
-            predicted = self.denoiser(noisy.repeat(rows, 1, 1, 1), t.repeat(rows), labels)
+            predicted = self.denoisers[stage.size](noisy.repeat(rows, 1, 1, 1), t.repeat(rows), labels)
         errors = (predicted.float() - target.repeat(rows, 1, 1, 1)).square().mean(dim=(1, 2, 3))
         first = errors[:n]
         denoising = (first * weight).mean()
         if not stage.contrast:
             return denoising, denoising
         second = errors[n:]
-        compared = ~dropped & (t >= _CONTRASTED[0]) & (t < _CONTRASTED[1])
+        compared = ~dropped & (t >= _CONTRASTED_FROM) & (t < stage.until)
         contrast = (contrast_loss(first, second) * compared).mean()
         return denoising, denoising + (second * weight * dropped).mean() + stage.contrast * contrast
 
@@ -238,7 +244,7 @@ class Run:
 def _write(out: Path, run: Run) -> None:
     """The checkpoint, the log, and last the state, from which the others can be written again."""
     save_model(run.average, out / FOLDERS[run.config.model])
-    run.denoiser.scheduler.save_pretrained(out / "scheduler")
+    run.denoisers[SIZES[run.config.model]].scheduler.save_pretrained(out / "scheduler")
     if run.config.model == "unet":
         with replacing(out / EMBEDDINGS) as part:
             save_file({"embeddings": class_embeddings()}, part)
@@ -290,13 +296,13 @@ def train_mnist(
         if not math.isfinite(losses[-1]):
             raise ValueError(f"loss: got {losses[-1]} at step {run.step}, expected a finite one: training diverged")
         if run.step % config.log_every == 0 or run.step == config.steps:
-            averaged = mnist_denoiser(config.model, run.average)
+            averaged = mnist_denoiser(config.model, run.average, stage.size)
             row = {
                 "step": run.step,
                 "size": stage.size,
                 "images": images,
                 "loss": sum(losses) / len(losses),
-                "validation_error": _validation_error(averaged, validation, stage.size),
+                "validation_error": _validation_error(averaged, config.model, validation, stage.size),
                 "seconds": time.perf_counter() - started,
                 "cpu_seconds": time.process_time() - started_cpu,
             }

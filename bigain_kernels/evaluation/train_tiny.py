@@ -187,17 +187,21 @@ def train_tiny_dit(
     return row
 
 
-def train_classifier(out: Path, epochs: int = 60, seed: int = 0) -> dict[str, float]:
+def train_classifier(
+    out: Path, epochs: int = 60, seed: int = 0, data: Callable[[str], Digits] = load_digits
+) -> dict[str, float]:
     """Train the digit classifier and save it as `out/classifier.safetensors`.
 
+    `data`: gives images of 16 x 16 pixels for "train" and "test".
+
     Returns:
-        `{"test_accuracy": ..., "seconds": ...}`; the accuracy is over the 400 test images.
+        `{"test_accuracy": ..., "seconds": ...}`; the accuracy is over the test images.
     """
     from safetensors.torch import save_file
 
     out.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
-    train, test = load_digits("train"), load_digits("test")
+    train, test = data("train"), data("test")
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -17,14 +17,14 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from bigain_kernels.cli.main import INTERRUPTED, main, make_app
-from bigain_kernels.evaluation import demo, pooling_order
+from bigain_kernels.evaluation import demo
 from bigain_kernels.evaluation import generate as generation
 from bigain_kernels.evaluation import train_tiny as training
 from bigain_kernels.evaluation.checkpoints import TINY_DIT
 from bigain_kernels.evaluation.classify import ImageResult
 from bigain_kernels.evaluation.data import load_digits
-from bigain_kernels.evaluation.demo_files import ORDER_TITLE
 from bigain_kernels.evaluation.folders import find_images
+from bigain_kernels.evaluation.points import points_of
 from bigain_kernels.evaluation.records import ResultsFile
 
 COMMANDS = ["demo", "classify", "generate", "bench", "reproduce", "train-tiny", "env", "tune"]
@@ -262,17 +262,19 @@ def test_shipped_training_settings_are_what_its_command_writes(tmp_path: Path, m
     assert list((written | versions).items()) == list(shipped.items())
 
 
-def test_demo_shows_one_table_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    small = ["--images", 4, "--samples", 3, "--steps", 1, "--threads", 1, "--no-pictures", "--out", tmp_path]
-    assert _bigain("demo", *small) == 0
+SMALL_DEMO = ["demo", "--model", "digits", "--frontier-images", 2, "--threads", 1, "--no-real-size"]
+
+
+def test_demo_shows_its_tables_and_writes_everything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--images", 4, "--samples", 3, "--steps", 1, "--no-pictures", "--out", tmp_path]
+    assert _bigain(*SMALL_DEMO, *small) == 0
     shown = capsys.readouterr().out
-    for method in demo.METHODS:
-        assert method.title in shown
-    assert "±" in shown
+    for point in points_of():
+        assert point.title in shown
     assert "…" not in shown
-    assert ORDER_TITLE in shown
-    assert shown.count("±") > 5 * len(demo.METHODS)
-    for name in ("results.csv", "results.json", "README.md", "samples/lgtm_guidance_3.png"):
+    assert shown.count("±") > 2 * len(points_of())
+    assert "Both jobs: DiT of 64 tokens" in shown
+    for name in ("results.csv", "results.json", "README.md"):
         assert (tmp_path / name).exists()
 
 
@@ -282,19 +284,19 @@ def test_interrupted_demo_shows_what_is_finished(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.Demo, "_generate_all", stop)
-    assert _bigain("demo", "--images", 2, "--samples", 3, "--threads", 1, "--out", tmp_path) == 130
-    assert "L-GTM" in capsys.readouterr().out
+    monkeypatch.setattr(demo.Jobs, "_generate", stop)
+    few = ["--images", 2, "--samples", 3, "--no-pictures"]
+    assert _bigain(*SMALL_DEMO, *few, "--out", tmp_path) == 130
+    assert "Both jobs" in capsys.readouterr().out
     assert (tmp_path / "results.csv").exists()
-    monkeypatch.undo()
-    monkeypatch.setattr(pooling_order, "compare_pooling_orders", stop)
-    late = tmp_path / "late"
-    small = ["--images", 2, "--samples", 3, "--steps", 1, "--threads", 1, "--out", late]
-    assert _bigain("demo", *small) == 130
-    assert json.loads((late / "results.json").read_text())["pooling_orders"] == []
-    monkeypatch.setattr(demo.Demo, "_classify_all", stop)
+    monkeypatch.setattr(demo.Jobs, "run", stop)
+    early = tmp_path / "early"
+    assert _bigain(*SMALL_DEMO, *few, "--out", early) == 130
+    assert "L-GTM 0.5" in (early / "README.md").read_text()
+    assert "Both jobs" not in (early / "README.md").read_text()
+    monkeypatch.setattr(demo.Demo, "run", stop)
     empty = tmp_path / "empty"
-    assert _bigain("demo", "--images", 2, "--samples", 3, "--threads", 1, "--out", empty) == 130
+    assert _bigain(*SMALL_DEMO, *few, "--out", empty) == 130
     assert not empty.exists()
 
 

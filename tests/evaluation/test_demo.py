@@ -1,9 +1,11 @@
-"""The demo in a tiny setting, its verdicts, and its pictures."""
+"""The demo in a tiny setting: frontier, choice, both jobs, verdicts, and its pictures."""
 
 from __future__ import annotations
 
 import csv
 import json
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,16 +13,36 @@ import pytest
 import torch
 from PIL import Image
 
-from bigain_kernels.evaluation.demo import FULL, METHODS, Demo, DemoConfig
-from bigain_kernels.evaluation.demo_files import ORDER_TITLE, order_cells, table_cells, write_all
-from bigain_kernels.evaluation.demo_results import Comparison, DemoResult, claim_note, summarise, verdict
-from bigain_kernels.evaluation.metrics import holm, mcnemar
+from bigain_kernels.evaluation.compression import compressed
+from bigain_kernels.evaluation.demo import FULL, Demo, DemoConfig
+from bigain_kernels.evaluation.demo_files import frontier_cells, job_cells, write_all
+from bigain_kernels.evaluation.demo_results import Comparison, DemoResult, psnr, summarise, verdict
+from bigain_kernels.evaluation.denoisers import diffuse
+from bigain_kernels.evaluation.frontier import Frontier, FrontierRow, choose
+from bigain_kernels.evaluation.metrics import Measured, holm, mcnemar
+from bigain_kernels.evaluation.noise import seeded_noise
 from bigain_kernels.evaluation.output import OutputFolder
 from bigain_kernels.evaluation.pictures import PictureConfig, draw_photograph, merge_pictures, patch_tokens
-from bigain_kernels.evaluation.pooling_order import PoolingOrderConfig, compare_pooling_orders
+from bigain_kernels.evaluation.points import BY_KEY, NONE, points_of
+from bigain_kernels.evaluation.real_size import RealSize
+from bigain_kernels.evaluation.subjects import Subject, load_subject
 
-TINY = DemoConfig(images=6, samples=4, steps=2, threads=1, image_chunk=3, sample_chunk=4, picture_strides=(4,))
-QUICK_ORDERS = PoolingOrderConfig(alphas=(0.5, 1.0), sharpness=(3.0,), seeds=(0, 1), grid=(6, 10))
+TINY = DemoConfig(
+    models=("digits",),
+    frontier_images=2,
+    images=6,
+    samples=4,
+    steps=2,
+    threads=1,
+    image_chunk=3,
+    sample_chunk=4,
+    real_size=False,
+)
+
+
+@pytest.fixture(scope="module")
+def subject() -> Subject:
+    return load_subject("digits")
 
 
 @pytest.fixture(scope="module")
@@ -30,145 +52,211 @@ def run() -> tuple[Demo, DemoResult, list[str]]:
     return demo, summarise(demo), seen
 
 
-def test_every_method_does_both_jobs_on_the_same_items(run) -> None:
+def test_every_point_does_both_jobs_on_the_same_items(run) -> None:
     demo, result, seen = run
-    assert len(seen) == demo.total == (2 + 2) * len(METHODS)
-    for outcome in demo.outcomes.values():
+    (part,), (model,) = demo.parts, result.models
+    assert part.jobs is not None
+    frontier = 3 * len(points_of())
+    assert len(seen) == frontier + len(part.jobs.points) * (2 + 1) <= demo.total
+    for outcome in part.jobs.outcomes.values():
         assert len(outcome.correct) == 6
-        assert {guidance: len(made) for guidance, made in outcome.samples.items()} == {1.5: 4, 3.0: 4}
-        assert [len(times) for times in outcome.seconds.values()] == [2, 2]
-    rows = {row.key: row for row in result.rows}
-    assert list(rows) == [method.key for method in METHODS]
+        assert [len(made) for made in outcome.samples] == [4]
+        assert [len(times) for times in outcome.seconds.values()] == [2, 1]
+    assert [row.point for row in model.frontier] == list(points_of())
+    assert model.frontier[0].rise.value == model.frontier[0].moved == 0.0
+    assert model.frontier[0].speed == 1.0
+    roles = [row.role for row in model.jobs]
+    assert roles[:3] == ["none", "chosen", "rival"]
+    assert {"stress"} == set(roles[3:])
+    rows = {row.point.key: row for row in model.jobs}
+    assert rows["lgtm_0.7"].tokens == "20 of 64"
     assert rows["none"].speed == 1.0
-    assert rows["none"].generation[3.0].distance.value == 0.0
-    assert rows["lgtm"].generation[3.0].distance.value > 0.0
-    assert [rows[key].tokens for key in ("none", "lgtm", "abm", "todo")] == [
-        "64 of 64",
-        "20 of 64",
-        "22 of 64",
-        "16 of 64 keys",
+    assert math.isnan(rows["none"].psnr.value)
+    assert 0 < rows["lgtm_0.7"].psnr.value < 60
+    assert model.jobs[1].point.ours is not model.jobs[2].point.ours
+
+
+def test_frontier_is_what_the_models_give(subject: Subject) -> None:
+    """The rise of one point, computed by hand from single predictions."""
+    point = BY_KEY["tome_0.5_proportional"]
+    frontier = Frontier(subject, images=3, chunk=2, points=(NONE, point))
+    frontier.run(lambda _: None)
+    row = frontier.rows()[1]
+    rises = []
+    for timestep in subject.settings.frontier:
+        errors: dict[str, list[float]] = {"none": [], point.key: []}
+        for i in range(3):
+            clean = subject.validation.images[i : i + 1]
+            noise = seeded_noise([(0, i, timestep)], tuple(clean.shape[1:]))
+            denoiser = subject.checkpoint.denoiser
+            noisy, target = diffuse(denoiser.scheduler, clean, noise, torch.tensor([timestep]))
+            both = torch.stack([subject.validation.labels[i], torch.tensor(10)])
+            for key, used in (("none", NONE), (point.key, point)):
+                with compressed(denoiser, used.compression(2)):
+                    predicted = denoiser(noisy.repeat(2, 1, 1, 1), torch.tensor([timestep] * 2), both)
+                errors[key].append((predicted - target).double().square().mean().item())
+        rises += [100 * (b - a) / np.mean(errors["none"]) for a, b in zip(*errors.values(), strict=True)]
+    assert row.rise.value == pytest.approx(np.mean(rises), rel=1e-3)
+    assert row.rise.error == pytest.approx(np.std(rises, ddof=1) / math.sqrt(len(rises)), rel=1e-3)
+
+
+def _row(key: str, rise: float, speed: float) -> FrontierRow:
+    return FrontierRow(BY_KEY[key], Measured(rise, 0.1), 0.0, speed)
+
+
+def test_the_fastest_within_the_budget_is_chosen() -> None:
+    rows = [
+        _row("none", 0.0, 1.0),
+        _row("lgtm_0.3", 1.0, 1.1),
+        _row("lgtm_0.5", 1.9, 1.3),
+        _row("lgtm_0.7", 2.1, 1.6),
+        _row("tome_0.5", 5.0, 1.4),
+        _row("todo_2", 3.0, 1.2),
     ]
+    assert choose(rows, ours=True) == BY_KEY["lgtm_0.5"]
+    assert choose(rows, ours=True, budget=3.0) == BY_KEY["lgtm_0.7"]
+    # None of them is within it: the one that costs least.
+    assert choose(rows, ours=False) == BY_KEY["todo_2"]
+
+
+def test_points_have_names_and_apply() -> None:
+    found = points_of((0, 3))
+    assert len({point.key for point in found}) == len({point.title for point in found}) == len(found)
+    assert found[0] == NONE
+    some = {point.key: point for point in found}["lgtm_0.5_proportional_blocks03_shared"]
+    config = some.compression(2)
+    assert (config.blocks, config.proportional, config.share_plan, config.ratio) == ((0, 3), True, 2, 0.5)
+    assert BY_KEY["lgtm_0.5"].compression(2).share_plan is None
+    assert NONE.compression() is None
 
 
 def test_all_files_are_written(run, tmp_path: Path) -> None:
     demo, result, _ = run
-    orders = compare_pooling_orders(QUICK_ORDERS)
     with OutputFolder(tmp_path, (), again=False) as output:
-        page = write_all(demo, result, output, orders).read_text()
+        page = write_all(demo, result, output).read_text()
     with open(tmp_path / "results.csv") as file:
         rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows] == [method.key for method in METHODS]
-    assert float(rows[0]["accuracy"]) == pytest.approx(result.rows[0].accuracy.value)
+    jobs = [row for row in rows if row["table"] == "jobs"]
+    assert [row["method"] for row in rows if row["table"] == "frontier"] == [point.key for point in points_of()]
+    assert float(jobs[0]["accuracy"]) == pytest.approx(result.models[0].jobs[0].accuracy.value)
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["config"]["images"] == 6
     assert content["notes"] == result.notes
-    assert [order["alpha"] for order in content["pooling_orders"]] == [0.5, 1.0]
-    assert ORDER_TITLE in page
-    with OutputFolder(tmp_path, (), again=True) as output:
-        assert ORDER_TITLE not in write_all(demo, result, output, pictures=False).read_text()
-    pictures = sorted(tmp_path.rglob("*.png"))
-    assert len(pictures) == 2 * len(METHODS) + 2
-    for path in pictures:
-        assert f"({path.relative_to(tmp_path).as_posix()})" in page
-        with Image.open(path) as picture:
-            assert min(picture.size) > 50
+    assert content["weights"]["digits"] == demo.parts[0].subject.checkpoint.fingerprint()
+    pictures = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.png"))
+    assert pictures == [
+        "accuracy_digits.png",
+        "frontier_digits.png",
+        "merge_maps_digits.png",
+        "photographs/china.png",
+        "photographs/flower.png",
+        "samples_digits.png",
+    ]
+    for name in pictures:
+        assert f"({name})" in page
+        with Image.open(tmp_path / name) as picture:
+            assert min(picture.size) > 200
+            assert np.asarray(picture.convert("L")).std() > 10
     for note in result.notes:
         assert note in page
 
 
-def test_table_states_errors_and_rivals(run) -> None:
-    heading, rows = table_cells(run[1])
+def test_tables_state_errors_and_roles(run) -> None:
+    heading, rows = frontier_cells(run[1])
+    assert {len(row) for row in rows} == {len(heading)} == {3}
+    assert rows[0] == ["none", "0", "1.00x"]
+    assert all(" ± " in row[1] for row in rows[1:])
+    heading, rows = job_cells(run[1].models[0])
     assert {len(row) for row in rows} == {len(heading)}
-    assert rows[0][3] == "-"
-    assert rows[2][0] == "L-GTM"
-    assert rows[2][3].endswith("\nto ToMe")
-    assert all(" to " in row[2] for row in rows)
-    assert all(", p " in row[3] for row in rows[1:])
+    assert [row[1] for row in rows[:3]] == ["", "chosen", "rival"]
+    assert all(" to " in row[3] for row in rows)
 
 
-def test_proportional_rows_differ_from_those_without(run) -> None:
-    demo, result, _ = run
-    rows = {row.key: row for row in result.rows}
-    for key in ("tome", "lgtm"):
-        assert rows[f"{key}_proportional"].tokens == rows[key].tokens
-        assert demo.compressions[f"{key}_proportional"].proportional
-        made, without = (demo.outcomes[name].samples[3.0] for name in (f"{key}_proportional", key))
-        assert not torch.allclose(made, without, atol=1e-3)
+def test_interrupted_demo_counts_what_all_points_have_done() -> None:
+    first = 3 * len(points_of())
+    for stop_at, images, samples in ((5, None, 0), (first + 8, 3, 0), (first + 14, 6, 0)):
+        demo, seen = Demo(TINY), []
 
+        def stop(text: str, seen: list[str] = seen, stop_at: int = stop_at) -> None:
+            seen.append(text)
+            if len(seen) == stop_at:
+                raise KeyboardInterrupt
 
-def test_pooling_orders_agree_at_alpha_one_alone() -> None:
-    half, one = compare_pooling_orders(QUICK_ORDERS)
-    assert (half.alpha, one.alpha, half.sharpness) == (0.5, 1.0, 3.0)
-    assert one.apart.value < 1e-5 < 1e-3 < half.apart.value
-    assert abs(one.difference.value) < 1e-5
-    assert half.difference.value == pytest.approx(half.hidden.value - half.keys.value, rel=1e-6)
-    assert min(half.keys.value, half.hidden.value, one.keys.value) > 1e-3
-    again = compare_pooling_orders(QUICK_ORDERS)
-    assert again[0].keys.value == pytest.approx(half.keys.value, rel=1e-4)
-    heading, rows = order_cells([half, one])
-    assert {len(row) for row in rows} == {len(heading)}
-    assert rows[1][:2] == ["3", "1"]
-
-
-def test_interrupted_demo_counts_what_all_methods_have_done() -> None:
-    demo = Demo(TINY)
-
-    def stop(text: str, seen: list[str]) -> None:
-        seen.append(text)
-        if len(seen) == len(METHODS) + 2:
-            raise KeyboardInterrupt
-
-    seen: list[str] = []
-    with pytest.raises(KeyboardInterrupt):
-        demo.run(lambda text: stop(text, seen))
-    result = summarise(demo)
-    assert {row.images for row in result.rows} == {3}
-    assert result.samples == 0
-    assert all(row.generation == {} for row in result.rows)
-    assert all(cell for row in table_cells(result)[1] for cell in row)
+        with pytest.raises(KeyboardInterrupt):
+            demo.run(stop)
+        (model,) = summarise(demo).models
+        assert {row.images for row in model.jobs} == (set() if images is None else {images})
+        assert model.samples == samples
+        if images is not None:
+            assert all(cell for row in job_cells(model)[1] for cell in (row[0], *row[2:]))
 
 
 def test_demo_keeps_the_number_of_threads() -> None:
     before = torch.get_num_threads()
-    Demo(DemoConfig(images=1, samples=3, steps=1, threads=3)).run()
+    Demo(replace(TINY, images=1, samples=3, steps=1, threads=3)).run()
     assert torch.get_num_threads() == before
 
 
-@pytest.mark.parametrize("name", ["images", "samples", "steps", "threads"])
+def test_the_models_of_mnist_have_all_that_the_demo_asks_for() -> None:
+    for model, tokens in (("unet", 1024), ("dit", 1024)):
+        subject = load_subject(model)
+        assert subject.grid[0] * subject.grid[1] == tokens
+        assert subject.validation.images.shape[1:] == subject.checkpoint.denoiser.sample_shape
+        with torch.no_grad():
+            right = subject.classifier(subject.judged(subject.test.images)).argmax(dim=1) == subject.test.labels
+        assert right.float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", ["images", "samples", "steps", "threads", "frontier_images"])
 def test_bad_settings_are_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"^{name}: got 0"):
         DemoConfig(**{name: 0})
+    with pytest.raises(ValueError, match=r"^models: got \['vae'\]"):
+        DemoConfig(models=("vae",))
     assert FULL.images == 400
 
 
 def test_verdicts() -> None:
     assert verdict(Comparison("accuracy", 3.0, 0.01, True, 1)) == "better"
-    assert verdict(Comparison("distance", 3.0, 0.01, False, 1)) == "worse"
+    assert verdict(Comparison("KID", 3.0, 0.01, False, 1)) == "worse"
     for p in (0.05, 1.0, float("nan")):
         assert verdict(Comparison("accuracy", 3.0, p, True, 1)) == "no clear difference"
 
 
-def test_notes_say_when_a_claim_does_not_come_out() -> None:
-    up, down, flat = (Comparison("accuracy", value, p, True, 1) for value, p in ((3.0, 1e-5), (-3.0, 0.02), (0.5, 0.7)))
-    assert claim_note("A", "the paper", [up, flat]) == (
-        "A. As the paper says: better in accuracy (+3.0, p < 0.001); no clear difference in accuracy (+0.5, p 0.7)."
-    )
-    assert claim_note("A", "the paper", [down]) == "A. NOT as the paper says: worse in accuracy (-3.0, p 0.02)."
-    assert claim_note("A", "the paper", [up, down]).startswith("A. Not all as the paper says: better in")
-    assert claim_note("A", None, [up, down]) == (
-        "A. Measured, without a claim: better in accuracy (+3.0, p < 0.001); worse in accuracy (-3.0, p 0.02)."
-    )
-    assert claim_note("A", "the paper", [flat]).startswith("A. NOT shown here, though the paper says better: no clear")
-
-
 def test_all_comparisons_are_corrected_together(run) -> None:
     demo, result, _ = run
-    tests = len([method for method in METHODS if method.rival])
-    assert any(f"for all {6 * 7} comparisons" in note for note in result.notes)
-    plain = {key: outcome.correct for key, outcome in demo.outcomes.items()}
-    p = [mcnemar(plain[method.key], plain[method.rival]) for method in METHODS if method.rival]
-    assert [row.difference.p for row in result.rows if row.rival] == holm(p)
-    assert len(p) == tests
+    jobs = demo.parts[0].jobs
+    assert len(result.notes) == 5 + 1
+    assert "for all 13 comparisons" in result.notes[-1]
+    assert result.notes[0].startswith(f"DiT of 64 tokens, {jobs.chosen.title} against no compression (chosen): ")
+    alone = [mcnemar(jobs.outcomes[key].correct, jobs.outcomes["none"].correct) for key in (jobs.chosen.key,)]
+    assert holm(alone) == alone
+
+
+def test_psnr_is_that_of_images_of_range_two() -> None:
+    plain = torch.zeros(2, 1, 4, 4)
+    other = torch.stack([torch.full((1, 4, 4), 0.2), torch.full((1, 4, 4), 3.0)])
+    # 10 log10(4 / 0.04), and for what is out of range 10 log10(4 / 1).
+    assert psnr(other, plain).tolist() == pytest.approx([20.0, 10 * math.log10(4.0)])
+
+
+def test_real_size_times_every_model_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bigain_kernels.evaluation import real_size
+
+    def small():
+        from diffusers import DiTTransformer2DModel
+
+        model = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, num_layers=1, sample_size=8)
+        x, t = torch.randn(1, 4, 8, 8), torch.tensor([5])
+        return model, lambda: model(x, t, class_labels=torch.tensor([1]))
+
+    monkeypatch.setattr(real_size, "MODELS", {"small": small})
+    timed, seen = RealSize(), []
+    assert timed.rows() == []
+    timed.run(seen.append)
+    assert len(seen) == timed.total == 4 * 4
+    assert [row.title for row in timed.rows()] == ["none", "L-GTM 0.5", "L-GTM 0.7", "IE-KVD 2"]
+    assert timed.rows()[0].speed == 1.0
 
 
 def test_photograph_tokens_and_what_stays(tmp_path: Path) -> None:

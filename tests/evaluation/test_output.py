@@ -231,9 +231,9 @@ FOREIGN = [
     (["train-tiny", "--steps", "1", "--epochs", "0"], "training.json"),
     (["train-tiny", "--steps", "1", "--epochs", "0"], "transformer/config.json"),
     (["train-tiny", "--steps", "1", "--epochs", "0"], "transformer/diffusion_pytorch_model.safetensors"),
-    (["demo", "--images", "10", "--samples", "10", "--steps", "1"], "README.md"),
-    (["demo", "--images", "10", "--samples", "10", "--steps", "1"], "results.csv"),
-    (["demo", "--images", "10", "--samples", "10", "--steps", "1"], "photographs/cat.png"),
+    (["demo", "--model", "digits", "--images", "10", "--steps", "1"], "README.md"),
+    (["demo", "--model", "digits", "--images", "10", "--steps", "1"], "results.csv"),
+    (["demo", "--model", "digits", "--images", "10", "--steps", "1"], "photographs/cat.png"),
 ]
 
 

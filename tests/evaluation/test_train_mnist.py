@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from bigain_kernels.cli.main import main
@@ -18,10 +19,12 @@ from bigain_kernels.evaluation.checkpoints import EMBEDDINGS, SHIPPED, load_chec
 from bigain_kernels.evaluation.data import load_mnist
 from bigain_kernels.evaluation.mnist_models import (
     FOLDERS,
+    SIZES,
     build_mnist_scheduler,
     build_mnist_unet,
     class_embeddings,
     mnist_denoiser,
+    resized,
 )
 from bigain_kernels.evaluation.train_mnist import LOG, STATE, MnistConfig, Run, Stage, contrast_loss, train_mnist
 from bigain_kernels.methods import LGTMConfig
@@ -65,8 +68,9 @@ def test_a_trained_model_classifies_as_it_was_trained(trained: tuple[str, Path, 
     checkpoint = load_checkpoint(whole)
     run = Run(_config(kind, FIRST, SECOND))
     run.average.load_state_dict(load_file(whole / FOLDERS[kind] / "diffusion_pytorch_model.safetensors"))
-    images, t, labels = load_mnist("test").images[:2], torch.tensor([300, 500]), torch.tensor([3, 10])
-    expected = mnist_denoiser(kind, run.average)(images, t, labels)
+    images = resized(kind, load_mnist("test").images[:2], SIZES[kind])
+    t, labels = torch.tensor([300, 500]), torch.tensor([3, 10])
+    expected = mnist_denoiser(kind, run.average, SIZES[kind])(images, t, labels)
     assert torch.equal(checkpoint.denoiser(images, t, labels), expected)
     assert checkpoint.denoiser.num_classes == 10
     with token_compression(checkpoint.denoiser.model, LGTMConfig(ratio=0.5)):
@@ -110,7 +114,7 @@ def test_contrast_fades_once_the_right_label_is_ahead() -> None:
 
 def test_embeddings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     build_mnist_unet().save_pretrained(tmp_path / "unet")
-    build_mnist_scheduler().save_pretrained(tmp_path / "scheduler")
+    build_mnist_scheduler("unet", 32).save_pretrained(tmp_path / "scheduler")
     with pytest.raises(ValueError, match=r"^checkpoint: got UNet2DConditionModel without a pipeline"):
         load_checkpoint(tmp_path)
     for wrong in (torch.zeros(11, 4, 31), torch.zeros(11, 32), torch.full((11, 4, 32), torch.nan)):
@@ -135,11 +139,28 @@ def test_mnist_is_split_once() -> None:
         load_mnist("all")
 
 
+def test_sizes_of_the_dit_hide_equally_much() -> None:
+    """Over the pixels of one detail signal and noise add up to the same ratio at every size."""
+    ratios = []
+    for size in (16, 32, 64):
+        alphas = build_mnist_scheduler("dit", size).alphas_cumprod[[50, 300, 600, 900]].double()
+        ratios.append(alphas / (1 - alphas) * (size / 16) ** 2)
+    for other in ratios[1:]:
+        assert torch.allclose(other, ratios[0], rtol=1e-3)
+    images = load_mnist("validation").images[:4]
+    fine = resized("dit", images, 64)
+    assert fine.shape == (4, 1, 64, 64)
+    assert (F.avg_pool2d(fine, 4) - resized("dit", images, 16)).abs().mean() < 0.1
+    # Smooth: half of the detail's pixels carries nearly everything.
+    assert (F.interpolate(F.avg_pool2d(fine, 2), scale_factor=2.0, mode="bicubic") - fine).abs().mean() < 0.02
+    assert torch.equal(resized("unet", images, 32), images)
+
+
 @pytest.mark.parametrize("kind", list(FOLDERS))
 def test_shipped_checkpoint_has_its_log_and_its_state(kind: str) -> None:
     folder = SHIPPED[f"mnist-{kind}"]
     checkpoint = load_checkpoint(f"mnist-{kind}")
-    assert checkpoint.image_shape == (1, 32, 32)
+    assert checkpoint.image_shape == (1, SIZES[kind], SIZES[kind])
     assert checkpoint.denoiser.num_classes == 10
     settings = json.loads((folder / "training.json").read_text())
     with open(folder / LOG) as file:
@@ -168,8 +189,9 @@ def test_stages_are_read_from_text(tmp_path: Path, capsys: pytest.CaptureFixture
     for text, named in (
         ("8", "stages: got '8', expected SIZE:STEPS:BATCH"),
         ("8:1:2,8:1:x", "stages: got '8:1:x'"),
-        ("8:1:2:1:1:1", "stages: got '8:1:2:1:1:1'"),
-        ("64:1:2", "stages: got size 64"),
+        ("8:1:2:1:1:1:1", "stages: got '8:1:2:1:1:1:1'"),
+        ("8:1:2:1:1:0.5", "stages: got '8:1:2:1:1:0.5'"),
+        ("48:1:2", "stages: got size 48"),
         ("8:0:2", "stages: got steps 0"),
     ):
         assert main(["train-tiny", "--model", "unet", "--stages", text, "--out", str(tmp_path / "out")]) == 2

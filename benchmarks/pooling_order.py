@@ -1,4 +1,6 @@
-"""How far apart the two orders of pooling in a layer with norm and rotation are, on a small random Flux model.
+"""How far apart the two orders of pooling in a layer with norm and rotation are: `python -m benchmarks.pooling_order`.
+
+On a small random Flux model and a photograph with noise; a line for every sharpness and alpha, in percent.
 
 Keys and values can be pooled after norm and rotation, or the hidden states before the projections, with pooled keys
 rotated by the position of their window's nearest token (`pool` of `IEKVDConfig`). For alpha = 1 both take the same
@@ -14,8 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from .data import load_photograph
-from .metrics import Measured, mean, paired_difference
+from bigain_kernels.evaluation.data import load_photograph
+from bigain_kernels.evaluation.metrics import Measured, mean, paired_difference
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def flux_inputs(config: PoolingOrderConfig, seed: int) -> dict[str, torch.Tensor
 @torch.no_grad()
 def compare_pooling_orders(config: PoolingOrderConfig | None = None) -> list[PoolingOrder]:
     """Both orders against the unpooled model, for every sharpness and alpha; means over the seeds."""
-    from ..diffusers import IEKVDConfig, token_compression
+    from bigain_kernels.diffusers import IEKVDConfig, token_compression
 
     config = config or PoolingOrderConfig()
     found: dict[tuple[float, float], list[torch.Tensor]] = {}
@@ -126,3 +128,14 @@ def compare_pooling_orders(config: PoolingOrderConfig | None = None) -> list[Poo
 def _measured(alpha: float, sharpness: float, errors: torch.Tensor) -> PoolingOrder:
     keys, hidden, apart = errors.unbind(1)
     return PoolingOrder(alpha, sharpness, mean(keys), mean(hidden), paired_difference(hidden, keys), mean(apart))
+
+
+def main() -> None:
+    for order in compare_pooling_orders():
+        values = {name: getattr(order, name) for name in ("keys", "hidden", "difference", "apart")}
+        shown = ", ".join(f"{name} {100 * m.value:.2f} ± {100 * m.error:.2f}" for name, m in values.items())
+        print(f"sharpness {order.sharpness:g}, alpha {order.alpha:g}: {shown}")
+
+
+if __name__ == "__main__":
+    main()
