@@ -44,9 +44,9 @@ class DemoConfig:
     """
 
     models: tuple[str, ...] = MODELS
-    frontier_images: int = 16
-    images: int = 100
-    samples: int = 20
+    frontier_images: int = 8
+    images: int = 60
+    samples: int = 10
     steps: int = 12
     seed: int = 0
     threads: int = 2

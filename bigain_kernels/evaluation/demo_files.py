@@ -107,8 +107,9 @@ def jobs_caption(demo: Demo, result: DemoResult) -> str:
     samples = max((model.samples for model in result.models), default=0)
     return (
         f"{images} test images classified by denoising error; {samples} samples in {demo.config.steps} DDIM steps; "
-        f"seed {demo.config.seed}. “chosen”: the fastest point of BiGain or of this project whose error rises by at "
-        f"most {BUDGET:g} % on validation images, or that rises least; “rival”: the same of what was there before; "
+        f"seed {demo.config.seed}. “chosen”: of BiGain's and this project's points whose error rises by at most "
+        f"{BUDGET:g} % on validation images the fastest, or within 5 % of its speed that of least error; “rival”: the "
+        "same of what was there before; "
         f"“stress”: ratio {STRESS:g}, as in the paper's tables. In brackets 95 % intervals (Wilson), after ± one "
         "standard error. KID: kernel distance from validation and test images in the features of a small classifier, "
         "brought to order one; near zero is like them. class right: samples that it takes for the digit asked for. "

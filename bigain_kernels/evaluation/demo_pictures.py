@@ -131,13 +131,14 @@ def draw_samples(jobs: Jobs, model: ModelResult, path: Path) -> None:
     rows = model.jobs
     made = {row.point.key: torch.cat(jobs.outcomes[row.point.key].samples)[:_STRIP] for row in rows}
     plain = made[NONE.key].clamp(-1, 1)
-    figure = _figure(8.5, 0.62 * (2 * len(rows) - 1) + 0.4)
+    figure = _figure(7.5, 0.6 * (2 * len(rows) - 1) + 0.4)
     axes = figure.subplots(2 * len(rows) - 1, 1)
     line = 0
     for row in rows:
         images = made[row.point.key].clamp(-1, 1)
         loss = "" if row.point == NONE else f"\n{row.psnr.value:.1f} dB"
-        _strip(axes[line], to_pixels(images), f"{row.point.title}{loss}")
+        # One part of a name a line: there is little room on the left.
+        _strip(axes[line], to_pixels(images), row.point.title.replace(", ", ",\n", 2) + loss)
         line += 1
         if row.point != NONE:
             # Black where the two are alike, white where they are a whole range of values apart.
@@ -153,7 +154,7 @@ def _strip(axes: Any, pixels: np.ndarray, name: str) -> None:
     axes.set_xticks([])
     axes.set_yticks([])
     axes.set_frame_on(False)
-    axes.set_ylabel(name, fontsize=7, rotation=0, ha="right", va="center")
+    axes.set_ylabel(name, fontsize=6, rotation=0, ha="right", va="center")
 
 
 def _first_states(subject: Subject, noisy: torch.Tensor, timestep: int, label: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,8 @@ def test_the_fastest_within_the_budget_is_chosen() -> None:
     ]
     assert choose(rows, ours=True) == BY_KEY["lgtm_0.5"]
     assert choose(rows, ours=True, budget=3.0) == BY_KEY["lgtm_0.7"]
+    # Hardly slower and nearer.
+    assert choose([*rows, _row("lgtm_0.3_proportional", 0.5, 1.25)], ours=True) == BY_KEY["lgtm_0.3_proportional"]
     # None of them is within it: the one that costs least.
     assert choose(rows, ours=False) == BY_KEY["todo_2"]
 
