@@ -34,7 +34,7 @@ class DemoConfig:
         models: of `subjects.SETTINGS`.
         frontier_images: validation images at each timestep of the frontier.
         images: test images to classify.
-        samples: images to generate; errors of the kernel distance need three.
+        samples: images to generate, at least three.
         steps: DDIM steps.
         seed: of all noise.
         threads: of torch.
@@ -45,9 +45,9 @@ class DemoConfig:
 
     models: tuple[str, ...] = MODELS
     frontier_images: int = 8
-    images: int = 60
+    images: int = 40
     samples: int = 10
-    steps: int = 12
+    steps: int = 10
     seed: int = 0
     threads: int = 2
     image_chunk: int = 10

@@ -27,6 +27,8 @@ from .real_size import RealSizeRow
 
 # What would come out by chance less often than this, in any of the comparisons, is called a difference.
 LEVEL = 0.05
+# Of fewer samples a kernel distance says nothing.
+KID_SAMPLES = 50
 # Of images in [-1, 1].
 _PEAK = 4.0
 
@@ -50,7 +52,8 @@ class JobRow:
         role: "none", "chosen", "rival" or "stress".
         tokens: that attention sees, in words.
         accuracy, images: of the classifier, on so many test images.
-        kid: kernel distance of the samples from validation and test images, in the features of the small classifier.
+        kid: kernel distance of the samples from validation and test images, in the features of the small classifier;
+            NaN for fewer than `KID_SAMPLES`.
         consistency: fraction of the samples that the small classifier takes for the digit asked for.
         psnr: decibels to the uncompressed samples from the same noise; NaN for no compression.
         seconds: of classifying, as median time of a chunk times the chunks: what else the machine did falls away.
@@ -129,7 +132,7 @@ class _Judged:
             tokens_kept(point.compression(), self.jobs.subject.grid),
             self.images,
             fraction_true(self.correct[key]),
-            self.kid.measure(self.features[key]) if enough else unknown,
+            self.kid.measure(self.features[key]) if self.count >= KID_SAMPLES else unknown,
             fraction_true(self.right[key]) if enough else Fraction(math.nan, math.nan, math.nan),
             mean(self.psnr[key]) if enough and role != "none" else unknown,
             self._seconds(key),
@@ -151,12 +154,12 @@ class _Judged:
         """All that is compared of two points, with p-values of each comparison alone."""
         a, b = first.key, second.key
         found = [_of_outcomes("accuracy", self.correct[a], self.correct[b])] if self.images else []
-        if self.count >= 3:
+        if self.count >= KID_SAMPLES:
             kid = self.kid.difference(self.features[a], self.features[b])
             found.append(Comparison("KID", kid.value, normal_p(kid), False, 3))
-            if NONE not in (first, second):
-                nearer = paired_difference(self.psnr[a], self.psnr[b])
-                found.append(Comparison("PSNR", nearer.value, normal_p(nearer), True, 1))
+        if self.count >= 3 and NONE not in (first, second):
+            nearer = paired_difference(self.psnr[a], self.psnr[b])
+            found.append(Comparison("PSNR", nearer.value, normal_p(nearer), True, 1))
         return found
 
 
@@ -218,7 +221,7 @@ def shown_p(p: float) -> str:
 def _note(jobs: Jobs, first: Point, second: Point, comparisons: list[Comparison]) -> str:
     """One line on two points."""
     why = ""
-    if first == jobs.chosen:
+    if first == jobs.chosen and second in (NONE, jobs.rival):
         why = " (its rival)" if second == jobs.rival else " (chosen)"
     other = "no compression" if second == NONE else second.title
     found: dict[str, list[str]] = {"better": [], "worse": [], "no clear difference": []}

@@ -229,7 +229,7 @@ def test_all_comparisons_are_corrected_together(run) -> None:
     demo, result, _ = run
     jobs = demo.parts[0].jobs
     assert len(result.notes) == 5 + 1
-    assert "for all 13 comparisons" in result.notes[-1]
+    assert "for all 8 comparisons" in result.notes[-1]
     assert result.notes[0].startswith(f"DiT of 64 tokens, {jobs.chosen.title} against no compression (chosen): ")
     alone = [mcnemar(jobs.outcomes[key].correct, jobs.outcomes["none"].correct) for key in (jobs.chosen.key,)]
     assert holm(alone) == alone
