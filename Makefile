@@ -11,7 +11,7 @@ CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu'
 .PHONY: demo test test-slow lint docs sanitize bench gpu format clean help
 
 help:
-	@echo "make demo      set up .venv, then classify and generate under every method; results in demo/"
+	@echo "make demo      set up .venv, then show what compression costs and gives; tables and pictures in demo/"
 	@echo "make test      set up .venv, then run the tests"
 	@echo "make test-slow the tests that compile and install for minutes, which make test leaves out"
 	@echo "make lint      ruff (lint and format), clang-format and mypy"

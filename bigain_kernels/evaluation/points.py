@@ -80,7 +80,7 @@ def points_of(blocks: tuple[int, ...] = ()) -> tuple[Point, ...]:
         *(Point(f"IE-KVD {factor}", "iekvd", {"factor": factor, "alpha": 0.9}, ours=True) for factor in (2, 4)),
     ]
     if blocks:
-        where = f", blocks {', '.join(map(str, blocks))}"
+        where = f", blocks {' and '.join(map(str, blocks))}"
         some = [p for p in found if p.options.get("proportional", p.options.get("factor") == 2)]
         found += [replace(p, title=p.title + where, options={**p.options, "blocks": blocks}) for p in some]
     return tuple(found)
