@@ -30,7 +30,7 @@ GPUs multiply float32 natively, and take "ieee".
 
 # Triton does not unpack tuples into others.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
 
 from __future__ import annotations
 
