@@ -53,8 +53,8 @@ def _read_stages(text: str) -> tuple[Stage, ...]:
     for part in text.split(","):
         try:
             size, steps, batch, *rest = part.split(":")
-            rates, until = [float(number) for number in rest[:2]], [int(number) for number in rest[2:]]
-            stages.append(Stage(int(size), int(steps), int(batch), *rates, *until))
+            numbers: list[Any] = [*map(float, rest[:2]), *map(int, rest[2:])]
+            stages.append(Stage(int(size), int(steps), int(batch), *numbers))
         except (TypeError, ValueError) as error:
             if str(error).startswith("stages: "):
                 raise
