@@ -17,7 +17,7 @@ from tests.shapes import tokens
 X = tokens(1, 16, 4)
 
 
-def zeros(x, height, width, norm):
+def zeros(x, height, width, norm, frames):
     return torch.zeros(x.shape[:2])
 
 
@@ -26,9 +26,9 @@ def counted():
     """A second backend for laplacian_score that counts its calls and runs when it is asked for; gone after the test."""
     calls = []
 
-    def score(x, height, width, norm):
+    def score(x, height, width, norm, frames):
         calls.append(norm)
-        return zeros(x, height, width, norm)
+        return zeros(x, height, width, norm, frames)
 
     with backends.registered(Backend("counted", {"laplacian_score": score}.get, devices=("cpu",), priority=-1)):
         yield calls

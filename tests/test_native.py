@@ -119,6 +119,8 @@ def test_a_second_copy_of_the_package_is_refused_in_one_line(tmp_path):
         shutil.copy(library(), copy / "bigain_kernels")
     code = f"""
 import torch, bigain_kernels as first
+# In use: what a first call imports is there.
+first.laplacian_score(torch.ones(1, 4, 2), (2, 2))
 for name in [name for name in sys.modules if name.startswith("bigain_kernels")]:
     del sys.modules[name]
 sys.path.insert(0, {str(copy)!r})

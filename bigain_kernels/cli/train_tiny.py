@@ -184,9 +184,6 @@ def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], Non
     options = {**asdict(config), "stages": ",".join(map(str, config.stages)), "epochs": epochs}
 
     def train(output: OutputFolder) -> None:
-        if epochs and not (resume and (output.path / "classifier.safetensors").exists()):
-            measured = train_classifier(output.path, epochs, config.seed, load_coarse_mnist)
-            say(f"classifier: test accuracy {measured['test_accuracy']:.4f} in {measured['seconds']:.0f} s")
         with progress_bar() as progress:
             shown = _shown(progress, config.steps)
 
@@ -197,6 +194,9 @@ def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], Non
 
             last = train_mnist(output.path, config, output.path / STATE if resume else state, log)
         error, seconds = last["validation_error"], last["seconds"]
+        if epochs and not (resume and (output.path / "classifier.safetensors").exists()):
+            measured = train_classifier(output.path, epochs, config.seed, load_coarse_mnist)
+            say(f"classifier: test accuracy {measured['test_accuracy']:.4f} in {measured['seconds']:.0f} s")
         say(f"{model}: validation error {error:.4f} in {seconds:.0f} s; saved in {output.path}")
 
     return train

@@ -272,7 +272,7 @@ def test_demo_shows_its_tables_and_writes_everything(tmp_path: Path, capsys: pyt
     for point in points_of():
         assert point.title in shown
     assert "…" not in shown
-    assert shown.count("±") > 2 * len(points_of())
+    assert shown.count("±") > len(points_of())
     assert "Both jobs: DiT of 64 tokens" in shown
     for name in ("results.csv", "results.json", "README.md"):
         assert (tmp_path / name).exists()

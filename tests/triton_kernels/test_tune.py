@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import json
 
@@ -35,7 +34,7 @@ def test_without_a_gpu(capsys, tmp_path):
 @pytest.mark.parametrize("name", ["aot", "tune"])
 def test_the_commands_say_what_is_missing(name, monkeypatch, capsys):
     command = importlib.import_module(f"bigain_kernels.{name}")
-    monkeypatch.setattr(command, "TRITON", dataclasses.replace(command.TRITON, missing="Triton is not installed"))
+    monkeypatch.setattr(command, "TRITON", command.TRITON._replace(missing="Triton is not installed"))
     assert command.main([]) == 2
     assert capsys.readouterr().err == f"{name}: Triton is not installed\n"
 

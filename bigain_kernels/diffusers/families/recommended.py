@@ -25,12 +25,12 @@ MERGE_UNET = Recommendation(
     LGTMConfig(ratio=0.5, proportional=True),
     "Half of the tokens, as tomesd does by default, at the first level that has attention (SDXL: `max_downsample=2`); "
     "merged keys count as often as the tokens they stand for.",
-    "on the small U-Net of the demo, docs/demo.md",
+    "costs next to nothing in the demo's small U-Net: docs/demo.md, What it says",
 )
 MERGE_DIT = Recommendation(
     LGTMConfig(ratio=0.5, proportional=True),
     "All layers have one resolution and no rotation: projections see half of the tokens as well.",
-    "on the small DiT of the demo, docs/demo.md: it costs much in all blocks, little in the first and the last alone",
+    "costs much in all blocks of the demo's small DiT, little in its first and last alone: docs/demo.md, What it says",
 )
 MERGE_PIXART = Recommendation(MERGE_DIT.config, MERGE_DIT.reason + " Text is in cross-attention, which stays as it is.")
 POOL = Recommendation(
