@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from bigain_kernels.evaluation.checkpoints import load_checkpoint
 from bigain_kernels.evaluation.compression import compressed
-from bigain_kernels.evaluation.data import load_mnist
 from bigain_kernels.evaluation.denoisers import Denoiser, diffuse
 from bigain_kernels.evaluation.noise import seeded_noise
+from bigain_kernels.evaluation.subjects import load_subject
 from bigain_kernels.methods.registry import make_config
 
 TIMESTEPS = (200, 400, 600)
@@ -54,6 +53,11 @@ def grid() -> dict[str, tuple[str, dict[str, Any]]]:
     for ratio in (0.3, 0.4, 0.6):
         for method in ("tome", "lgtm"):
             add(method, ratio=ratio, proportional=True)
+    # Destinations by position, prune and random noise as SiTo has them, and larger tiles.
+    for ratio in (0.5, 0.7):
+        add("tome", ratio=ratio, proportional=True, destinations="first")
+        add("sito", ratio=ratio, proportional=True)
+        add("lgtm", ratio=ratio, proportional=True, stride=(4, 4))
     return chosen
 
 
@@ -69,11 +73,11 @@ def _errors(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return (predicted - target).square().mean(dim=(1, 2, 3)).double()
 
 
-def measure(model: str, checkpoint: str, images: int, out: Path) -> None:
+def measure(model: str, checkpoint: Path | None, images: int, out: Path) -> None:
     """Append the rows of `model` that `out` does not hold yet."""
-    loaded = load_checkpoint(checkpoint)
-    denoiser, weights = loaded.denoiser, loaded.fingerprint()
-    data = load_mnist("validation")
+    subject = load_subject(model, checkpoint)
+    denoiser, weights = subject.checkpoint.denoiser, subject.checkpoint.fingerprint()
+    data = subject.validation
     clean, labels = data.images[:images], data.labels[:images]
     known: set[tuple[str, ...]] = set()
     if out.exists():
@@ -109,14 +113,13 @@ def measure(model: str, checkpoint: str, images: int, out: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=("unet", "dit"), required=True)
-    parser.add_argument("--checkpoint", help="default: the shipped one")
+    parser.add_argument("--checkpoint", type=Path, help="default: the shipped one")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/fidelity.csv"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    checkpoint = arguments.checkpoint or f"mnist-{arguments.model}"
-    measure(arguments.model, checkpoint, arguments.images, arguments.out)
+    measure(arguments.model, arguments.checkpoint, arguments.images, arguments.out)
 
 
 if __name__ == "__main__":
