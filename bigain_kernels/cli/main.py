@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import Annotated
 
 from ..backends import BackendUnavailable
-from .text import printable
+from .text import printable, say
 
 BAD_INPUT, INTERRUPTED = 2, 130
 _NO_MEMORY = "DefaultCPUAllocator: "
@@ -34,6 +35,22 @@ except ModuleNotFoundError as missing:
     sys.exit(BAD_INPUT)
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        from .. import __version__
+
+        say(f"bigain_kernels {__version__}")
+        raise typer.Exit()
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version, and nothing else.")
+    ] = False,
+) -> None:
+    """What stands before every command."""
+
+
 def make_app() -> typer.Typer:
     """The command line with the options of the methods that are registered now."""
     app = typer.Typer(
@@ -44,9 +61,11 @@ def make_app() -> typer.Typer:
         ),
         epilog="Bad input ends with one line and exit code 2; set BIGAIN_TRACEBACK=1 to see where it was found.",
         no_args_is_help=True,
-        add_completion=False,
+        # Through the shell's own file of completions: `bigain --install-completion`.
+        add_completion=True,
         rich_markup_mode="rich",
     )
+    app.callback()(_root)
     for command in (
         demo,
         with_method_options(classify),

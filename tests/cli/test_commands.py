@@ -16,6 +16,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+import bigain_kernels
 from bigain_kernels.cli.main import INTERRUPTED, main, make_app
 from bigain_kernels.evaluation import demo
 from bigain_kernels.evaluation import generate as generation
@@ -260,6 +261,17 @@ def test_shipped_training_settings_are_what_its_command_writes(tmp_path: Path, m
     shipped = json.loads((TINY_DIT / "training.json").read_text())
     versions = {name: shipped[name] for name in ("torch", "diffusers")}
     assert list((written | versions).items()) == list(shipped.items())
+
+
+def test_version_and_completion(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _bigain("--version") == 0
+    assert capsys.readouterr().out == f"bigain_kernels {bigain_kernels.__version__}\n"
+    found = CliRunner().invoke(
+        make_app(), env={"_BIGAIN_COMPLETE": "complete_bash", "COMP_WORDS": "bigain cl", "COMP_CWORD": "1"}
+    )
+    assert found.output.split() == ["classify"]
+    assert _bigain("--help") == 0
+    assert "fewer tokens" in capsys.readouterr().out
 
 
 SMALL_DEMO = ["demo", "--model", "digits", "--frontier-images", 2, "--threads", 1, "--no-real-size"]
