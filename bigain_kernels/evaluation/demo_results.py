@@ -21,6 +21,7 @@ from .metrics import (
     mean,
     normal_p,
     paired_difference,
+    psnr,
 )
 from .points import NONE, STRESS, Point
 from .real_size import RealSizeRow
@@ -29,8 +30,6 @@ from .real_size import RealSizeRow
 LEVEL = 0.05
 # Of fewer samples a kernel distance says nothing.
 KID_SAMPLES = 50
-# Of images in [-1, 1].
-_PEAK = 4.0
 
 
 @dataclass(frozen=True)
@@ -90,12 +89,6 @@ class DemoResult:
     models: list[ModelResult]
     real_size: list[RealSizeRow]
     notes: list[str]
-
-
-def psnr(samples: torch.Tensor, uncompressed: torch.Tensor) -> torch.Tensor:
-    """(n,) peak signal-to-noise ratios in decibels of images (n, C, H, W) in [-1, 1] to those of no compression."""
-    error = (samples.clamp(-1, 1) - uncompressed.clamp(-1, 1)).double().square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(_PEAK / error.clamp_min(1e-12))
 
 
 class _Judged:

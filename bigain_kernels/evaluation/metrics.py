@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+# The square of the range of values of an image in [-1, 1].
+_PEAK = 4.0
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -45,6 +48,16 @@ def mean(values: torch.Tensor) -> Measured:
     if n == 0:
         return Measured(math.nan, math.nan)
     return Measured(values.double().mean().item(), values.double().std().item() / math.sqrt(n) if n > 1 else math.nan)
+
+
+def psnr(images: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """(n,) peak signal-to-noise ratios in decibels of `images` to `reference`, (n, C, H, W) both.
+
+    What is outside of [-1, 1] counts as its end, as it does in a picture. Of equal images it is 126.
+    """
+    _check_pairs(images, reference)
+    error = (images.clamp(-1, 1) - reference.clamp(-1, 1)).double().square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(_PEAK / error.clamp_min(1e-12))
 
 
 def _check_pairs(first: torch.Tensor, second: torch.Tensor) -> None:

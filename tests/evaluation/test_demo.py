@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,18 @@ from PIL import Image
 from bigain_kernels.evaluation.compression import compressed
 from bigain_kernels.evaluation.demo import FULL, Demo, DemoConfig
 from bigain_kernels.evaluation.demo_files import frontier_cells, job_cells, write_all
-from bigain_kernels.evaluation.demo_results import Comparison, DemoResult, psnr, summarise, verdict
+from bigain_kernels.evaluation.demo_results import (
+    Comparison,
+    DemoResult,
+    _compared,
+    _Judged,
+    shown_p,
+    summarise,
+    verdict,
+)
 from bigain_kernels.evaluation.denoisers import diffuse
 from bigain_kernels.evaluation.frontier import Frontier, FrontierRow, choose
-from bigain_kernels.evaluation.metrics import Measured, holm, mcnemar
+from bigain_kernels.evaluation.metrics import Measured, holm, psnr
 from bigain_kernels.evaluation.noise import seeded_noise
 from bigain_kernels.evaluation.output import OutputFolder
 from bigain_kernels.evaluation.pictures import PictureConfig, draw_photograph, merge_pictures, patch_tokens
@@ -231,8 +240,10 @@ def test_all_comparisons_are_corrected_together(run) -> None:
     assert len(result.notes) == 5 + 1
     assert "for all 8 comparisons" in result.notes[-1]
     assert result.notes[0].startswith(f"DiT of 64 tokens, {jobs.chosen.title} against no compression (chosen): ")
-    alone = [mcnemar(jobs.outcomes[key].correct, jobs.outcomes["none"].correct) for key in (jobs.chosen.key,)]
-    assert holm(alone) == alone
+    alone = [each.p for pair in _compared(jobs) for each in _Judged(jobs).compare(*pair)]
+    shown = re.findall(r"p [<\d][^),]*", " ".join(result.notes[:-1]))
+    assert sorted(shown) == sorted(shown_p(p) for p in holm(alone))
+    assert sorted(shown) != sorted(shown_p(p) for p in alone)
 
 
 def test_psnr_is_that_of_images_of_range_two() -> None:

@@ -68,8 +68,3 @@ def read_drawings(folder: Path, paths: Sequence[str]) -> torch.Tensor:
     """(n, 3, H, W) float32 in [-1, 1]."""
     pixels = [np.asarray(Image.open(image_file(folder, path)).convert("RGB"), dtype=np.float32) for path in paths]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
-
-
-def peak_signal_to_noise(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """(n,) in dB, of images (n, C, H, W) in [-1, 1]; infinite where they are the same."""
-    return 10 * torch.log10(4 / (first - second).square().mean(dim=(1, 2, 3)))

@@ -19,9 +19,9 @@ import yaml
 
 from ..checkpoints import TINY_DIT, load_classifier
 from ..data import load_digits
-from ..metrics import Fraction, KernelDistance, Measured, holm, mcnemar
+from ..metrics import Fraction, KernelDistance, Measured, holm, mcnemar, psnr
 from ..output import replacing, write_text
-from .drawing import peak_signal_to_noise, read_drawings
+from .drawing import read_drawings
 from .experiment import Method
 from .flops import row_flops
 from .queries import Outcomes, outcomes
@@ -161,12 +161,12 @@ def generation_table(job: Reproduction) -> Table | None:
     for title, part in first.items():
         drawn = read_drawings(part.folder.path, paths)[:, :channels]
         kid = distance.measure(features(drawn)) if distance else Measured(math.nan, math.nan)
-        noise = peak_signal_to_noise(drawn, plain)
+        noise = psnr(drawn, plain)
         paper = part.method.paper.get("FID")
         cells = [
             "-" if math.isnan(kid.value) else f"{kid.value:.3f} +- {1.96 * kid.error:.3f}",
             "-" if paper is None else f"{paper:.2f}",
-            "-" if part is base else f"{float(noise[noise.isfinite()].mean()):.2f}",
+            "-" if part is base else f"{float(noise.mean()):.2f}",
             str(len(paths)),
         ]
         lines.append(Line(title, cells, {"KID": kid.value}))

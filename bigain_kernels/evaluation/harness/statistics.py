@@ -33,13 +33,3 @@ def bootstrap(first: np.ndarray, second: np.ndarray, seed: int = 0) -> tuple[flo
         means[i] = difference[rows].mean(axis=0) @ counts / images
     low, high = np.quantile(means, [0.025, 0.975])
     return float(difference.mean()), float(low), float(high)
-
-
-def frechet(first: np.ndarray, second: np.ndarray) -> float:
-    """Frechet distance of two sets of features (n, d), (m, d) taken for normal: what FID is of Inception's features."""
-    from scipy.linalg import sqrtm
-
-    means = [x.mean(axis=0) for x in (first, second)]
-    covariances = [np.cov(x, rowvar=False) for x in (first, second)]
-    root = sqrtm(covariances[0] @ covariances[1])
-    return float(((means[0] - means[1]) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root.real))
