@@ -28,7 +28,7 @@ def lgtm_plan(
 
     def run(x: Tensor, height: int, width: int, sy: int, sx: int, r: int, window: int, share: int) -> Tables:
         x = share_mean(x, share)
-        destinations = select_destinations(laplacian_score(x, height, width, "l1", 1), height, width, sy, sx)
+        destinations = select_destinations(laplacian_score(x, height, width, "l1"), height, width, sy, sx)
         similarity, match = bipartite_match(x, destinations, window, height, width, sy, sx)
         return merge_plan(similarity, match, destinations, r)
 
