@@ -7,8 +7,11 @@ A process of its own: ComfyUI's modules have names like `nodes` and `utils`. Pri
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.machinery
+import json
 import sys
+import tempfile
 import types
 from pathlib import Path
 
@@ -42,10 +45,13 @@ import comfy.options
 
 comfy.options.enable_args_parsing()
 
+import comfy.ldm.flux.model
 import comfy.model_base
 import comfy.model_management
 import comfy.model_patcher
 import comfy.supported_models
+import execution
+import folder_paths
 import nodes
 import torch
 
@@ -86,6 +92,8 @@ FLUX = {
     "guidance_embed": False,
     "dtype": torch.float32,
 }
+if "txt_ids_dims" in comfy.ldm.flux.model.FluxParams.__dataclass_fields__:  # newer ones ask for it
+    FLUX["txt_ids_dims"] = []
 
 
 def tiny(config):
@@ -137,11 +145,39 @@ def show(name, model, *given):
     print(f"{name}: the model itself is as it was")
 
 
+def validated(workflow):
+    """What ComfyUI says of a prompt before it runs it: whether it is valid, and errors by node."""
+    valid, _, _, errors = asyncio.run(execution.validate_prompt("1", copy.deepcopy(workflow), None))
+    return valid, errors
+
+
+def show_the_workflow():
+    """The shipped one is valid as it stands, and stays so with the other nodes; what is wrong in it is found."""
+    workflow = json.loads((NODES / "workflow.json").read_text(encoding="utf-8"))
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / workflow["1"]["inputs"]["ckpt_name"]).touch()
+        folder_paths.add_model_folder_path("checkpoints", folder)
+        assert validated(workflow) == (True, {}), validated(workflow)
+        ours = workflow["5"]["inputs"]
+        others = {name: ours[name] for name in ("model", "start_percent", "end_percent", "min_tokens")}
+        for name, inputs in (
+            ("BiGainIEKVD", {**others, "factor": 2, "alpha": 0.9}),
+            ("BiGainRemove", {"model": ours["model"]}),
+        ):
+            assert validated({**workflow, "5": {"class_type": name, "inputs": inputs}}) == (True, {}), name
+        for name, value in (("ratio", 0.9), ("ratio", None), ("min_tokens", "many"), ("model", ["4", 0])):
+            wrong = {key: each for key, each in {**ours, name: value}.items() if each is not None}
+            _, errors = validated({**workflow, "5": {"class_type": "BiGainLGTM", "inputs": wrong}})
+            assert [each["extra_info"]["input_name"] for each in errors["5"]["errors"]] == [name], (name, errors)
+    print("the workflow is valid")
+
+
 asyncio.run(nodes.load_custom_node(str(NODES)))
 assert {"BiGainLGTM", "BiGainIEKVD", "BiGainRemove"} <= set(nodes.NODE_CLASS_MAPPINGS)
 for node in ("BiGainLGTM", "BiGainIEKVD", "BiGainRemove"):
     nodes.NODE_CLASS_MAPPINGS[node].INPUT_TYPES()
 print("three nodes loaded")
+show_the_workflow()
 with torch.no_grad():
     show("SD1", tiny(comfy.supported_models.SD15(UNET)), torch.zeros(1, 4, 16, 24), 16)
     xl = UNET | {

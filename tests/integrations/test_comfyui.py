@@ -302,3 +302,4 @@ def test_in_a_checkout():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("the model itself is as it was") == 3
+    assert "the workflow is valid" in done.stdout
