@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import platform
 from importlib import metadata, util
+from typing import Any
 
 import torch
 
@@ -45,21 +48,45 @@ def triton_launches() -> str:
     return f"by Triton: {direct.reason()}" if direct.reason() else "direct"
 
 
+def facts() -> dict[str, Any]:
+    """Everything, of types that JSON has."""
+    return {
+        "versions": versions(),
+        "devices": devices(),
+        "native_library": native.report(),
+        "cuda_library": native.cuda_report(),
+        "triton_launches": triton_launches(),
+        "backends": [
+            {"name": each.name, "devices": list(each.devices or ()), "missing": each.missing or None}
+            for each in backends.all_backends()
+        ],
+        "ops": [choice._asdict() for choice in backends.report(usable_device_types())],
+    }
+
+
 def report() -> str:
     """Everything as text, one fact a line."""
-    lines = [f"{name:16} {version}" for name, version in versions().items()]
-    lines += [f"{'device':16} {device}" for device in devices()]
-    lines.append(f"{'native library':16} {native.report()}")
-    lines.append(f"{'CUDA library':16} {native.cuda_report()}")
-    lines.append(f"{'Triton launches':16} {triton_launches()}")
-    for backend in backends.all_backends():
-        where = "on " + (", ".join(backend.devices) if backend.devices else "any device")
-        state = f"not here: {backend.missing}" if backend.missing else where
-        lines.append(f"{f'backend {backend.name}':16} {state}")
-    for choice in backends.report(usable_device_types()):
-        lines.append(f"{choice.op:24} {choice.device:5} {choice.backend:10} {choice.reason}")
+    found = facts()
+    lines = [f"{name:16} {version}" for name, version in found["versions"].items()]
+    lines += [f"{'device':16} {device}" for device in found["devices"]]
+    lines.append(f"{'native library':16} {found['native_library']}")
+    lines.append(f"{'CUDA library':16} {found['cuda_library']}")
+    lines.append(f"{'Triton launches':16} {found['triton_launches']}")
+    for backend in found["backends"]:
+        where = "on " + (", ".join(backend["devices"]) or "any device")
+        state = f"not here: {backend['missing']}" if backend["missing"] else where
+        lines.append(f"{'backend ' + backend['name']:16} {state}")
+    for choice in found["ops"]:
+        lines.append(f"{choice['op']:24} {choice['device']:5} {choice['backend']:10} {choice['reason']}")
     return "\n".join(lines)
 
 
+def main(arguments: list[str] | None = None) -> None:
+    """Print the report."""
+    parser = argparse.ArgumentParser(prog="python -m bigain_kernels.env", description=__doc__)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    print(json.dumps(facts(), indent=2) if parser.parse_args(arguments).json else report())
+
+
 if __name__ == "__main__":
-    print(report())
+    main()

@@ -8,6 +8,7 @@ size class the candidate with the lowest geometric mean of its times is written 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import sys
@@ -254,6 +255,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and write the file; 2 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m bigain_kernels.tune", description=__doc__.split("\n", 1)[0])
     parser.add_argument("--out", type=Path, help="file to write; default: that of this GPU, in the installed package")
+    parser.add_argument("--json", action="store_true", help="print the file as JSON on stdout, and times on stderr")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("tune: found no GPU that torch can use, expected one to measure on", file=sys.stderr)
@@ -261,9 +263,12 @@ def main(arguments: list[str] | None = None) -> int:
     name = configs.architecture(torch.device("cuda", torch.cuda.current_device()))
     out = options.out or configs.path_of(name)
     note = f"measured on {torch.cuda.get_device_name()} with torch {torch.__version__} and triton {triton.__version__}"
+    log = functools.partial(print, file=sys.stderr) if options.json else print
     with torch.no_grad():
-        table = tune({**configs.table(name), "architecture": name}, "cuda", note, log=print)
+        table = tune({**configs.table(name), "architecture": name}, "cuda", note, log=log)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(dump(table))
-    print(f"wrote {out}")
+    log(f"wrote {out}")
+    if options.json:
+        print(dump(table), end="")
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .text import say
+from .text import say_lines
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ def bench(
     turns: Annotated[int, typer.Option(help="Forward passes of each method that are timed.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for table.md, rows.json and picture.png.")] = Path("bench"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON instead of a table.")] = False,
+    as_json: opt.JsonOption = False,
     seed: opt.SeedOption = 0,
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = "float32",
@@ -47,7 +46,7 @@ def bench(
     from ..evaluation.bench import bench as measure
     from ..evaluation.bench import draw, markdown
     from ..evaluation.checkpoints import load_checkpoint
-    from ..evaluation.output import OutputFolder, replacing
+    from ..evaluation.output import OutputFolder, json_text, replacing
 
     opt.set_threads(threads)
     if batch_size < 1 or turns < 1:
@@ -64,12 +63,11 @@ def bench(
         output.clear()
         table = markdown(rows, heading)
         output.write_text("table.md", table)
-        text = json.dumps([asdict(row) for row in rows], indent=2)
+        text = json_text([asdict(row) for row in rows])
         output.write_text("rows.json", text + "\n")
         with replacing(output.claim("picture.png")) as path:
             draw(rows, path, heading)
-    for line in (text if as_json else table).splitlines():
-        say(line)
+    say_lines(text if as_json else table)
 
 
 def _methods(loaded: Checkpoint, ratio: float, factor: int) -> dict[str, CompressionConfig | None]:

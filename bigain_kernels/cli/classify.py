@@ -11,7 +11,7 @@ import typer
 
 from . import options as opt
 from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
-from .text import say
+from .text import say, say_lines
 
 if TYPE_CHECKING:
     from ..evaluation.checkpoints import Checkpoint
@@ -65,6 +65,7 @@ def classify(
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = "float32",
     threads: opt.ThreadsOption = None,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Classify images with a diffusion model: the class with the smallest denoising error wins.
 
@@ -136,11 +137,12 @@ def classify(
         with results:
             before = _results_of(data, results.result)
             if before.images:
-                say(f"{len(before.images)} images were classified before")
+                say(f"{len(before.images)} images were classified before", aside=as_json)
             try:
                 _run(loaded, data, config, compression, plans, results)
             finally:
-                _summarise(_results_of(data, results.result), data, settings, given, output)
+                summary = _summarise(_results_of(data, results.result), data, settings, given, output)
+                _show(summary, data, output, as_json)
     if data.damaged and len(data.damaged) == len(folder or ()):
         raise ValueError(f"images: got {images} with damaged images alone, expected some that can be read")
 
@@ -197,23 +199,35 @@ def _run(
 
 def _summarise(
     result: ClassificationResult, data: Inputs, settings: dict[str, Any], given: GivenOptions, output: OutputFolder
-) -> None:
-    summary = {
+) -> dict[str, Any] | None:
+    """Write `summary.json`, and return its content; None where no image is classified yet."""
+    if not result.images:
+        return None
+    summary: dict[str, Any] = {
         "images": len(result.images),
         "damaged": [str(image.path) for image in data.damaged],
         "accuracy": result.accuracy,
         "accuracy_interval": [result.interval.low, result.interval.high],
         "evaluations": result.evaluations,
         "seconds": result.seconds,
+        "settings": settings,
+        "given": given,
     }
-    if result.images:
-        output.write_text(_SUMMARY, json.dumps({**summary, "settings": settings, "given": given}, indent=2) + "\n")
+    output.write_text(_SUMMARY, json.dumps(summary, indent=2) + "\n")
+    return summary
+
+
+def _show(summary: dict[str, Any] | None, data: Inputs, output: OutputFolder, as_json: bool) -> None:
     for image in data.damaged:
-        say(f"left out {image.path}: {image.reason}")
-    if result.images:
-        damaged = f", {len(data.damaged)} damaged left out" if data.damaged else ""
-        say(
-            f"accuracy {result.accuracy:.4f} (95 %: {result.interval.low:.4f} to {result.interval.high:.4f}) on "
-            f"{len(result.images)} images{damaged}; "
-            f"{result.evaluations} forward evaluations in {result.seconds:.1f} s; results in {output.path}"
-        )
+        say(f"left out {image.path}: {image.reason}", aside=as_json)
+    if summary is None:
+        return
+    if as_json:
+        say_lines(json.dumps({**summary, "out": str(output.path)}, indent=2))
+        return
+    damaged = f", {len(data.damaged)} damaged left out" if data.damaged else ""
+    low, high = summary["accuracy_interval"]
+    say(
+        f"accuracy {summary['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}) on {summary['images']} images{damaged}; "
+        f"{summary['evaluations']} forward evaluations in {summary['seconds']:.1f} s; results in {output.path}"
+    )

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import progress_bar
-from .text import say
+from .options import JsonOption, progress_bar
+from .text import say, say_lines
 
 if TYPE_CHECKING:
     from ..evaluation.demo import Demo
@@ -49,6 +49,7 @@ def demo(
         Path | None,
         typer.Option(help="Another checkpoint of `bigain train-tiny`, for one --model.", show_default=False),
     ] = None,
+    as_json: JsonOption = False,
 ) -> None:
     """What compression costs and gives on two shipped models, a U-Net and a DiT: tables and pictures.
 
@@ -69,10 +70,10 @@ def demo(
     }
     config = replace(FULL if full else DemoConfig(), **{k: v for k, v in given.items() if v is not None})
     with OutputFolder(out, _NAMES, again=overwrite) as output:
-        _run(Demo(config, checkpoint), output, pictures)
+        _run(Demo(config, checkpoint), output, pictures, as_json)
 
 
-def _run(job: Demo, output: OutputFolder, pictures: bool) -> None:
+def _run(job: Demo, output: OutputFolder, pictures: bool, as_json: bool) -> None:
     from ..evaluation.demo_files import write_all
     from ..evaluation.demo_results import summarise
 
@@ -88,10 +89,14 @@ def _run(job: Demo, output: OutputFolder, pictures: bool) -> None:
     result = summarise(job)
     if interrupted and not result.models[0].frontier:
         raise KeyboardInterrupt
-    _show(job, result)
+    if not as_json:
+        _show(job, result)
     output.clear()
     page = write_all(job, result, output, pictures=pictures)
-    say(f"Pictures and numbers: {page}")
+    if as_json:
+        say_lines((output.path / "results.json").read_text(encoding="utf-8"))
+    else:
+        say(f"Pictures and numbers: {page}")
     if interrupted:
         raise typer.Exit(130)
 

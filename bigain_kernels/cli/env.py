@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import typer
+import json
+
+from .options import JsonOption
+from .text import say_lines
 
 
-def env() -> None:
+def env(as_json: JsonOption = False) -> None:
     """Show versions, devices, and which backend runs each op here, with the reason."""
-    from ..env import report
+    from ..env import facts, report
 
-    typer.echo(report())
+    say_lines(json.dumps(facts(), indent=2) if as_json else report())

@@ -11,7 +11,7 @@ import typer
 
 from . import options as opt
 from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
-from .text import say
+from .text import say, say_lines
 
 if TYPE_CHECKING:
     import torch
@@ -48,6 +48,7 @@ def generate(
     device: opt.DeviceOption = None,
     dtype: opt.DtypeOption = "float32",
     threads: opt.ThreadsOption = None,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Generate images with a diffusion model, by DDIM with classifier-free guidance.
 
@@ -79,7 +80,7 @@ def generate(
         labels = [classes[i % len(classes)] for i in range(images)]
         settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": settings_of(compression)}
         settings |= {"given": given, "share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
-        _run(loaded, labels, config, compression, settings, output)
+        _run(loaded, labels, config, compression, settings, output, as_json)
 
 
 def _run(
@@ -89,6 +90,7 @@ def _run(
     compression: object,
     settings: dict[str, Any],
     output: OutputFolder,
+    as_json: bool,
 ) -> None:
     import torch
 
@@ -124,7 +126,16 @@ def _run(
                 made = torch.cat(done)
                 title = f"guidance {config.guidance:g}, {config.steps} steps"
                 save_grid(made, wanted[: len(made)], loaded.class_names, output.claim("grid.png"), title)
-                say(f"{len(made)} images in {output.path}")
+                if as_json:
+                    files = [str(output.path / _sample(i, labels)) for i in range(len(made))]
+                    say_lines(json.dumps({"out": str(output.path), "files": files, **settings}, indent=2))
+                else:
+                    say(f"{len(made)} images in {output.path}")
+
+
+def _sample(index: int, labels: list[int]) -> str:
+    """The file of a sample, in the folder of the run."""
+    return f"samples/{index:05d}_{labels[index]}.png"
 
 
 def _save_samples(pixels: torch.Tensor, labels: list[int], first: int, output: OutputFolder) -> None:
@@ -135,5 +146,5 @@ def _save_samples(pixels: torch.Tensor, labels: list[int], first: int, output: O
     from ..evaluation.output import replacing
 
     for i, image in enumerate(to_pixels(pixels), start=first):
-        with replacing(output.claim(f"samples/{i:05d}_{labels[i]}.png")) as part:
+        with replacing(output.claim(_sample(i, labels))) as part:
             Image.fromarray(image).save(part, format="PNG")

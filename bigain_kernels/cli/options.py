@@ -35,6 +35,11 @@ ThreadsOption = Annotated[
 ]
 
 
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="JSON on stdout in place of text, and nothing else there.", rich_help_panel=_RUN)
+]
+
+
 def numbers(name: str, text: str) -> tuple[int, ...]:
     """Read "1,2,3"."""
     try:
@@ -82,7 +87,10 @@ def set_threads(threads: int | None) -> None:
 
 
 def progress_bar() -> Progress:
-    """A bar with count, elapsed and remaining time, on stderr so that stdout holds results alone."""
+    """A bar with count, elapsed and remaining time, on stderr so that stdout holds results alone.
+
+    It is for a person who waits: none where stderr is no terminal.
+    """
     from rich.console import Console
     from rich.progress import (
         BarColumn,
@@ -93,6 +101,7 @@ def progress_bar() -> Progress:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -100,5 +109,6 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
-        console=Console(stderr=True),
+        console=console,
+        disable=not console.is_terminal,
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import options as opt
-from .text import say
+from .text import say, say_lines
 
 
 def reproduce(
@@ -26,6 +27,7 @@ def reproduce(
     limit: Annotated[int | None, typer.Option(help="The first images alone, to classify and to draw.")] = None,
     device: opt.DeviceOption = None,
     threads: opt.ThreadsOption = None,
+    as_json: opt.JsonOption = False,
 ) -> None:
     """Run an experiment, a table of the paper or one's own, and write its report.
 
@@ -47,4 +49,9 @@ def reproduce(
             task = bar.add_task("starting", total=job.total, completed=job.done())
             job.run(lambda what, done: bar.update(task, advance=done, description=what), self.rank)
         if self.rank == 0:
-            say(f"Report: {write_report(job)}")
+            page = write_report(job)
+            if as_json:
+                numbers = json.loads((job.out / "numbers.json").read_text(encoding="utf-8"))
+                say_lines(json.dumps({"report": str(page), **numbers}, indent=2))
+            else:
+                say(f"Report: {page}")

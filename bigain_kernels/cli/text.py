@@ -15,10 +15,17 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def say(text: str) -> None:
-    """Print a line for a person, made printable. A reader that went away (`| head -1`) ends no work."""
+def say(text: str, aside: bool = False) -> None:
+    """Print a line, made printable, to stdout, or, `aside`, to stderr. A reader that went away ends no work."""
+    stream = sys.stderr if aside else sys.stdout
     try:
-        print(printable(text), flush=True)
+        print(printable(text), file=stream, flush=True)
     except BrokenPipeError:
         # Nobody reads on; without this Python would fail again when it flushes at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def say_lines(text: str) -> None:
+    """Print lines to stdout: a table, or JSON."""
+    for line in text.splitlines():
+        say(line)

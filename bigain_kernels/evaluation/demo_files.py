@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import math
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +16,7 @@ from .demo_pictures import draw_accuracy, draw_frontier, draw_merge_maps, draw_r
 from .demo_results import KID_SAMPLES, DemoResult, ModelResult
 from .frontier import BUDGET, FrontierRow
 from .metrics import Fraction, Measured
-from .output import OutputFolder, replacing
+from .output import OutputFolder, json_text, replacing
 from .pictures import PictureConfig, draw_photograph
 from .points import BY_KEY, NONE, STRESS
 
@@ -164,11 +163,11 @@ def write_numbers(demo: Demo, result: DemoResult, output: OutputFolder) -> None:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "weights": {part.subject.key: part.subject.checkpoint.fingerprint() for part in demo.parts},
-        "rows": [{k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()} for row in rows],
+        "rows": rows,
         "real_size": [asdict(row) for row in result.real_size],
         "notes": result.notes,
     }
-    output.write_text("results.json", json.dumps(content, indent=2) + "\n")
+    output.write_text("results.json", json_text(content) + "\n")
 
 
 def _markdown_table(heading: list[str], rows: list[list[str]]) -> list[str]:

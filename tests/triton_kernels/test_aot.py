@@ -39,6 +39,32 @@ def test_machine_code_of_triton_3_6_keeps_the_rules():
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if not line.endswith("| ok |"))
 
 
+def test_the_command_in_json_and_in_text(monkeypatch, capsys):
+    """Two cases; then one that breaks a rule, which the exit code says."""
+    monkeypatch.setattr(aot, "cases", lambda architecture, default_only: iter(CASES[:2]))
+    assert aot.main(["--architecture", "sm_90", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["broken"] == 0
+    assert [row["kernel"] for row in found["rows"]] == [case.op for case in CASES[:2]]
+    examine = aot.examine
+    monkeypatch.setattr(aot, "examine", lambda *given: examine(*given)._replace(broken=["too slow"]))
+    assert aot.main(["--architecture", "sm_90", "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["broken"] == 2
+    assert aot.main(["--architecture", "sm_90"]) == 1
+    shown = capsys.readouterr().out
+    assert f"| {CASES[0].op} | bf16 | " in shown
+    assert shown.count("| too slow |") == 2
+    assert shown.endswith("\n2 broken\n")
+
+
+@pytest.mark.parametrize("wrong", [["--json", "--report", "--against", "x"], ["--report", "--library", "x"]])
+def test_the_command_refuses(wrong, capsys):
+    with pytest.raises(SystemExit) as ended:
+        aot.main(wrong)
+    assert ended.value.code == 2
+    assert f"{'--against' if '--json' in wrong else '--emulated'}: " in capsys.readouterr().err
+
+
 def test_every_kernel_is_covered():
     sources = Path(kernels.__file__).parent.glob("*.py")
     defined = {

@@ -31,6 +31,27 @@ def test_without_a_gpu(capsys, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_json_is_alone_on_stdout(monkeypatch, capsys, tmp_path):
+    """With what asks for a GPU in its place."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(configs, "architecture", lambda device: "sm_90")
+
+    def measured(table, device, note, log):
+        log("token_merge: 1.0, 2.0 us")
+        return {**table, "note": note}
+
+    monkeypatch.setattr(tune, "tune", measured)
+    for arguments in (["--json"], []):
+        assert tune.main(["--out", str(tmp_path / "new.json"), *arguments]) == 0
+        shown = capsys.readouterr()
+        times, found = (shown.err, shown.out) if arguments else (shown.out, shown.err)
+        assert times == f"token_merge: 1.0, 2.0 us\nwrote {tmp_path / 'new.json'}\n"
+        assert found == ((tmp_path / "new.json").read_text() if arguments else "")
+    assert json.loads((tmp_path / "new.json").read_text())["note"].startswith("measured on a GPU")
+
+
 @pytest.mark.parametrize("name", ["aot", "tune"])
 def test_the_commands_say_what_is_missing(name, monkeypatch, capsys):
     command = importlib.import_module(f"bigain_kernels.{name}")

@@ -20,7 +20,7 @@ import yaml
 from ..checkpoints import TINY_DIT, load_classifier
 from ..data import load_digits
 from ..metrics import Fraction, KernelDistance, Measured, holm, mcnemar, psnr
-from ..output import replacing, write_text
+from ..output import json_text, replacing, write_text
 from .drawing import read_drawings
 from .experiment import Method
 from .flops import row_flops
@@ -299,7 +299,7 @@ def write_report(job: Reproduction) -> Path:
     write_text(job.out / "report.html", _html(*arguments))
     write_text(job.out / "per_class.csv", _per_class(found))
     numbers = {table.heading: {line.title: line.points for line in table.lines} for table in tables}
-    write_text(job.out / "numbers.json", json.dumps({**numbers, **lists}, indent=2) + "\n")
+    write_text(job.out / "numbers.json", json_text({**numbers, **lists}) + "\n")
     write_text(job.out / "report.md", _markdown(*arguments))
     return job.out / "report.md"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -62,6 +63,15 @@ def numbers(out: Path) -> dict[str, Any]:
     for points in written["Classification"].values():
         del points["ms"]
     return {**found, "numbers": written}
+
+
+def test_json_of_a_finished_run(config, whole, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    assert main(["reproduce", str(config), "--out", str(out), "--threads", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {"report": str(out / "report.md"), **json.loads((out / "numbers.json").read_text())}
+    assert set(found["Classification"]) == {"none", "L-GTM"}
 
 
 def test_a_report_has_what_is_promised(whole) -> None:
