@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
     from ..evaluation.checkpoints import Checkpoint
-    from ..methods import CompressionConfig
+    from ..methods.mixed import Compression
 
 _NAMES = ("table.md", "rows.json", "picture.png")
 _PHOTOGRAPHS = ("china.jpg", "flower.jpg")
@@ -33,6 +33,10 @@ def bench(
     batch_size: Annotated[int, typer.Option(help="Images, and rows of a forward pass.")] = 2,
     ratio: Annotated[float, typer.Option(help="Of the merge methods.")] = 0.5,
     factor: Annotated[int, typer.Option(help="Of the pooling methods.")] = 2,
+    config_file: Annotated[
+        list[Path] | None,
+        typer.Option("--config", help="A file of `bigain search`, compared too; may be given again."),
+    ] = None,
     turns: Annotated[int, typer.Option(help="Forward passes of each method that are timed.")] = 5,
     out: Annotated[Path, typer.Option(help="Folder for table.md, rows.json and picture.png.")] = Path("bench"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
@@ -47,17 +51,19 @@ def bench(
     from ..evaluation.bench import draw, markdown
     from ..evaluation.checkpoints import load_checkpoint
     from ..evaluation.output import OutputFolder, json_text, replacing
+    from ..methods import load_config
 
     opt.set_threads(threads)
     if batch_size < 1 or turns < 1:
         raise ValueError(f"batch_size, turns: got {batch_size} and {turns}, expected at least 1")
+    more = {str(path): load_config(path) for path in config_file or ()}
     chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
     with OutputFolder(out, _NAMES, again=overwrite) as output:
         loaded = load_checkpoint(
             opt.checkpoint_source(checkpoint), class_names=("picture",), device=chosen_device, dtype=chosen_dtype
         )
         pixels = _images(loaded, images, size, batch_size)
-        rows = measure(loaded, _methods(loaded, ratio, factor), pixels, turns=turns, seed=seed)
+        rows = measure(loaded, {**_methods(loaded, ratio, factor), **more}, pixels, turns=turns, seed=seed)
         shown = f"{len(pixels)} images of {pixels.shape[-2]} x {pixels.shape[-1]}, {chosen_device}, {dtype}"
         heading = f"{checkpoint or 'tiny-dit'}, {shown}, ratio {ratio}, factor {factor}, {turns} turns"
         output.clear()
@@ -70,7 +76,7 @@ def bench(
     say_lines(text if as_json else table)
 
 
-def _methods(loaded: Checkpoint, ratio: float, factor: int) -> dict[str, CompressionConfig | None]:
+def _methods(loaded: Checkpoint, ratio: float, factor: int) -> dict[str, Compression | None]:
     """Those to compare, at the first level at which the model has attention."""
     from ..diffusers.apply import find_model
     from ..methods import ABMConfig, IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
+from .method_options import NOTHING_GIVEN, ConfigOption, GivenOptions, MethodName, read_compression
 from .text import say, say_lines
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ def classify(
     ] = False,
     method: MethodName = "none",
     given: GivenOptions = NOTHING_GIVEN,
+    config_file: ConfigOption = None,
     share_plan: Annotated[
         bool, typer.Option("--share-plan", help="--plans mean: one plan for all classes of an image (merge methods).")
     ] = False,
@@ -81,7 +82,7 @@ def classify(
     from ..evaluation.records import ResultsFile
 
     opt.set_threads(threads)
-    compression = read_compression(method, given, seed)
+    compression = read_compression(method, given, seed, config_file)
     if share_plan and plans not in (None, "mean"):
         raise ValueError(f"plans: got {plans!r} with --share-plan, which is --plans mean, expected one of the two")
     plans = plans or ("mean" if share_plan else "own")

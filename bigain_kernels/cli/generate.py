@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .method_options import NOTHING_GIVEN, GivenOptions, MethodName, read_compression
+from .method_options import NOTHING_GIVEN, ConfigOption, GivenOptions, MethodName, read_compression
 from .text import say, say_lines
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the images in --out.")] = False,
     method: MethodName = "none",
     given: GivenOptions = NOTHING_GIVEN,
+    config_file: ConfigOption = None,
     share_plan: Annotated[
         bool, typer.Option("--share-plan", help="One plan for both rows of a guidance pair (merge methods).")
     ] = False,
@@ -60,7 +61,7 @@ def generate(
     from ..evaluation.output import OutputFolder
 
     opt.set_threads(threads)
-    compression = read_compression(method, given, seed)
+    compression = read_compression(method, given, seed, config_file)
     if share_plan:
         with_shared_plan(compression, 2)
     if not 1 <= images <= _MOST_IMAGES:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from ..methods import CompressionConfig
+    from ..methods.mixed import Compression
 
 # Options that a command sets itself: --seed is that of the run, --share-plan knows how many rows belong together and in
 # which order they stand, and the checkpoint tells its timesteps.
@@ -110,15 +111,38 @@ def with_method_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-def read_compression(method: str, given: GivenOptions, seed: int) -> CompressionConfig | None:
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="A file of `bigain search` or `save_config`, in the place of --method and its options.",
+        show_default=False,
+        rich_help_panel=PANEL,
+    ),
+]
+
+
+def read_compression(method: str, given: GivenOptions, seed: int, file: Path | None = None) -> Compression | None:
     """The config of a method with the options given on the command line, and with the seed of the run if it has one.
 
+    Args:
+        method, given: as they stand on the command line.
+        seed: of the run.
+        file: what `--config` names; its configs have seeds of their own.
+
     Raises:
-        ValueError: there is no such method, it has no such option, or the text of an option cannot be read.
+        OSError: the file cannot be read.
+        ValueError: there is no such method, it has no such option, the text of an option cannot be read, the file is of
+            another kind, or both it and a method are given.
     """
-    from ..methods import registry
+    from ..methods import load_config, registry
 
     registry.load_entry_points()
+    if file is not None:
+        if method != registry.NONE or given:
+            both = [f"--method {method}"] if method != registry.NONE else [f"--{name}" for name in given]
+            raise ValueError(f"config: got {file} with {both[0].replace('_', '-')}, expected one of the two")
+        return load_config(file)
     options = registry.read_options(method, given)
     if "seed" in registry.options_of(method):
         options["seed"] = seed

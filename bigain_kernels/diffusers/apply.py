@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..methods import CompressionConfig, MergeConfig, PoolConfig
+from ..methods import CompressionConfig, MergeConfig, MixedConfig, PoolConfig
+from ..methods.mixed import Compression, each, parts_of
 from .attention import CompressedAttention, LayerPatch
 from .current import forget_checkpoints
 from .families import REFUSED, Family, Layer, family_of, registered
@@ -134,7 +135,7 @@ def _check_places(config: CompressionConfig, layers: list[Layer]) -> None:
         raise ValueError(f"{name}: got {config.by_level} with the levels {missing}, expected those of the model, {has}")
 
 
-def _layers(family: Family, model: Any, config: CompressionConfig) -> list[Layer]:
+def _layers(family: Family, model: Any, config: Compression) -> list[Layer]:
     """The attentions of a model, and its MLPs where these are asked for, in module order."""
     layers = family.layers(model)
     if "ff" not in config.modules:
@@ -147,15 +148,34 @@ def _layers(family: Family, model: Any, config: CompressionConfig) -> list[Layer
     return sorted(layers + family.mlps(layers), key=lambda layer: layer.index)
 
 
-def _resolve(config: CompressionConfig, scheduler: Any) -> CompressionConfig:
+def _part_of(config: Compression, layer: Layer) -> int | None:
+    """Which config of a `MixedConfig` speaks of a layer; None where none does."""
+    if not isinstance(config, MixedConfig):
+        return 0
+    return next((i for i, part in enumerate(config.configs) if layer.index in (part.blocks or ())), None)
+
+
+def _decision(family: Family, config: Compression, layer: Layer, processor: Any) -> Decision:
+    """What becomes of a layer, whose processor would be replaced."""
+    number = _part_of(config, layer)
+    if number is None:
+        reason = f"block {layer.index} is in none of the {len(parts_of(config))} configs"
+        return Decision(layer.name, layer.kind, layer.index, False, reason)
+    part = parts_of(config)[number]
+    yes, reason = decide(family, part, layer, processor)
+    path = _path(family, layer, part, processor) if yes else ""
+    return Decision(layer.name, layer.kind, layer.index, yes, reason, path, part if yes else None)
+
+
+def _resolve(config: Compression, scheduler: Any) -> Compression:
     """The config with `num_train_timesteps` filled in from the scheduler of a pipeline."""
     steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", None)
     if config.num_train_timesteps is not None or steps is None:
         return config
-    return replace(config, num_train_timesteps=steps)
+    return each(config, lambda part: replace(part, num_train_timesteps=steps))
 
 
-def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> CompressionReport:
+def apply_token_compression(model_or_pipe: Any, config: Compression) -> CompressionReport:
     """Compress the tokens of a diffusers model's attention, in place.
 
     Works on the models of `bigain_kernels.diffusers.families` (docs/models.md lists them: Stable Diffusion 1.5 to 3.5,
@@ -176,7 +196,7 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     Args:
         model_or_pipe: the model, or a pipeline with it as `unet` or `transformer`.
         config: LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig, ToDoConfig, AvgPoolConfig, or the config
-            of a method from elsewhere.
+            of a method from elsewhere; or several of them for different blocks, in a `MixedConfig`.
 
     Returns:
         CompressionReport: what was patched, what was not and why; print it.
@@ -194,51 +214,48 @@ def apply_token_compression(model_or_pipe: Any, config: CompressionConfig) -> Co
     return _apply(model, config, pipeline, None if steps is None else numbered(steps))
 
 
-def _apply(model: Any, config: CompressionConfig, pipeline: Pipeline, told: TimestepRange | None) -> CompressionReport:
-    if not isinstance(config, CompressionConfig):
+def _apply(model: Any, config: Compression, pipeline: Pipeline, told: TimestepRange | None) -> CompressionReport:
+    if not isinstance(config, (CompressionConfig, MixedConfig)):
         raise TypeError(f"config: got {type(config).__name__}, expected a config such as LGTMConfig or IEKVDConfig")
     refuse_context_parallel(model)
     _, family = find_model(model)
     old = getattr(model, "_bigain", None)
     layers = _layers(family, model, config)
-    _check_places(config, layers)
+    for part in parts_of(config):
+        _check_places(part, layers)
     processors = [_previous_processor(layer.attn, old) for layer in layers]
-    decisions = [decide(family, config, *pair) for pair in zip(layers, processors, strict=True)]
     resolved = _resolve(config, pipeline.scheduler)
-    report = CompressionReport(
-        type(model).__name__,
-        resolved,
-        tuple(
-            Decision(
-                layer.name, layer.kind, layer.index, yes, reason, _path(family, layer, config, processor) if yes else ""
-            )
-            for layer, processor, (yes, reason) in zip(layers, processors, decisions, strict=True)
-        ),
-    )
-    if not report.patched:
-        raise ValueError(f"config: got {config}, expected one that compresses at least one layer\n{report}")
-    compressed = [layer for layer, (yes, _) in zip(layers, decisions, strict=True) if yes]
+    decisions = [_decision(family, resolved, *pair) for pair in zip(layers, processors, strict=True)]
+    report = CompressionReport(type(model).__name__, resolved, tuple(decisions))
+    parts = parts_of(resolved)
+    for part, given in zip(parts, parts_of(config), strict=True):
+        if not any(row.config is part for row in report.rows):
+            raise ValueError(f"config: got {given}, expected one that compresses at least one layer\n{report}")
+    compressed = [layer for layer, decision in zip(layers, decisions, strict=True) if decision.patched]
     attentions = [PatchedLayer(layer.name, layer.attn) for layer in compressed if layer.kind != "ff"]
     patch = Patch(family, resolved, len(compressed), attentions, pipeline=pipeline, told=told)
-    if family.told(resolved) is None:
+    if family.told(parts[0]) is None:
         patch.timestep_range()
     remove_token_compression(model)
 
-    merges = isinstance(config, MergeConfig)
     wholes: dict[Any, LayerPatch] = {}
     for layer in compressed:
-        told_layer = LayerPatch(resolved, _merge(family, resolved), merges and family.needs_source, layer.level)
+        number = _part_of(resolved, layer) or 0
+        part = parts[number]
+        needs_source = isinstance(part, MergeConfig) and family.needs_source
+        told_layer = LayerPatch(part, _merge(family, part), needs_source, layer.level, number)
         if layer.is_whole:
             wholes[layer.attn] = told_layer
         else:
             layer.attn._bigain = told_layer
-        if resolved.is_random:
+        if part.is_random:
             device = next(layer.attn.parameters()).device
             # Offloading may have left nothing but a meta tensor there.
             index = torch.tensor(layer.index, device="cpu" if device.type == "meta" else device)
             layer.attn.register_buffer("bigain_block", index, persistent=False)
     for entry in patch.layers:
         patch.install(entry)
+    merges = any(isinstance(part, MergeConfig) for part in parts)
     hooks: list[tuple[Any, Callable[..., Any]]] = [(model, enter_model), *family.hooks(model, compressed, merges)]
     patch.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     blocks = [module for module, hook in hooks if hook in (enter_block, enter_whole_block)]
@@ -298,7 +315,7 @@ def remove_token_compression(model_or_pipe: Any) -> None:
 
 
 @contextmanager
-def token_compression(model_or_pipe: Any, config: CompressionConfig) -> Iterator[CompressionReport]:
+def token_compression(model_or_pipe: Any, config: Compression) -> Iterator[CompressionReport]:
     """Compress within a `with` block; afterwards, also after an exception, what was there before is back.
 
     Yields the report; arguments and errors are those of `apply_token_compression`.

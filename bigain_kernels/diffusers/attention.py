@@ -22,7 +22,7 @@ from diffusers.models.attention_dispatch import (
 from torch import Tensor
 
 from ..methods import CompressionConfig, MergeConfig, PoolConfig
-from .context import Context, for_rows
+from .context import Context, for_rows, of_part
 from .planning import plan_of_call, planned
 from .projections import pools_early
 from .steps import MergeInsideStep, MergeStep, PoolStep, Rotation, States, Step, fold
@@ -43,12 +43,14 @@ class LayerPatch:
         needs_source: tokens are matched on hidden states that a hook of the block hands over (U-Net), not on the
             attention's own input (DiT).
         level: its resolution level.
+        part: the place of `config` in a `MixedConfig`.
     """
 
     config: CompressionConfig
     merge: str
     needs_source: bool
     level: int
+    part: int = 0
 
 
 def is_perturbed(attn: Any) -> bool:
@@ -77,7 +79,7 @@ def _enter(attn: Any, context: Context | None) -> tuple[LayerPatch, Context]:
         )
     if context.forward.watched is not None:
         context.forward.watched.reached = True
-    return layer, context
+    return layer, of_part(context, layer.part)
 
 
 def refuse_mask(attention_mask: Tensor | None) -> None:

@@ -7,7 +7,7 @@ unlike attributes, become dynamic and cost no graph per resolution. `hooks.py` h
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,7 @@ class Forward(NamedTuple):
         conditions: rows of the batch that belong to one picture, where the pipeline says; see `Pipeline.conditions`.
         slots: of cached assignment, or None.
         watched: told when a compressed layer is reached, or None.
+        parts: what is decided for each config of a `MixedConfig`; none where there is one config alone.
     """
 
     active: bool
@@ -70,6 +71,7 @@ class Forward(NamedTuple):
     conditions: int | None = None
     slots: PlanSlots | None = None
     watched: Pass | None = None
+    parts: tuple[Any, ...] = ()
 
     def ratio_at(self, level: int) -> float:
         """The fraction of tokens to merge at a resolution level."""
@@ -105,6 +107,15 @@ def at_grid(forward: Forward, grid: Grid, start: int = 0, frames: int = 1) -> Co
     """The context of the layers whose image tokens form `frames` grids and stand from `start` on."""
     slot = None if forward.slots is None else forward.slots.at(grid)
     return Context(forward, grid, (start, start + frames * grid[0] * grid[1]), frames, slot)
+
+
+def of_part(context: Context, part: int) -> Context:
+    """The context as the layers of config number `part` of a `MixedConfig` see it."""
+    if not context.forward.parts:
+        return context
+    forward = context.forward.parts[part]
+    slot = None if forward.slots is None else forward.slots.at(context.grid)
+    return context._replace(forward=forward, slot=slot)
 
 
 def host_timestep(timestep: Tensor | float | int | None) -> float:

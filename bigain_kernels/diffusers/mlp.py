@@ -18,7 +18,7 @@ from diffusers.hooks.layerwise_casting import LayerwiseCastingHook, PeftInputAut
 from torch import Tensor
 
 from ..methods import MergeConfig
-from .context import Context
+from .context import Context, of_part
 from .current import current, in_block, set_step
 from .planning import plan_of_call, planned
 from .steps import MergeStep, fold
@@ -55,8 +55,9 @@ def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
     if _is_skipped(mlp):
         return None
     refuse_hooks(mlp)
-    layer, forward = mlp._bigain, context.forward
-    config = layer.config
+    layer = mlp._bigain
+    context = of_part(context, layer.part)
+    config, forward = layer.config, context.forward
     assert isinstance(config, MergeConfig)
     if forward.watched is not None:
         forward.watched.reached = True

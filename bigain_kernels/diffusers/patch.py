@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ..methods import CompressionConfig
+from ..methods.mixed import Compression, parts_of
 from .attention import CompressedAttention
 from .context import Forward, Pass, make_forward
 from .families import Family
@@ -51,7 +52,7 @@ class Patch:
     """
 
     family: Family
-    config: CompressionConfig
+    config: Compression
     count: int
     layers: list[PatchedLayer]
     told_modules: list[nn.Module] = field(default_factory=list)
@@ -130,7 +131,7 @@ class Patch:
         if scheduler is None:
             return numbered(self.config.train_timesteps)
         found = range_of(scheduler)
-        reading = reads_timesteps(self.config)
+        reading = next(filter(None, map(reads_timesteps, parts_of(self.config))), None)
         if found is None and reading is not None:
             raise ValueError(
                 f"{reading}: got a config that depends on the timestep and {type(scheduler).__name__}, expected a "
@@ -141,15 +142,21 @@ class Patch:
     def start(self, sample: torch.Tensor, timestep: Any) -> Forward:
         """What is decided for a forward pass, from its batch and the timestep that the model is told."""
         steps = numbered(self.config.train_timesteps)
-        told = self.family.told(self.config) or self.timestep_range()
+        parts = parts_of(self.config)
+        told = self.family.told(parts[0]) or self.timestep_range()
         if told != steps and timestep is not None:
             timestep = told.noise(timestep) * steps.noisiest
-        forward = make_forward(self.config, sample, timestep)
-        if torch.compiler.is_compiling():
-            return forward
-        if getattr(self.config, "share_plan", None) is not None:
+        forwards = [make_forward(part, sample, timestep) for part in parts]
+        if not torch.compiler.is_compiling():
+            active = any(forward.active for forward in forwards)
+            self.last_pass = Pass() if self.watching and active else None
+            forwards = [self._watched(*pair) for pair in zip(parts, forwards, strict=True)]
+        return forwards[0] if len(forwards) == 1 else forwards[0]._replace(parts=tuple(forwards), slots=None)
+
+    def _watched(self, config: CompressionConfig, forward: Forward) -> Forward:
+        """What else is known of a pass that is not being compiled."""
+        if getattr(config, "share_plan", None) is not None:
             forward = forward._replace(conditions=self.pipeline.conditions())
-        self.last_pass = Pass() if self.watching and forward.active else None
         return forward._replace(watched=self.last_pass)
 
     def look_back(self, model: nn.Module) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..methods import CompressionConfig
+from ..methods import CompressionConfig, MixedConfig
+from ..methods.mixed import Compression
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Decision:
             layers, or its hidden states hold text too), "project, then pool" (before norm and rotation, behind fused
             projections), "pool keys and values" (after projection, norm and rotation). This is the state when
             compression was applied: a layer that LoRA wraps later takes the path that is right for it.
+        config: what compresses it, None where it is not compressed.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Decision:
     patched: bool
     reason: str
     path: str = ""
+    config: CompressionConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class CompressionReport:
     """
 
     model: str
-    config: CompressionConfig
+    config: Compression
     rows: tuple[Decision, ...]
 
     @property
@@ -55,10 +58,12 @@ class CompressionReport:
     def __str__(self) -> str:
         shown = [row for row in self.rows if row.kind in self.config.modules]
         lines = [f"{type(self.config).__name__} on {self.model}: {len(self.patched)} of {len(shown)} layers patched"]
+        mixed = isinstance(self.config, MixedConfig)
         width = max((len(row.name) for row in shown), default=0)
         lines += [
             f"  {row.block:3d}  {row.name:<{width}}  {'patched' if row.patched else '-':<7}  {row.reason}"
             + (f"; {row.path}" if row.path else "")
+            + (f"; {row.config.brief()}" if row.config and mixed else "")
             for row in shown
         ]
         if len(shown) < len(self.rows):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..methods import MergeConfig
 from .attention import CompressedAttention, LayerPatch, is_perturbed
-from .context import Context
+from .context import Context, of_part
 from .current import begin_block, end_block
 from .hooks import KEY, BlockPatch, Call, argument, carried, with_argument, with_context
 from .mlp import refuse_hooks
@@ -23,6 +23,7 @@ from .steps import MergedStep, MergeStep, fold
 
 def _step(block: Any, layer: LayerPatch, context: Context, x: Tensor) -> MergeStep | None:
     """What merges the (B, tokens, C) input of a block, the image's tokens first; None where nothing merges."""
+    context = of_part(context, layer.part)
     config, forward = layer.config, context.forward
     assert isinstance(config, MergeConfig)
     start, stop = context.image_tokens

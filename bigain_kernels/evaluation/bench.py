@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..methods import CompressionConfig
+from ..methods.mixed import Compression
 from .checkpoints import Checkpoint
 from .compression import compressed
 from .denoisers import diffuse
@@ -72,7 +72,7 @@ def _peak(call: Any, device: torch.device) -> float:
 @torch.no_grad()
 def bench(
     checkpoint: Checkpoint,
-    methods: Mapping[str, CompressionConfig | None],
+    methods: Mapping[str, Compression | None],
     images: Tensor,
     *,
     turns: int = 5,
@@ -141,7 +141,7 @@ def bench(
 
 
 def _times(
-    denoiser: Any, methods: Mapping[str, CompressionConfig | None], step: Any, turns: int, device: torch.device
+    denoiser: Any, methods: Mapping[str, Compression | None], step: Any, turns: int, device: torch.device
 ) -> dict[str, list[float]]:
     """Seconds of each turn by method."""
     times: dict[str, list[float]] = {title: [] for title in methods}

@@ -2,35 +2,48 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 from ..methods import CompressionConfig, MergeConfig, PoolConfig
+from ..methods.mixed import Compression, each, parts_of
 from ..methods.registry import NONE
 from .denoisers import Denoiser
 
 
-def with_shared_plan(compression: CompressionConfig | None, rows: int) -> MergeConfig:
+def each_merging(compression: Compression | None, change: Callable[[MergeConfig], MergeConfig]) -> Compression:
+    """`compression` with `change` made to what of it merges; pooling, which builds no plan, stays as it is.
+
+    Raises:
+        ValueError: nothing of it builds a plan.
+    """
+    parts = () if compression is None else parts_of(compression)
+    if compression is None or not any(isinstance(part, MergeConfig) for part in parts):
+        methods = ", ".join(part.method for part in parts) or NONE
+        raise ValueError(f"share_plan: got method {methods}, expected a merge method, which builds plans")
+    return each(compression, lambda part: change(part) if isinstance(part, MergeConfig) else part)
+
+
+def with_shared_plan(compression: Compression | None, rows: int) -> Compression:
     """`compression` with one plan for each `rows` rows that belong together.
 
     Raises:
         ValueError: the method builds no plan, or there is none.
     """
-    if not isinstance(compression, MergeConfig):
-        method = NONE if compression is None else compression.method
-        raise ValueError(f"share_plan: got method {method}, expected a merge method, which builds plans")
-    return replace(compression, share_plan=rows)
+    return each_merging(compression, lambda part: replace(part, share_plan=rows))
 
 
-def compressed(denoiser: Denoiser, compression: CompressionConfig | None) -> AbstractContextManager[Any]:
+def compressed(denoiser: Denoiser, compression: Compression | None) -> AbstractContextManager[Any]:
     """A context in which `compression` (or, for None, nothing) is applied to the model of `denoiser`."""
     if compression is None:
         return nullcontext()
     from ..diffusers import token_compression
 
     if compression.num_train_timesteps is None:
-        compression = replace(compression, num_train_timesteps=len(denoiser.scheduler.alphas_cumprod))
+        steps = len(denoiser.scheduler.alphas_cumprod)
+        compression = each(compression, lambda part: replace(part, num_train_timesteps=steps))
     return token_compression(denoiser.model, compression)
 
 
@@ -44,6 +57,6 @@ def tokens_kept(compression: CompressionConfig | None, grid: tuple[int, int]) ->
     return f"{tokens} of {tokens}"
 
 
-def settings_of(compression: CompressionConfig | None) -> dict[str, Any]:
+def settings_of(compression: Compression | None) -> dict[str, Any]:
     """The method and the value of every option of it, to be written down."""
     return {"method": NONE} if compression is None else compression.settings()

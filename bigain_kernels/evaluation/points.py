@@ -7,7 +7,6 @@ from typing import Any
 
 from ..methods import CompressionConfig, MergeConfig
 from ..methods.registry import make_config
-from .compression import with_shared_plan
 
 RATIOS = (0.3, 0.5, 0.7)
 # The ratio of the paper's tables, where merging is to hurt.
@@ -47,7 +46,10 @@ class Point:
         if self.method == "none":
             return None
         config = make_config(self.method, self.options)
-        return with_shared_plan(config, rows) if self.shared and rows > 1 else config
+        if self.shared and rows > 1:
+            assert isinstance(config, MergeConfig)
+            return replace(config, share_plan=rows)
+        return config
 
     @property
     def stress(self) -> bool:

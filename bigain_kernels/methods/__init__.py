@@ -7,8 +7,10 @@ declare its options with `option`, and `register` it.
 from .abm import ABMConfig, abm_plan
 from .avgpool import AvgPoolConfig
 from .config import CompressionConfig, MergeConfig, PoolConfig
+from .files import load_config, save_config
 from .iekvd import IEKVDConfig
 from .lgtm import LGTMConfig, lgtm_plan
+from .mixed import MixedConfig
 from .options import option
 from .registry import config_class, names, register, unregister
 from .schedule import alpha_schedule
@@ -26,6 +28,7 @@ __all__ = [
     "IEKVDConfig",
     "LGTMConfig",
     "MergeConfig",
+    "MixedConfig",
     "PoolConfig",
     "SiToConfig",
     "ToDoConfig",
@@ -34,9 +37,11 @@ __all__ = [
     "alpha_schedule",
     "config_class",
     "lgtm_plan",
+    "load_config",
     "names",
     "option",
     "register",
+    "save_config",
     "sito_plan",
     "tome_plan",
     "unregister",

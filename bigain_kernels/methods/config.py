@@ -32,6 +32,9 @@ Schedule = float | tuple[float, float]
 Window = int | tuple[int, int]
 
 DEFAULT_TRAIN_TIMESTEPS = 1000
+# Options of which `brief` speaks never, and always.
+_WHERE = ("max_downsample", "blocks", "num_train_timesteps")
+_HOW_MUCH = ("ratio", "factor", "alpha")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +119,17 @@ class CompressionConfig:
     def is_random(self) -> bool:
         """Whether the method draws random numbers, which vary over blocks and timesteps."""
         return False
+
+    def brief(self) -> str:
+        """What it does to a layer, in words: the method, how much, and options that are not those of the method."""
+        words = [self.method]
+        for declared in fields(self):
+            name, value = declared.name, getattr(self, declared.name)
+            kind = kind_of(declared)
+            if kind is None or name in _WHERE or (value == declared.default and name not in _HOW_MUCH):
+                continue
+            words.append(name if value is True else f"{name}={kind.show(value)}")
+        return " ".join(words)
 
     def settings(self) -> dict[str, Any]:
         """The method and the value of every option, to be written down."""

@@ -17,7 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import bigain_kernels
-from bigain_kernels.cli.main import INTERRUPTED, main, make_app
+from bigain_kernels.cli.main import BAD_INPUT, INTERRUPTED, main, make_app
 from bigain_kernels.evaluation import demo
 from bigain_kernels.evaluation import generate as generation
 from bigain_kernels.evaluation import train_tiny as training
@@ -27,6 +27,7 @@ from bigain_kernels.evaluation.data import load_digits
 from bigain_kernels.evaluation.folders import find_images
 from bigain_kernels.evaluation.points import points_of
 from bigain_kernels.evaluation.records import ResultsFile
+from bigain_kernels.methods import IEKVDConfig, LGTMConfig, MixedConfig, save_config
 
 COMMANDS = ["demo", "classify", "generate", "bench", "reproduce", "train-tiny", "env", "tune"]
 
@@ -81,6 +82,28 @@ def test_classify_writes_results_and_summary(tmp_path: Path, capsys: pytest.Capt
     low, high = summary["accuracy_interval"]
     assert low <= summary["accuracy"] <= high
     assert f"accuracy {summary['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f})" in capsys.readouterr().out
+
+
+def test_a_file_of_configs_stands_for_the_options(tmp_path: Path) -> None:
+    one, two = IEKVDConfig(alpha=1.1), MixedConfig((IEKVDConfig(alpha=1.1, blocks=(0, 1, 2)), LGTMConfig(blocks=(3,))))
+    for name, config in (("one", one), ("two", two)):
+        save_config(tmp_path / f"{name}.json", config)
+        file = ("--config", tmp_path / f"{name}.json")
+        assert _bigain("classify", "--limit", 3, "--out", tmp_path / name, *file) == 0
+        assert _bigain("generate", "--images", 2, "--steps", 2, "--out", tmp_path / f"{name} images", *file) == 0
+    assert _bigain("classify", "--limit", 3, "--out", tmp_path / "given", "--method", "iekvd", "--alpha", 1.1) == 0
+    found = {name: _images(tmp_path / name / "results.jsonl") for name in ("one", "two", "given")}
+    assert found["one"] == found["given"] != found["two"]
+    for folder in ("two", "two images"):
+        written = next(tmp_path.glob(f"{folder}/s*y.json"), tmp_path / folder / "settings.json")
+        settings = json.loads(written.read_text())
+        settings = settings.get("settings", settings)
+        assert settings["compression"] == json.loads(json.dumps(two.settings()))
+    # Both jobs share plans where there are some.
+    for command in (("classify", "--limit", 3, "--plans", "null"), ("generate", "--images", 2, "--share-plan")):
+        out = ("--out", tmp_path / command[0])
+        assert _bigain(*command, *out, "--config", tmp_path / "two.json") == 0
+        assert _bigain(*command, *out, "--overwrite", "--config", tmp_path / "one.json") == BAD_INPUT
 
 
 def test_resume_gives_the_results_of_one_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

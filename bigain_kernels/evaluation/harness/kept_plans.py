@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ...methods import CompressionConfig, MergeConfig
+from ...methods import MergeConfig
+from ...methods.mixed import Compression
 from ...plan import MergePlan
-from ..compression import with_shared_plan
+from ..compression import each_merging
 
 # own: every row plans for itself. mean: the classes of a batch plan from their mean. null: what the null prompt plans
 # is used by all classes, in as many batches as they need.
@@ -69,7 +70,7 @@ class PlanBook:
         return plan
 
 
-def with_kept_plans(compression: CompressionConfig | None, plans: str, book: PlanBook) -> CompressionConfig | None:
+def with_kept_plans(compression: Compression | None, plans: str, book: PlanBook) -> Compression | None:
     """`compression` with plans that come from `book`.
 
     Args:
@@ -84,9 +85,12 @@ def with_kept_plans(compression: CompressionConfig | None, plans: str, book: Pla
         raise ValueError(f"plans: got {plans!r}, expected one of {list(PLANS)}")
     if plans == "own":
         return compression
-    with_shared_plan(compression, 1)
-    assert isinstance(compression, MergeConfig)
-    base: type[MergeConfig] = type(compression)
+    return each_merging(compression, lambda part: _kept(part, plans, book))
+
+
+def _kept(config: MergeConfig, plans: str, book: PlanBook) -> MergeConfig:
+    """`config` with plans that come from `book`."""
+    base: type[MergeConfig] = type(config)
 
     def plan(self: Any, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
         if plans == "null":
@@ -98,5 +102,6 @@ def with_kept_plans(compression: CompressionConfig | None, plans: str, book: Pla
 
     # A class of its own, not a function in its place: configs are frozen, and are copied by their class.
     kept: Any = type(base.__name__, (base,), {"plan": plan})
-    options = {name: getattr(compression, name) for name in (field.name for field in fields(compression))}
-    return kept(**{**options, "share_plan": None})
+    options = {name: getattr(config, name) for name in (field.name for field in fields(config))}
+    made: MergeConfig = kept(**{**options, "share_plan": None})
+    return made
