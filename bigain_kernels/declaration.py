@@ -13,9 +13,15 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .plan import MergePlan
+
+# Of the public ops, and of those in the compiled libraries. A process can define ops of a name once: where several
+# versions of the package live in one, as kernels of a hub do, each is built with another name here (release/hub.py).
+NAMESPACE = "bigain"
+PUBLIC, CPP, CUDA = (getattr(torch.ops, NAMESPACE + library) for library in ("", "_cpp", "_cuda"))
 
 Tables = tuple[Tensor, Tensor, Tensor, Tensor]
 

@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 
-import bigain_kernels
-
-from . import backends, native
+from . import __version__, backends, native
 
 PACKAGES = ("torch", "triton", "diffusers", "numpy")
 
 
 def versions() -> dict[str, str]:
     """Version of Python, of this package and of each package it can use; "not installed" where one is missing."""
-    found = {"python": platform.python_version(), "bigain_kernels": bigain_kernels.__version__}
+    found = {"python": platform.python_version(), "bigain_kernels": __version__}
     for name in PACKAGES:
         found[name] = metadata.version(name) if util.find_spec(name) is not None else "not installed"
     return found

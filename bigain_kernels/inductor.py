@@ -20,9 +20,10 @@ from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from . import ops as _ops  # noqa: F401 - defines torch.ops.bigain
+from . import ops as _ops  # noqa: F401 - defines the namespace
+from .declaration import PUBLIC
 
-_aten, _bigain = torch.ops.aten, torch.ops.bigain
+_aten, _bigain = torch.ops.aten, PUBLIC
 # Calls that leave the values of a tensor as they are, but for a rounding between dtypes.
 _SAME_VALUES = (torch.ops.prims.convert_element_type.default, _aten.alias.default)
 

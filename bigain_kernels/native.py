@@ -14,12 +14,13 @@ from __future__ import annotations
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from .declaration import CPP, CUDA
+
 _FOLDER = Path(__file__).parent
-_NAMESPACE = "bigain_cpp"
-_CUDA_NAMESPACE = "bigain_cuda"
 _LEFT_OUT = "left out with BIGAIN_BUILD_CPU=0"  # begins the reason that setup.py writes then
 _SLOW = "ops on CPU tensors run in plain PyTorch, which is slower"
 _REMEDY = (
@@ -38,13 +39,12 @@ def _find(stem: str, variable: str) -> tuple[Path | None, str]:
     return None, reason.read_text(encoding="utf-8") if reason.exists() else "this installation was made without it"
 
 
-def _load(library: Path, namespace: str) -> str:
+def _load(library: Path, ops: Any) -> str:
     """Load a library; returns why it does not load, or nothing.
 
     LibTorch aborts the process when ops of the same names are defined again. So a second build of the library, say that
     of another version of this package, is refused before it is opened.
     """
-    ops = getattr(torch.ops, namespace)
     if hasattr(ops, "build_info"):
         loaded = os.path.realpath(library) in torch.ops.loaded_libraries
         return "" if loaded else f"{library} is not loaded: this process has another build of it already"
@@ -63,7 +63,7 @@ def _warn(message: str) -> None:
 def _load_cpu() -> str:
     library, reason = _find("_native", "BIGAIN_NATIVE_LIBRARY")
     if library is not None:
-        reason = _load(library, _NAMESPACE)
+        reason = _load(library, CPP)
         if reason:
             _warn(f"{_SLOW}: {reason}")
     elif not reason.startswith(_LEFT_OUT):
@@ -78,10 +78,10 @@ def _load_cuda() -> str:
     # The library calls into libtorch_cuda, which only such a torch has.
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
-    reason = _load(library, _CUDA_NAMESPACE)
+    reason = _load(library, CUDA)
     if reason:
         _warn(f"the CUDA library is not used: {reason}")
-    return reason or torch.ops.bigain_cuda.problem()
+    return reason or CUDA.problem()
 
 
 REASON = _load_cpu()
@@ -90,9 +90,9 @@ CUDA_REASON = _load_cuda()
 
 def report() -> str:
     """One line: the instruction set that the CPU library uses and what it was built with, or why there is none."""
-    return f"none: {REASON}" if REASON else torch.ops.bigain_cpp.build_info()
+    return f"none: {REASON}" if REASON else CPP.build_info()
 
 
 def cuda_report() -> str:
     """One line: the architectures that the CUDA library was built for, or why there is none."""
-    return f"none: {CUDA_REASON}" if CUDA_REASON else torch.ops.bigain_cuda.build_info()
+    return f"none: {CUDA_REASON}" if CUDA_REASON else CUDA.build_info()

@@ -80,7 +80,7 @@ pytree.register_pytree_node(
     MergePlan,
     lambda plan: ([plan.slot, plan.offsets, plan.members, plan.anchor], (plan.grid, plan.num_slots)),
     lambda tensors, context: MergePlan(*tensors, *context),
-    serialized_type_name="bigain_kernels.MergePlan",
+    serialized_type_name=f"{__name__.split('.')[0]}.MergePlan",
     to_dumpable_context=lambda context: [list(context[0]), context[1]],
     from_dumpable_context=lambda context: (tuple(context[0]), context[1]),
 )

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
-from .. import native
+from .. import declaration, native
 from .backend import Backend, Implementation
 from .compositions import kv_downsample_attention, lgtm_plan, pooled_kv_projection
 
 
 def _implement(op: str) -> Implementation | None:
-    packet = getattr(torch.ops.bigain_cpp, op, None)
+    packet = getattr(declaration.CPP, op, None)
     return None if packet is None else packet.default
 
 

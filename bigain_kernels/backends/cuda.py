@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import native
+from .. import declaration, native
 from .backend import Backend, Implementation
 
 
 def _implement(op: str) -> Implementation | None:
-    packet = getattr(torch.ops.bigain_cuda, op, None)
+    packet = getattr(declaration.CUDA, op, None)
     return None if packet is None else packet.default
 
 
 @functools.cache
 def _has_code_for(device: int) -> bool:
-    return torch.ops.bigain_cuda.runs_on(device)
+    return declaration.CUDA.runs_on(device)
 
 
 def _refuses(op: str, arguments: tuple[Any, ...]) -> str:

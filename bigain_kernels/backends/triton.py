@@ -14,13 +14,14 @@ from .backend import Backend, Implementation
 
 # Triton reads it at import; the kernels then run in Python, which is for looking at them, not for speed.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_KERNELS = f"{__name__.split('.')[0]}.triton_kernels"
 
 
 def _missing() -> str:
     if find_spec("triton") is None:
         return "Triton is not installed"
     # The kernels lie in a folder of their own, which an uninstalled copy of the sources does not map to this name.
-    if find_spec("bigain_kernels.triton_kernels") is None:
+    if find_spec(_KERNELS) is None:
         return "this installation was made without the Triton kernels"
     return ""
 
@@ -33,7 +34,7 @@ def _registration() -> Any:
 
 
 def _implement(op: str) -> Implementation | None:
-    if find_spec(f"bigain_kernels.triton_kernels.{op}") is None:
+    if find_spec(f"{_KERNELS}.{op}") is None:
         return None
 
     def run(*arguments: Any) -> Any:

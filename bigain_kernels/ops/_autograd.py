@@ -21,7 +21,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
-from ..declaration import OPS, Gradient, Op
+from ..declaration import OPS, PUBLIC, Gradient, Op
 from ._library import BELOW, DEVICES, no_derivative
 
 
@@ -50,7 +50,7 @@ class _Refuse(_SingleLevelFunction):
             None,
             None,
             *(
-                torch.ops.bigain.no_derivative(gradient, shape, dtype, ctx.op) if needed else None
+                PUBLIC.no_derivative(gradient, shape, dtype, ctx.op) if needed else None
                 for (shape, dtype), needed in zip(ctx.inputs, ctx.needs_input_grad[2:], strict=True)
             ),
         )
@@ -138,7 +138,7 @@ def _has_tangent(x: Tensor) -> bool:
 
 def autograd_kernel(op: Op, run: Callable[..., Any]) -> Callable[..., Any]:
     """The autograd kernel of an op that `run` computes, for the calls that `_library` does not hand to `run` itself."""
-    overload = getattr(torch.ops.bigain, op.name).default
+    overload = getattr(PUBLIC, op.name).default
     returns_list = op.returns == "Tensor[]"
 
     def below(keyset: Any, args: tuple[Any, ...]) -> Any:

@@ -15,10 +15,9 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ..declaration import OPS
+from ..declaration import OPS, PUBLIC
 
 _MODULE = "torch.utils.flop_counter"
 
@@ -63,7 +62,7 @@ def projections(x: Tensor, num_pooled: int, *weights: Tensor) -> int:
 
 def _register(module: ModuleType) -> None:
     for op in OPS.values():
-        module.register_flop_formula(getattr(torch.ops.bigain, op.name), get_raw=True)(_formula(op.of_public(op.flops)))
+        module.register_flop_formula(getattr(PUBLIC, op.name), get_raw=True)(_formula(op.of_public(op.flops)))
 
 
 def _formula(flops: Callable[..., int]) -> Callable[..., int]:

@@ -1,4 +1,4 @@
-"""The torch.library namespace `bigain`, and what all its ops share."""
+"""The torch.library namespace `bigain` (`declaration.NAMESPACE`), and what all its ops share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.autograd import forward_ad, profiler
 from torch.nn import Parameter
 
 from ..backends import implementation
-from ..declaration import OPS, Op
+from ..declaration import NAMESPACE, OPS, PUBLIC, Op
 from ._vmap import one_by_one
 
 
@@ -24,11 +24,11 @@ def _library() -> torch.library.Library:
         ImportError: another copy of this package has defined it.
     """
     try:
-        return torch.library.Library("bigain", "DEF")
+        return torch.library.Library(NAMESPACE, "DEF")
     except RuntimeError as error:
         raise ImportError(
             f"bigain_kernels: got a second copy at {Path(__file__).parents[1]}, expected one in a process: "
-            "another copy of the package has registered the ops torch.ops.bigain"
+            f"another copy of the package has registered the ops torch.ops.{NAMESPACE}"
         ) from error
 
 
@@ -108,7 +108,7 @@ def define(op: Op) -> Callable[..., Any]:
         return implementation(op.name, device_of(args), args)(*args)
 
     LIBRARY.define(op.schema)
-    overload = getattr(torch.ops.bigain, op.name).default
+    overload = getattr(PUBLIC, op.name).default
 
     def without_autocast(*args: Any) -> Any:
         # The ops say what they compute in; PyTorch's own inside them shall not go to another dtype.
@@ -127,7 +127,7 @@ def define(op: Op) -> Callable[..., Any]:
     LIBRARY.impl(op.name, autograd, "Autograd", with_keyset=True)
     # As register_fake does, which first looks for its caller in all modules of the process, a fifth of this import.
     LIBRARY.impl(op.name, lambda *args: _fake(op.name)(*args), "Meta")
-    torch.library.register_vmap(f"bigain::{op.name}", one_by_one(op.name), lib=LIBRARY)
+    torch.library.register_vmap(f"{NAMESPACE}::{op.name}", one_by_one(op.name), lib=LIBRARY)
     for key in ("AutocastCPU", "AutocastCUDA"):
         LIBRARY.impl(op.name, without_autocast, key)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..declaration import Gradient, tables_of
+from ..declaration import PUBLIC, Gradient, tables_of
 from ..plan import MergePlan
 
 Gradients = tuple[Tensor | None, ...]
@@ -27,12 +27,12 @@ def _rows(table: Tensor, batch: int) -> Tensor:
 
 def _merge(x: Tensor, plan: MergePlan, weights: Tensor | None = None) -> Tensor:
     """(B, N, C) to the means (B, M, C)."""
-    return torch.ops.bigain.token_merge(x, *tables_of(plan), "mean", weights)
+    return PUBLIC.token_merge(x, *tables_of(plan), "mean", weights)
 
 
 def _spread(y: Tensor, plan: MergePlan) -> Tensor:
     """(B, M, C) to all members (B, N, C)."""
-    return torch.ops.bigain.token_unmerge(y, *tables_of(plan), None, None)
+    return PUBLIC.token_unmerge(y, *tables_of(plan), None, None)
 
 
 def _sizes(plan: MergePlan, like: Tensor) -> Tensor:
@@ -144,7 +144,7 @@ def _norm_backward(
     found = {"shift": gradient.sum(1)}
     merged = None
     if needs & {"norm_weight", "scale"}:
-        merged = torch.ops.bigain.token_merge_norm(x, *tables_of(plan), weights, eps, None, None, None, None)
+        merged = PUBLIC.token_merge_norm(x, *tables_of(plan), weights, eps, None, None, None, None)
     if scale is not None:
         if "scale" in needs:
             assert merged is not None

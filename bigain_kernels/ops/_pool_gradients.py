@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import _C, Tensor
 
 from ..backends.compositions import kv_downsample_attention
-from ..declaration import Gradient
+from ..declaration import PUBLIC, Gradient
 
 Gradients = Sequence[Tensor | None]
 Needs = frozenset[str]
@@ -52,7 +52,7 @@ def _unpool(gradient: Tensor, grid: Pair, factor: Pair, alpha: float | Tensor) -
 
 def _pool(xs: list[Tensor], grid: Pair, factor: Pair, alpha: float | Tensor) -> list[Tensor]:
     number, rows = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
-    return torch.ops.bigain.kv_downsample(xs, *grid, *factor, number, rows)
+    return PUBLIC.kv_downsample(xs, *grid, *factor, number, rows)
 
 
 def _blended(x: Tensor, grid: Pair, factor: Pair) -> Tensor:
@@ -127,7 +127,7 @@ def _attention_backward(
     assert gradient is not None
     number, rows = (0.0, alpha) if isinstance(alpha, Tensor) else (alpha, None)
     given = {"q": q, "k": k, "v": v, "row_alpha": rows, "key_bias": key_bias}
-    attend = kv_downsample_attention(torch.ops.bigain.kv_downsample.default)
+    attend = kv_downsample_attention(PUBLIC.kv_downsample.default)
 
     def again(*values: Tensor) -> Tensor:
         now: dict[str, Any] = given | dict(zip(names, values, strict=True))

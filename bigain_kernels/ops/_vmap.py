@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..declaration import PUBLIC
+
 
 def one_by_one(op: str) -> Callable[..., Any]:
     """The rule of an op, for `torch.library.register_vmap`."""
-    overload = getattr(torch.ops.bigain, op).default
+    overload = getattr(PUBLIC, op).default
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         if info.batch_size == 0:
