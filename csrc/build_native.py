@@ -37,7 +37,7 @@ KERNELS = ("row_kernels", "match_kernel")
 # Compiled on top of avx512 where the compiler knows the flags (GCC 11, clang 12); isa.cpp is told by the macro.
 BF16_KERNELS = {
     "match_vdpbf16": ("-mavx512bf16", "BIGAIN_VDPBF16"),
-    "match_amx": ("-mamx-tile -mamx-bf16", "BIGAIN_AMX"),
+    "match_amx": ("-mavx512bf16 -mamx-tile -mamx-bf16", "BIGAIN_AMX"),
 }
 # All other sources are compiled once.
 ONCE = tuple(sorted({path.stem for path in (ROOT / "cpu").glob("*.cpp")} - {*KERNELS, *BF16_KERNELS}))

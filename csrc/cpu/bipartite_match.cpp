@@ -11,17 +11,12 @@ constexpr int64_t kNoWindow = -1;
 // threads.
 constexpr int64_t kPackedBytes = int64_t{4} << 20;
 
-// Norm of every token, and what a token has before it is matched: itself and -inf.
+// Norms of the tokens of rows first_row, ..., last_row - 1.
 template <typename T>
-void start(const Matching<T>& m) {
-  for_each_task(m.batch * m.tokens, m.channels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t b = i / m.tokens, n = i % m.tokens;
-      const accumulate_t<T> norm = m.rows->norm(m.x.row(b, n), m.channels);
-      // A token without a direction (zero, NaN, or too large for the type) is similar to nothing.
-      m.norm[i] = norm > 0 && norm <= std::numeric_limits<accumulate_t<T>>::max() ? norm : 0;
-      m.similarity[i] = -std::numeric_limits<float>::infinity();
-      m.match[i] = static_cast<int32_t>(n);
+void find_norms(const Matching<T>& m, int64_t first_row, int64_t last_row) {
+  for_each_task((last_row - first_row) * m.tokens, m.channels, [&](int64_t begin, int64_t end) {
+    for (int64_t i = first_row * m.tokens + begin; i < first_row * m.tokens + end; ++i) {
+      m.norm[i] = m.length(m.x.row(i / m.tokens, i % m.tokens));
     }
   });
 }
@@ -50,6 +45,7 @@ void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
   const int64_t num_rows = last_row - first_row, width = kernel.panel_width;
   const int64_t num_panels = (m.count + width - 1) / width;
   const ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
+  find_norms(m, first_row, last_row);
   const Tensor packed = new_tensor({num_rows, num_panels, m.channels, width}, type);
   const Tensor biases = new_tensor({num_rows, num_panels * width}, type);
   A *const panels = packed.mutable_data_ptr<A>(), *const bias = biases.mutable_data_ptr<A>();
@@ -61,7 +57,7 @@ void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
     }
   });
 
-  const SourceChunks chunks(m, first_row, last_row, kMatchRows);
+  const SourceChunks chunks(m, m.is_destination, first_row, last_row, kMatchRows);
   for_each_task(chunks.count(), kMatchRows * m.count * m.channels / 16, [&](int64_t begin, int64_t end) {
     std::vector<A> wide(std::is_same_v<A, T> ? 0 : kMatchRows * m.channels);
     const A* rows[kMatchRows];
@@ -120,23 +116,27 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& de
     for (int64_t i = 0; i < batch * count; ++i) {
       is_destination[i / count * tokens + chosen[i]] = 1;
     }
-    start(m);
+    // What a token has before it is matched: itself and -inf.
+    std::fill_n(m.similarity, batch * tokens, -std::numeric_limits<float>::infinity());
+    for (int64_t i = 0; i < batch * tokens; ++i) m.match[i] = static_cast<int32_t>(i % tokens);
     if (count == 0) return;
     if (window != kNoWindow && !grid.window_is_everything()) {
+      find_norms(m, 0, batch);
       match_in_window(m, grid);
       return;
     }
     const int64_t row_bytes = std::max<int64_t>(1, count * m.channels * sizeof(A));
     const int64_t at_once = std::max<int64_t>(1, kPackedBytes / row_bytes);
-    for (int64_t first = 0, last; first < batch; first = last) {
-      const bool in_bf16 = fits_bf16(m, first);
-      for (last = first + 1; last < std::min(first + at_once, batch) && fits_bf16(m, last) == in_bf16; ++last) {
-      }
+    for (int64_t first = 0; first < batch; first += at_once) {
+      const int64_t last = std::min(first + at_once, batch);
       // There are no parts of float64, and no code for them, whatever the optimizer leaves.
       if constexpr (!std::is_same_v<T, double>) {
-        if (in_bf16) match_rows_in_bf16(m, first, last);
+        if (bf16_kernel<T>() != nullptr && m.channels > 0) {
+          for (const int64_t row : match_rows_in_bf16(m, first, last)) match_rows(m, row, row + 1);
+          continue;
+        }
       }
-      if (!in_bf16) match_rows(m, first, last);
+      match_rows(m, first, last);
     }
   });
   return {similarity, match};

@@ -73,7 +73,7 @@ bool runs(Isa isa) {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (isa == Isa::kAmx) return avx512 && has_amx();
+  if (isa == Isa::kAmx) return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx();
 #ifdef BIGAIN_VDPBF16
   if (isa == Isa::kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif

@@ -39,6 +39,21 @@ struct Bf16Kernel {
   // compared; a source that compares with nothing gets -inf and 0. best, position (groups * kBf16Block).
   void (*match)(const uint16_t* sources, int64_t groups, const uint16_t* destinations, int64_t blocks,
                 const float* scale, int64_t channels, float* best, int32_t* position);
+
+  // As `match`, by half of the products: a similarity may be wrong by screen_error(channels), and `second` (groups *
+  // kBf16Block) is the largest but the best, so that a source whose two differ by more than twice the error has found
+  // its destination. Null where `match` needs all products that there are.
+  void (*screen)(const uint16_t* sources, int64_t groups, const uint16_t* destinations, int64_t blocks,
+                 const float* scale, int64_t channels, float* best, float* second, int32_t* position);
+
+  // For tokens of norm one. A part is at most 2^-8 of the one before: the products left out, of second parts and of
+  // first with third ones, are 3 * 2^-16 of the whole by Cauchy's inequality (and a few parts in a thousand, of all
+  // that is smaller still). A product of tiles adds two chains of 16 products and both to the total, with a rounding of
+  // 2^-24 for each addition, and there are three to a step; one more is that of the scale.
+  static float screen_error(int64_t channels) {
+    const int64_t steps = (channels + kBf16Step - 1) / kBf16Step;
+    return 3.02f * 0x1p-16f + static_cast<float>(20 + 3 * steps) * 0x1p-24f;
+  }
 };
 
 // The table, or null where tokens of this type are matched in their own arithmetic (isa.cpp).

@@ -17,19 +17,22 @@ constexpr int64_t kTile = 16 * kBf16Step;  // values of a tile: 16 rows of 64 by
 // Splits kBf16Step channels of a token into parts (parts, kBf16Step) of falling magnitude.
 inline void split(const BFloat16* x, uint16_t (*parts)[kBf16Step]) { memcpy(parts[0], x, sizeof(parts[0])); }
 
+inline __m512 load_sixteen(const float* x) { return _mm512_loadu_ps(x); }
+inline __m512 load_sixteen(const Half* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+inline __m512 widen_sixteen(__m256i bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
+
 template <typename T>
 inline void split(const T* x, uint16_t (*parts)[kBf16Step]) {
-  float rest[kBf16Step];
-  for (int64_t i = 0; i < kBf16Step; ++i) {
-    rest[i] = widen(x[i]);
-  }
+  __m512 low = load_sixteen(x), high = load_sixteen(x + 16);
   for (int64_t part = 0; part < kBf16Parts<T>; ++part) {
-    for (int64_t i = 0; i < kBf16Step; ++i) {
-      BFloat16 rounded;
-      narrow(rest[i], rounded);
-      parts[part][i] = rounded.bits;
-      rest[i] -= widen(rounded);
-    }
+    const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    _mm512_storeu_si512(parts[part], rounded);
+    low = _mm512_sub_ps(low, widen_sixteen(_mm512_castsi512_si256(rounded)));
+    high = _mm512_sub_ps(high, widen_sixteen(_mm512_extracti64x4_epi64(rounded, 1)));
   }
 }
 
@@ -116,6 +119,17 @@ struct Best {
     const __m512 product = _mm512_mul_ps(total, scale);
     // Strictly greater: the first of equal destinations stays. False for NaN.
     const __mmask16 better = _mm512_cmp_ps_mask(product, value[half], _CMP_GT_OQ);
+    value[half] = _mm512_mask_mov_ps(value[half], better, product);
+    position[half] = _mm512_mask_mov_epi32(position[half], better, at);
+  }
+
+  // As `meet`, and keeps the best of those that are not the best in `second`.
+  inline void meet(int half, __m512 total, __m512 scale, __m512i at, __m512* second) {
+    const __m512 product = _mm512_mul_ps(total, scale);
+    const __mmask16 better = _mm512_cmp_ps_mask(product, value[half], _CMP_GT_OQ);
+    // Of NaN and a number the maximum is its second operand.
+    const __m512 behind = _mm512_max_ps(product, second[half]);
+    second[half] = _mm512_mask_mov_ps(behind, better, value[half]);
     value[half] = _mm512_mask_mov_ps(value[half], better, product);
     position[half] = _mm512_mask_mov_epi32(position[half], better, at);
   }

@@ -79,7 +79,7 @@ void match(const uint16_t* sources, int64_t groups, const uint16_t* destinations
 }  // namespace
 
 const Bf16Kernel<BFloat16>& bf16_kernel() {
-  static constexpr Bf16Kernel<BFloat16> table = {pack_sources<BFloat16>, pack_destinations<BFloat16>, match};
+  static constexpr Bf16Kernel<BFloat16> table = {pack_sources<BFloat16>, pack_destinations<BFloat16>, match, nullptr};
   return table;
 }
 

@@ -15,10 +15,17 @@ struct Matching {
   int64_t count;  // D, destinations in each row
   const RowKernels<T>* rows;
   const int32_t* destinations;    // (B, D)
-  A* norm;                        // (B, N), 0 for tokens without a direction
+  A* norm;                        // (B, N), see `length`
   const uint8_t* is_destination;  // (B, N)
   float* similarity;              // (B, N)
   int32_t* match;                 // (B, N)
+
+  // The norm of a token; 0 for one without a direction (zero, NaN, or too large for the type), which is similar to
+  // nothing.
+  A length(const T* token) const {
+    const A norm = rows->norm(token, channels);
+    return norm > 0 && norm <= std::numeric_limits<A>::max() ? norm : 0;
+  }
 
   // Writes destination d of row b, scaled to norm one, to `unit` (C); returns its norm. Zeros if it has no direction.
   A unit_destination(int64_t b, int64_t d, A* unit) const {
@@ -42,16 +49,17 @@ struct Matching {
   }
 };
 
-// The sources of the rows first_row, ..., last_row - 1 in chunks of at most `size`, each of one row. Destinations stand
-// among the tokens, so chunks of tokens would leave vector lanes empty.
+// The sources of the rows first_row, ..., last_row - 1 in chunks of at most `size`, each of one row: the tokens that
+// `others` (B, N) does not mark, as `is_destination` does. Destinations stand among the tokens, so chunks of tokens
+// would leave vector lanes empty.
 class SourceChunks {
  public:
   template <typename T>
-  SourceChunks(const Matching<T>& m, int64_t first_row, int64_t last_row, int64_t size)
+  SourceChunks(const Matching<T>& m, const uint8_t* others, int64_t first_row, int64_t last_row, int64_t size)
       : first_row_(first_row), size_(size), starts_{0}, first_chunk_{0} {
     for (int64_t b = first_row; b < last_row; ++b) {
       for (int64_t n = 0; n < m.tokens; ++n) {
-        if (!m.is_destination[b * m.tokens + n]) sources_.push_back(static_cast<int32_t>(n));
+        if (!others[b * m.tokens + n]) sources_.push_back(static_cast<int32_t>(n));
       }
       const int64_t end = static_cast<int64_t>(sources_.size());
       first_chunk_.push_back(first_chunk_.back() + (end - starts_.back() + size - 1) / size);

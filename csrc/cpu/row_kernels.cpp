@@ -63,19 +63,28 @@ void laplacian(const T* const* row, const T* const* above, const T* const* below
 // where vectors are short.
 constexpr int64_t kPart = 512;
 
+// Four chains of additions at a time: one alone would wait for each of them.
 template <typename T>
-accumulate_t<T> norm(const T* x, int64_t channels) {
+accumulate_t<T> dot(const T* x, const T* y, int64_t channels) {
   using A = accumulate_t<T>;
+  using L = Lanes<T>;
   A total = 0;
   for (int64_t first = 0; first < channels; first += kPart) {
-    vector_t<A> part = {};
-    for_each_vector<A>(channels - first < kPart ? channels - first : kPart, [&](auto at) {
-      const auto value = at.load(x + first);
-      part += value * value;
-    });
-    total += sum_of(part);
+    const int64_t end = channels - first < kPart ? channels : first + kPart;
+    typename L::Vector chain[4] = {};
+    int64_t c = first;
+    for (; c + 4 * L::kLanes <= end; c += 4 * L::kLanes) {
+      for (int64_t i = 0; i < 4; ++i) chain[i] += L::load(x + c + i * L::kLanes) * L::load(y + c + i * L::kLanes);
+    }
+    for_each_vector<A>(end - c, [&](auto at) { chain[at.c / L::kLanes] += at.load(x + c) * at.load(y + c); });
+    total += sum_of((chain[0] + chain[1]) + (chain[2] + chain[3]));
   }
-  return square_root(total);
+  return total;
+}
+
+template <typename T>
+accumulate_t<T> norm(const T* x, int64_t channels) {
+  return square_root(dot(x, x, channels));
 }
 
 template <typename T>
@@ -235,6 +244,7 @@ const RowKernels<T>& row_kernels() {
       laplacian<T, false>,
       laplacian<T, true>,
       norm<T>,
+      dot<T>,
       dot_four<T>,
       divide<T>,
       divide_narrow<T>,

@@ -22,6 +22,9 @@ struct RowKernels {
   // L2 norm.
   A (*norm)(const T* x, int64_t channels);
 
+  // Sum of x * y.
+  A (*dot)(const T* x, const T* y, int64_t channels);
+
   // out[i] = sum of x * y[i] for i = 0, 1, 2, 3.
   void (*dot_four)(const T* x, const A* const* y, int64_t channels, A* out);
 

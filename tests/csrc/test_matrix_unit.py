@@ -86,3 +86,14 @@ def test_equal_destinations_tie_to_the_first(dtype, copies):
     destinations = torch.arange(1, 2 * copies, 2, dtype=torch.int32)[None]
     _, match = bk.bipartite_match(x, destinations)
     assert (match[0, ::2] == 1).all()
+
+
+def test_few_products_do_not_decide_what_they_cannot():
+    """The three products of float32's parts that come first miss 2^-16 of these similarities, which matters here."""
+    x = torch.ones(1, 3, 1024)
+    x[:, 0] = x[:, 1] = 1 + 0.98 * 2.0**-8  # in bfloat16 one, and a rest of the same sign everywhere
+    x[:, 2, 0] = 1.125  # the second best by 8e-6; without that rest, the best
+    destinations = torch.tensor([[1, 2]], dtype=torch.int32)
+    similarity, match = bk.bipartite_match(x, destinations)
+    assert match[0, 0] == 1
+    assert_match_is_best(x, destinations, similarity, match)
