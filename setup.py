@@ -5,17 +5,19 @@ import os
 import shutil
 import sys
 import tempfile
+from logging import INFO
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "csrc"))
 import build_cuda  # noqa: E402
 import build_native  # noqa: E402
-from build_tools import CannotBuild  # noqa: E402
+from build_tools import CannotBuild, find_torch, version_of  # noqa: E402
 
 # The libraries that can be built, and why one is not. Without a compiler the pure-Python package installs. A file says
 # why; the import of the package and `python -m bigain_kernels.env` repeat it.
@@ -27,11 +29,21 @@ except (CannotBuild, ValueError) as error:
 EXTENSIONS = [f"bigain_kernels.{name}" for name, reason in REASONS.items() if not reason]
 
 
+class EggInfo(egg_info):
+    """As PyTorch names its own wheels: one with the CUDA library is another version than one without."""
+
+    def finalize_options(self):
+        if not REASONS["_native_cuda"]:
+            self.tag_build = f"+cu{build_cuda.cuda_version()}"
+        super().finalize_options()
+
+
 class BuildNative(build_ext):
     """Hands the extensions, which are no Python modules, to ninja."""
 
     def build_extension(self, ext):
         name = ext.name.rpartition(".")[2]
+        self.announce(f"building {name} with the headers of torch {version_of(find_torch())} in {find_torch()}", INFO)
         try:
             BUILDS[name].build(Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp) / name)
         except CannotBuild as error:
@@ -86,6 +98,6 @@ setup(
     py_modules=["bigain_command"],
     # The libraries use no Python at all, so the wheel fits every Python from the oldest supported on.
     ext_modules=[Extension(name, sources=[], py_limited_api=True) for name in EXTENSIONS],
-    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython, "egg_info": EggInfo},
     options=options(),
 )

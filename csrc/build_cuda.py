@@ -16,11 +16,13 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 from build_native import SANITIZE
 from build_tools import (
     DEFINED,
+    NAMESPACE,
     ROOT,
     CannotBuild,
     escape,
@@ -28,6 +30,7 @@ from build_tools import (
     find_ninja,
     find_torch,
     max_jobs,
+    named,
     quote,
     run,
     run_ninja,
@@ -97,6 +100,16 @@ def why_not() -> str:
     return ""
 
 
+def cuda_version() -> str:
+    """The version of nvcc as PyTorch writes it: "130" is 13.0."""
+    nvcc = find_nvcc()
+    said = subprocess.run([*nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\d+)\.(\d+)", said)
+    if found is None:
+        raise CannotBuild(f"the CUDA compiler {nvcc[0]} does not say its version")
+    return found[1] + found[2]
+
+
 def architectures(text: str | None = None) -> list[str]:
     """The GPU architectures to build for: of the text, of $BIGAIN_CUDA_ARCHS, or the default."""
     text = text or os.environ.get(ARCHS) or DEFAULT_ARCHS
@@ -120,9 +133,11 @@ def targets(archs: list[str]) -> str:
     return " ".join(code)
 
 
-def ninja_file(output: Path, archs: list[str], line_info: bool = False) -> str:
+def ninja_file(
+    output: Path, archs: list[str], line_info: bool = False, namespace: str = NAMESPACE, runtime: str = "static"
+) -> str:
     """The text of build.ninja for the CUDA library."""
-    define = f'-DBIGAIN_CUDA_ARCHS=\\"{",".join(archs)}\\"'
+    define = f'-DBIGAIN_CUDA_ARCHS=\\"{",".join(archs)}\\"' + named("cuda", namespace)
     lines = [
         "ninja_required_version = 1.5",
         f"nvcc = {quote(*find_nvcc(), *host_compiler())}",
@@ -135,16 +150,19 @@ def ninja_file(output: Path, archs: list[str], line_info: bool = False) -> str:
         "  depfile = $out.d",
         "  deps = gcc",
         "  description = $out",
+        "rule portable",
+        "  command = $cxx -std=c++17 -O2 -fPIC -fvisibility=hidden -c $in -o $out",
         "rule stand_in",
         "  command = $cxx -shared -fPIC -Wl,-soname,libtorch_cuda.so $in -o $out",
         "rule link",
-        "  command = $nvcc -shared -cudart static -Xlinker -z,defs,--exclude-libs,ALL $in -o $out $libraries",
+        f"  command = $nvcc -shared -cudart {runtime} -Xlinker -z,defs,--exclude-libs,ALL $in -o $out $libraries",
         "  description = $out",
         "build stand_in/libtorch_cuda.so: stand_in stand_in.cpp",
+        f"build portable.o: portable {escape(ROOT / 'portable.cpp')}",
     ]
     lines += [f"build {op}.o: compile {escape(ROOT / 'cuda' / f'{op}.cu')}" for op in OPS]
     lines += [
-        f"build {escape(output)}: link {' '.join(f'{op}.o' for op in OPS)} | stand_in/libtorch_cuda.so",
+        f"build {escape(output)}: link portable.o {' '.join(f'{op}.o' for op in OPS)} | stand_in/libtorch_cuda.so",
         f"  libraries = -Lstand_in -ltorch_cuda {torch_library()}",
         f"default {escape(output)}",
     ]
@@ -179,17 +197,26 @@ def emulated_ninja_file(output: Path, sanitize: bool) -> str:
 
 
 def build(
-    output: Path, folder: Path, archs: list[str] | None = None, jobs: int | None = None, line_info: bool = False
+    output: Path,
+    folder: Path,
+    archs: list[str] | None = None,
+    jobs: int | None = None,
+    line_info: bool = False,
+    namespace: str = NAMESPACE,
+    runtime: str = "static",
 ) -> None:
     """Build the CUDA library at `output`, with objects in `folder`; what is up to date is not built again.
 
-    With `line_info`, the machine code says which line of source it comes from, for profilers and the static report.
+    With `line_info`, the machine code says which line of source it comes from, for profilers and the static report. The
+    ops are defined in torch.ops.<namespace>_cuda. With runtime="shared" the library takes the CUDA runtime of a torch
+    of the same major version, and needs no newer glibc than that torch.
     """
     folder.mkdir(parents=True, exist_ok=True)
     stand_in = folder / "stand_in.cpp"
     if not stand_in.exists() or stand_in.read_text() != STAND_IN:
         stand_in.write_text(STAND_IN)
-    run_ninja(ninja_file(output.resolve(), archs or architectures(), line_info), output, folder, jobs)
+    text = ninja_file(output.resolve(), archs or architectures(), line_info, namespace, runtime)
+    run_ninja(text, output, folder, jobs)
 
 
 def build_emulated(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:

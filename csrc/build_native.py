@@ -17,6 +17,7 @@ from pathlib import Path
 
 from build_tools import (
     DEFINED,
+    NAMESPACE,
     ROOT,
     CannotBuild,
     escape,
@@ -24,6 +25,7 @@ from build_tools import (
     find_ninja,
     find_torch,
     max_jobs,
+    named,
     quote,
     run_ninja,
     torch_flags,
@@ -82,15 +84,15 @@ def takes(compiler: list[str], flags: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def ninja_file(output: Path, sanitize: bool) -> str:
-    """The text of build.ninja."""
+def ninja_file(output: Path, sanitize: bool, namespace: str = NAMESPACE) -> str:
+    """The text of build.ninja; the ops are defined in torch.ops.<namespace>_cpp."""
     compiler = find_compiler()
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=False).stdout
     is_clang, is_x86 = "clang" in version, platform.machine().lower() in ("x86_64", "amd64")
     optimize = SANITIZE if sanitize else FAST
     # GCC's own headers of AVX-512 read an undefined register on purpose, and warn of it.
     quiet = "" if is_clang else " -Wno-uninitialized -Wno-maybe-uninitialized"
-    op_flags = torch_flags() + (" -DBIGAIN_X86_ISAS" if is_x86 else "")
+    op_flags = torch_flags() + (" -DBIGAIN_X86_ISAS" if is_x86 else "") + named("cpp", namespace)
     bf16_kernels = {}
     # Without Linux there is nobody to ask for the registers of AMX, and no machine to try vdpbf16ps on.
     if is_x86 and platform.system() == "Linux":
@@ -118,6 +120,8 @@ def ninja_file(output: Path, sanitize: bool) -> str:
 
     for stem in ONCE:
         compile_one(stem, stem, op_flags)
+    if platform.system() == "Linux":
+        compile_one("../portable", "portable", "")
     for isa, machine in ISAS.items():
         if isa == "baseline" or is_x86:
             for stem in KERNELS:
@@ -133,9 +137,11 @@ def ninja_file(output: Path, sanitize: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def build(output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None) -> None:
+def build(
+    output: Path, folder: Path, sanitize: bool = False, jobs: int | None = None, namespace: str = NAMESPACE
+) -> None:
     """Build the library at `output`, with objects in `folder`; what is up to date is not built again."""
-    run_ninja(ninja_file(output.resolve(), sanitize), output, folder, jobs)
+    run_ninja(ninja_file(output.resolve(), sanitize, namespace), output, folder, jobs)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 TORCH_TARGET = (2, 11)
+NAMESPACE = "bigain"  # as in bigain_kernels/declaration.py
 TARGET_VERSION = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
 
 # Needs the C++ runtime and libtorch_cpu: a C compiler or one for another architecture cannot link it.
@@ -32,6 +33,7 @@ std::optional<std::vector<int>> probe(int n) { return std::vector<int>(n, torch_
 DEFINED = ("-undefined", "dynamic_lookup") if platform.system() == "Darwin" else ("-Wl,-z,defs",)
 # What stands in the line of a compiler or linker that says what went wrong.
 TELLING = "error|undefined|unrecognized|incompatible|not found"
+PYTHON = "BIGAIN_BUILD_PYTHON"
 FIND_TORCH = "import importlib.util as u; s = u.find_spec('torch'); print(s.submodule_search_locations[0] if s else '')"
 
 
@@ -98,28 +100,64 @@ def find_ninja() -> str:
     return found
 
 
+def torch_of(python: str) -> str:
+    """The folder of the torch that a Python has, as it is without the variables that hide packages; empty for none."""
+    visible = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
+    try:
+        done = subprocess.run(
+            [python, "-I", "-c", FIND_TORCH], env=visible, capture_output=True, text=True, timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def other_pythons() -> list[str]:
+    """The Pythons on PATH, first things first, as of the environment that was active when the build began."""
+    folders = [folder for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    found = [shutil.which(name, path=folder) for folder in folders for name in ("python3", "python")]
+    return list(dict.fromkeys(python for python in found if python and python != sys.executable))
+
+
+def locate_torch() -> str:
+    """Where a torch lies, found without importing it; empty where there is none.
+
+    An isolated build hides the packages of the environment that is installed into. But pip runs the Python of that
+    environment, which shows them once it starts without the variables that hide them; uv and `python -m build` have
+    that of the active environment behind their own on PATH. Any torch will do: of a stable interface, only headers and
+    names are used.
+    """
+    named = os.environ.get(PYTHON, "").strip()
+    if named:
+        place = torch_of(words(named, PYTHON)[0])
+        if not place:
+            raise CannotBuild(f"${PYTHON}: got {named!r}, expected a Python that has torch")
+        return place
+    spec = importlib.util.find_spec("torch")
+    if spec and spec.submodule_search_locations:
+        return spec.submodule_search_locations[0]
+    return next(filter(None, map(torch_of, (sys.executable, *other_pythons()))), "")
+
+
+def version_of(torch: Path) -> str:
+    """The version of the torch in a folder; empty where it says none."""
+    found = re.search(r"__version__ = ['\"]([^'\"]*)", (torch / "version.py").read_text(encoding="utf-8"))
+    return found[1] if found else ""
+
+
 @functools.cache
 def find_torch() -> Path:
-    """The folder of a torch that is new enough, found without importing it.
-
-    An isolated build hides the packages of the environment that pip installs into. But it runs the Python of that
-    environment, which shows them once it starts without the variables that hide them.
-    """
-    spec = importlib.util.find_spec("torch")
-    place = spec.submodule_search_locations[0] if spec and spec.submodule_search_locations else ""
-    if not place:
-        visible = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
-        command = [sys.executable, "-c", FIND_TORCH]
-        place = subprocess.run(command, env=visible, capture_output=True, text=True, check=False).stdout.strip()
+    """The folder of a torch that is new enough."""
+    place = locate_torch()
     if not place:
         raise CannotBuild(
-            f"no torch found in {sys.prefix}, where the build ran: install torch there first, or build with "
-            "--no-build-isolation where torch can be imported"
+            f"no torch found in {sys.prefix}, where the build ran, nor by a Python on PATH: install torch there first, "
+            f"or set {PYTHON} to a Python that has it"
         )
     torch = Path(place)
-    version = re.search(r"__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", (torch / "version.py").read_text(encoding="utf-8"))
-    if version is None or (int(version[2]), int(version[3])) < TORCH_TARGET:
-        got = version[1] if version else "of an unknown version"
+    got = version_of(torch) or "of an unknown version"
+    version = re.match(r"(\d+)\.(\d+)", got)
+    if version is None or (int(version[1]), int(version[2])) < TORCH_TARGET:
         raise CannotBuild(f"torch {got} is too old: the library needs {TORCH_TARGET[0]}.{TORCH_TARGET[1]} or later")
     if not (torch / "include" / "torch" / "csrc" / "stable" / "library.h").exists():
         raise CannotBuild(f"the torch in {torch} has no C++ headers")
@@ -147,6 +185,11 @@ def quote(*parts: Path | str) -> str:
 def torch_flags() -> str:
     """Compiles against the stable interface of torch."""
     return f"{quote('-isystem', find_torch() / 'include')} -DTORCH_TARGET_VERSION={TARGET_VERSION}"
+
+
+def named(library: str, namespace: str) -> str:
+    """Renames the namespace of a library's ops, which the sources call bigain_<library>."""
+    return "" if namespace == NAMESPACE else f" -D{NAMESPACE}_{library}={namespace}_{library}"
 
 
 def torch_library() -> str:

@@ -132,8 +132,48 @@ def test_a_torch_that_cannot_be_built_against(version, expected, monkeypatch, tm
     else:
         monkeypatch.setattr(build_tools.importlib.util, "find_spec", lambda name: None)
         monkeypatch.setattr(build_tools.sys, "executable", str(script(tmp_path / "python", "echo")))
+        monkeypatch.setattr(build_tools, "other_pythons", list)
     monkeypatch.setenv("CXX", "c++")
     assert build_native.why_not().startswith(expected.format(torch))
+
+
+@pytest.fixture
+def isolated(monkeypatch, tmp_path):
+    """As in a build that sees no torch: the folder of PATH for Pythons, of which the first one has none."""
+    monkeypatch.setattr(build_tools.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(build_tools.sys, "executable", str(script(tmp_path / "of the build", "echo")))
+    folders = tmp_path / "first", tmp_path / "second"
+    for folder in folders:
+        folder.mkdir()
+    script(folders[0] / "python3", "echo; exit 1")
+    monkeypatch.setenv("PATH", os.pathsep.join(map(str, folders)))
+    return folders[1]
+
+
+def python_with_torch(path: Path, folder: Path) -> Path:
+    """What answers as a Python does that is started by itself, and not as one that the variables of a build mislead."""
+    return script(path, f'[ -n "$PYTHONPATH" ] || [ "$1" != -I ] || echo "{folder}"')
+
+
+def test_an_isolated_build_finds_the_torch_of_the_active_environment(isolated, monkeypatch, tmp_path):
+    """uv and `python -m build` put their own Python in front of PATH, pip runs that of the environment."""
+    monkeypatch.setenv("PYTHONPATH", "/what/isolates/the/build")
+    assert build_tools.locate_torch() == ""
+    python_with_torch(isolated / "python3", tmp_path / "its torch")
+    assert build_tools.locate_torch() == str(tmp_path / "its torch")
+    python_with_torch(tmp_path / "of the build", tmp_path / "beside pip")
+    assert build_tools.locate_torch() == str(tmp_path / "beside pip")
+
+
+def test_a_python_that_is_named_has_the_torch_or_is_refused(isolated, monkeypatch, tmp_path):
+    named = script(tmp_path / "named python", "exit 1")
+    python_with_torch(isolated / "python3", tmp_path / "another")
+    monkeypatch.setenv("BIGAIN_BUILD_PYTHON", str(named))
+    assert build_native.why_not() == f"$BIGAIN_BUILD_PYTHON: got {str(named)!r}, expected a Python that has torch"
+    python_with_torch(named, tmp_path / "its torch")
+    assert build_tools.locate_torch() == str(tmp_path / "its torch")
+    monkeypatch.setenv("BIGAIN_BUILD_PYTHON", "no-such-python")
+    assert build_native.why_not() == ("$BIGAIN_BUILD_PYTHON: got 'no-such-python', expected a program that exists")
 
 
 class Spec:
@@ -157,6 +197,17 @@ def test_the_library_needs_only_the_stable_interface_of_torch():
     foreign = [name for name in names if not system.search(name) and not re.match(r"(aoti_torch|torch)_", name)]
     assert foreign == []
     assert "torch_parallel_for" in names
+
+
+@pytest.mark.usefixtures("cpp")
+@pytest.mark.skipif(shutil.which("readelf") is None or platform.system() != "Linux", reason="needs readelf of binutils")
+def test_the_library_loads_beside_old_runtimes():
+    """Those of manylinux_2_28, as torch: csrc/portable.cpp has what the headers of newer compilers refer to."""
+    limits = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7, 0, 0)}
+    text = run("readelf", "--wide", "--version-info", library(), cwd=ROOT)
+    found = re.findall(r"Name: (GLIBC|GLIBCXX|CXXABI|GCC)_([\d.]+)", text)
+    assert {name for name, _ in found} >= {"GLIBC", "GLIBCXX"}
+    assert [each for each in found if tuple(map(int, each[1].split("."))) > limits[each[0]]] == []
 
 
 @pytest.mark.usefixtures("cpp")

@@ -1,4 +1,4 @@
-"""The build of the CUDA library without a GPU: switches, what it is linked to, how it loads, the wheel with it."""
+"""The build of the CUDA library without a GPU: switches, what it is linked to, how it loads."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import torch
 
-from tests.csrc.builds import FAST_COMPILER, IGNORED, run, script
+from tests.csrc.builds import run, script
 from tests.csrc.cuda.conftest import ROOT, build_cuda
 
 CODE = f"import sys; sys.path.insert(0, {str(ROOT / 'csrc')!r}); import build_cuda; print(build_cuda.why_not())"
@@ -138,38 +137,3 @@ def test_env_names_the_cuda_library(cuda_library):
     if torch.version.cuda is None:
         pytest.skip("this torch has no CUDA; the library needs one that has")
     assert "CUDA library     sm_80,90, CUDA " in report(BIGAIN_CUDA_LIBRARY=str(cuda_library))
-
-
-@pytest.mark.slow
-def test_a_wheel_holds_both_libraries(cuda_library, tmp_path):
-    """An nvcc that takes the objects built before: they are tested already, and compiling takes a minute."""
-    nvcc = tmp_path / "nvcc"
-    take = f'for last; do :; done; cp {cuda_library.parent}/"$last" "$last" && echo "$last: nothing" > "$last.d"'
-    nvcc.write_text(f'#!/bin/sh\ncase "$*" in *" -c "*) {take} ;; *) exec {build_cuda.find_nvcc()[0]} "$@" ;; esac\n')
-    nvcc.chmod(0o755)
-    source = shutil.copytree(ROOT, tmp_path / "source", ignore=IGNORED)
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        tmp_path,
-        ".",
-    ]
-    compiler = script(tmp_path / "c++", FAST_COMPILER)
-    run(*command, cwd=source, BIGAIN_BUILD_CUDA="1", BIGAIN_CUDA_ARCHS="80;90", CUDACXX=str(nvcc), CXX=str(compiler))
-    (wheel,) = tmp_path.glob("*.whl")
-    assert "-cp310-abi3-" in wheel.name
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "installed")
-        names = [name for name in archive.namelist() if "_native" in name]
-    assert sorted(names) == ["bigain_kernels/_native.abi3.so", "bigain_kernels/_native_cuda.abi3.so"]
-    text = run(sys.executable, "-m", "bigain_kernels.env", cwd=tmp_path / "installed")
-    if torch.version.cuda is None:
-        assert f"CUDA library     none: torch {torch.__version__} is built without CUDA\n" in text
-    else:
-        assert "CUDA library     sm_80,90, CUDA " in text
