@@ -9,6 +9,7 @@ process with a time limit; what does not fit into --minutes is left out and name
     tests.txt        of pytest
     sanitizer.txt    of compute-sanitizer: memcheck, racecheck, initcheck
     tuned.json       the configs that tuning chose, with --tune
+    backend_sizes.json   which backend was faster, by op and size, with --tune; backend_sizes.txt, to read
     rows.csv         of the benchmarks, for benchmarks/results/; benchmarks.txt is what they printed
     predicted.json   what the machine code lets expect at the same shapes; predicted.txt, to read
     measured_over_predicted.txt   the two side by side, per op and shape
@@ -74,6 +75,11 @@ def parts(out: Path, tune: bool, models: bool, minutes: float) -> list[Part]:
     found.append(
         Part("benchmarks", "benchmarks.txt", [python, "-m", "benchmarks.run", "--no-plots", *rows], 60 * minutes)
     )
+    if tune:
+        # After the benchmarks, whose rows say which backend is faster.
+        command = [python, "-m", "benchmarks.backend_sizes", "--rows", str(out / "rows.csv")]
+        command += ["--out", str(out / "backend_sizes.json")]
+        found.append(Part("backend sizes", "backend_sizes.txt", command, 30))
     files = ["--rows", str(out / "rows.csv"), "--predicted", str(out / "predicted.json")]
     found.append(Part("compare", "measured_over_predicted.txt", [python, "-m", "benchmarks.predictions", *files], 30))
     if models:

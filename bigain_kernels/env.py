@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__, backends, native
+from .backends import sizes
 
 PACKAGES = ("torch", "triton", "diffusers", "numpy")
 
@@ -46,6 +47,12 @@ def triton_launches() -> str:
     return f"by Triton: {direct.reason()}" if direct.reason() else "direct"
 
 
+def backend_sizes() -> str:
+    """What decides between the backends of GPUs: measurements by size, of which architectures, or their priorities."""
+    found = [f"{name}: {table.measured}" for name, table in sizes.TABLES.items()]
+    return "measured on " + "; ".join(found) if found else "priorities: nothing measured by size"
+
+
 def facts() -> dict[str, Any]:
     """Everything, of types that JSON has."""
     return {
@@ -54,6 +61,7 @@ def facts() -> dict[str, Any]:
         "native_library": native.report(),
         "cuda_library": native.cuda_report(),
         "triton_launches": triton_launches(),
+        "backend_sizes": backend_sizes(),
         "backends": [
             {"name": each.name, "devices": list(each.devices or ()), "missing": each.missing or None}
             for each in backends.all_backends()
@@ -70,6 +78,7 @@ def report() -> str:
     lines.append(f"{'native library':16} {found['native_library']}")
     lines.append(f"{'CUDA library':16} {found['cuda_library']}")
     lines.append(f"{'Triton launches':16} {found['triton_launches']}")
+    lines.append(f"{'backends of GPUs':16} {found['backend_sizes']}")
     for backend in found["backends"]:
         where = "on " + (", ".join(backend["devices"]) or "any device")
         state = f"not here: {backend['missing']}" if backend["missing"] else where

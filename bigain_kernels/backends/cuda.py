@@ -35,5 +35,5 @@ def _refuses(op: str, arguments: tuple[Any, ...]) -> str:
     return ""
 
 
-# Below Triton's: neither has been measured yet, and Triton's matching uses the instructions of newer GPUs.
+# Below Triton's, whose matching uses the instructions of newer GPUs. Where both were measured, sizes.py decides.
 CUDA = Backend("cuda", _implement, devices=("cuda",), priority=5, missing=native.CUDA_REASON, refuses=_refuses)

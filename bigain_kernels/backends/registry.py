@@ -2,7 +2,8 @@
 
 A call runs on the backend of its device that has the highest priority and does not refuse it, unless `use_backend` or
 the environment variable BIGAIN_BACKEND names one. A backend that was named and cannot run a call raises
-`BackendUnavailable`; nothing else is tried in its place.
+`BackendUnavailable`; nothing else is tried in its place. On GPUs where backends were measured side by side, the faster
+one at the size of a row goes first in the place of the highest priority: sizes.py.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from ..declaration import OPS
+from . import sizes
 from .backend import Backend, Implementation
 
 ENVIRONMENT_VARIABLE = "BIGAIN_BACKEND"
 _log = logging.getLogger(__name__)
 
 _backends: dict[str, Backend] = {}
-_found: dict[tuple[str, str], list[tuple[Backend, Implementation]]] = {}
+_found: dict[tuple[str, ...], list[tuple[Backend, Implementation]]] = {}
 _requested: ContextVar[str | None] = ContextVar("bigain_backend", default=None)
 
 
@@ -46,7 +48,7 @@ def register(backend: Backend) -> None:
     """
     if backend.name in _backends:
         raise ValueError(f"name: got {backend.name!r}, expected none of the registered backends, {sorted(_backends)}")
-    _put(backend)
+    replace(backend)
 
 
 def unregister(name: str) -> Backend:
@@ -76,17 +78,18 @@ def get(name: str) -> Backend:
 def registered(backend: Backend) -> Iterator[Backend]:
     """Have a backend for the time of the block, in the place of one of the same name, if there is one."""
     before = _backends.get(backend.name)
-    _put(backend)
+    replace(backend)
     try:
         yield backend
     finally:
         if before is None:
             unregister(backend.name)
         else:
-            _put(before)
+            replace(before)
 
 
-def _put(backend: Backend) -> None:
+def replace(backend: Backend) -> None:
+    """Put a backend in the place of the one of its name."""
     _backends[backend.name] = backend
     _found.clear()
 
@@ -114,6 +117,18 @@ def _candidates(op: str, device: str) -> list[tuple[Backend, Implementation]]:
         candidates = [(backend, function) for backend, function in found if function is not None]
         _found[op, device] = candidates
     return candidates
+
+
+def _in_order(op: str, device: str, arguments: tuple[Any, ...]) -> list[tuple[Backend, Implementation]]:
+    """The candidates for a call, the one that was measured to be the fastest at its size before the others."""
+    candidates = _candidates(op, device)
+    if not sizes.TABLES or device != "cuda":
+        return candidates
+    first = sizes.first(op, arguments)
+    ordered = _found.get((op, device, first))
+    if ordered is None:
+        ordered = _found[op, device, first] = sorted(candidates, key=lambda each: each[0].name != first)
+    return ordered
 
 
 def _check_name(name: str, source: str) -> None:
@@ -158,7 +173,7 @@ def implementation(op: str, device: str, arguments: tuple[Any, ...]) -> Implemen
             raise BackendUnavailable(f"{name}: {op} {reason}")
         return function
     refusals = []
-    for backend, function in _candidates(op, device):
+    for backend, function in _in_order(op, device, arguments):
         if backend.priority < 0:
             continue
         reason = backend.refuses(op, arguments) if backend.refuses else ""
@@ -185,6 +200,9 @@ def choose(op: str, device: str) -> Choice:
     if not preferred:
         raise BackendUnavailable(f"{op}: no backend implements it for {device} tensors")
     reason = f"first of {tuple(backend.name for backend in preferred)}, which implement it"
+    measured = sizes.reason(op) if device == "cuda" else ""
+    if measured:
+        reason = f"{measured}; else {reason}"
     absent = [each for each in _backends.values() if each.missing and each.serves(device)]
     for backend in absent:
         if backend.priority > preferred[0].priority:

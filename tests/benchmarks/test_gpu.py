@@ -14,8 +14,9 @@ def test_parts_in_order(tmp_path):
     names = [part.name for part in gpu.parts(tmp_path, tune=True, models=True, minutes=9)]
     assert names[:2] == ["install", "environment"]
     assert names.index("tune") < names.index("ceilings") < names.index("benchmarks") < names.index("models")
+    assert names.index("benchmarks") < names.index("backend sizes")
     fewer = [part.name for part in gpu.parts(tmp_path, tune=False, models=False, minutes=9)]
-    assert not {"tune", "models"} & set(fewer)
+    assert not {"tune", "backend sizes", "models"} & set(fewer)
 
 
 def test_what_the_parts_run_exists(tmp_path):
