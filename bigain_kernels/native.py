@@ -18,14 +18,21 @@ from typing import Any
 
 import torch
 
-from .declaration import CPP, CUDA
+from .declaration import CPP, CUDA, OPS
 
 _FOLDER = Path(__file__).parent
 _LEFT_OUT = "left out with BIGAIN_BUILD_CPU=0"  # begins the reason that setup.py writes then
 _SLOW = "ops on CPU tensors run in plain PyTorch, which is slower"
+_NOT_USED = "the CUDA library is not used"
+_REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ..."
 _REMEDY = (
-    "To have it, install again where torch and a C++ compiler are: pip install --force-reinstall --no-deps "
-    "--no-cache-dir ...; to do without it and without this warning, install with BIGAIN_BUILD_CPU=0"
+    f"To have it, install again where torch and a C++ compiler are: {_REINSTALL}; to do without it and without this "
+    "warning, install with BIGAIN_BUILD_CPU=0"
+)
+
+_OUTDATED = (
+    f"{{library}} was built for other op schemas ({{ops}}); build again: {_REINSTALL}, or in a checkout "
+    "python csrc/{script} --output {library}"
 )
 
 
@@ -80,12 +87,43 @@ def _load_cuda() -> str:
         return f"torch {torch.__version__} is built without CUDA"
     reason = _load(library, CUDA)
     if reason:
-        _warn(f"the CUDA library is not used: {reason}")
+        _warn(f"{_NOT_USED}: {reason}")
     return reason or CUDA.problem()
 
 
 REASON = _load_cpu()
 CUDA_REASON = _load_cuda()
+
+
+def _differing(ops: Any) -> list[str]:
+    """The ops that a library defines otherwise than `OPS`; further arguments with defaults are its own affair."""
+    found = []
+    for name, op in OPS.items():
+        own = getattr(ops, name, None)
+        declared = torch._C.parse_schema(f"{ops.name}::{op.schema.replace('SymInt', 'int')}")
+        if own is not None and not own.default._schema.is_backward_compatible_with(declared):
+            found.append(name)
+    return found
+
+
+def refuse_outdated() -> dict[str, str]:
+    """Take for missing, from now on, what another version of the package left behind; to be called once all ops are
+    declared. It loads without complaint, and its first call would fail with a message of torch about arguments.
+
+    Returns:
+        Why, by backend.
+    """
+    global REASON, CUDA_REASON
+    found = {}
+    if not REASON and (names := _differing(CPP)):
+        library, _ = _find("_native", "BIGAIN_NATIVE_LIBRARY")
+        REASON = found["cpp"] = _OUTDATED.format(library=library, ops=", ".join(names), script="build_native.py")
+        _warn(f"{_SLOW}: {REASON}")
+    if not CUDA_REASON and (names := _differing(CUDA)):
+        library, _ = _find("_native_cuda", "BIGAIN_CUDA_LIBRARY")
+        CUDA_REASON = found["cuda"] = _OUTDATED.format(library=library, ops=", ".join(names), script="build_cuda.py")
+        _warn(f"{_NOT_USED}: {CUDA_REASON}")
+    return found
 
 
 def report() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -96,6 +97,49 @@ def test_a_second_build_of_the_library_is_refused_not_aborted_on(tmp_path):
     assert done.stderr.count(f"{SLOW}: {reason}") == 1
     done = python(f"import torch; torch.ops.load_library({str(library())!r}); {USE}", PACKAGE.parent)
     assert (done.stdout, done.stderr) == ("none torch.Size([1, 4])\n", "")
+
+
+OTHER_SCHEMAS = """
+#include <string>
+
+#include <torch/csrc/stable/library.h>
+
+std::string build_info() { return "an older build"; }
+STABLE_TORCH_LIBRARY_FRAGMENT(bigain_cpp, m) {
+  m.def("build_info() -> str");
+  m.def("laplacian_score(Tensor x, int height, int width) -> Tensor");
+  m.def("select_destinations(Tensor score, int height, int width, int sy, int sx) -> Tensor");
+  m.def("token_merge(Tensor x) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(bigain_cpp, CompositeExplicitAutograd, m) { m.impl("build_info", TORCH_BOX(&build_info)); }
+"""
+
+
+def test_a_library_of_other_schemas_is_refused_when_it_is_loaded(tmp_path):
+    """One that an older checkout left behind; each differing op is named, the one that is the same is not."""
+    sys.path.insert(0, str(PACKAGE.parent / "csrc"))
+    import build_tools
+
+    try:
+        compiler = build_tools.find_compiler()
+    except build_tools.CannotBuild as error:
+        pytest.skip(str(error))
+    old = tmp_path / "old.so"
+    (tmp_path / "old.cpp").write_text(OTHER_SCHEMAS)
+    flags = shlex.split(f"-std=c++17 -fPIC -shared {build_tools.torch_flags()} old.cpp -o old.so")
+    libraries = [*shlex.split(build_tools.torch_library()), *build_tools.DEFINED]
+    subprocess.run([*compiler, *flags, *libraries], cwd=tmp_path, check=True)
+    done = python(
+        f"{USE}; import bigain_kernels.env as e; print(e.report())", PACKAGE.parent, BIGAIN_NATIVE_LIBRARY=str(old)
+    )
+    reason = f"{old} was built for other op schemas (laplacian_score, token_merge); build again: pip install "
+    assert done.stdout.startswith(reason), done.stderr
+    first, *report = done.stdout.splitlines()
+    assert first.endswith(f"python csrc/build_native.py --output {old} torch.Size([1, 4])")
+    assert done.stderr.count(f"{SLOW}: {reason}") == 1
+    told = first.removesuffix(" torch.Size([1, 4])")
+    assert f"native library   none: {told}" in report
+    assert f"backend cpp      not here: {told}" in report
 
 
 def test_a_second_build_of_the_cuda_library_is_refused(tmp_path):

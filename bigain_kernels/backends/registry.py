@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+from .. import native
 from ..declaration import OPS
 from . import sizes
 from .backend import Backend, Implementation
@@ -92,6 +93,12 @@ def replace(backend: Backend) -> None:
     """Put a backend in the place of the one of its name."""
     _backends[backend.name] = backend
     _found.clear()
+
+
+def refuse_outdated_libraries() -> None:
+    """Have the backends missing whose libraries define the ops otherwise than this package, which is said once."""
+    for name, reason in native.refuse_outdated().items():
+        replace(get(name)._replace(missing=reason))
 
 
 def all_backends() -> list[Backend]:

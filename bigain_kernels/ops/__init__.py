@@ -1,5 +1,6 @@
 """The public ops; importing this package registers them in `torch.ops.bigain`."""
 
+from ..backends.registry import refuse_outdated_libraries
 from . import lgtm_plan  # noqa: F401 - imported to register
 from ._flops import register_formulas
 from .bipartite_match import bipartite_match
@@ -14,6 +15,7 @@ from .token_merge import token_merge
 from .token_unmerge import token_unmerge
 
 register_formulas()
+refuse_outdated_libraries()
 
 __all__ = [
     "bipartite_match",
