@@ -1,9 +1,12 @@
 // The one way to launch, and how a launch begins before the one ahead of it has ended.
 #pragma once
 
-#include <atomic>
+#include <map>
+#include <mutex>
+#include <shared_mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "bigain/device_code.cuh"
 
@@ -33,22 +36,54 @@ inline void check_cuda(cudaError_t error) {
   throw std::runtime_error(std::string("bigain CUDA kernel: ") + cudaGetErrorString(error));
 }
 
-// Whether what runs on the current device waits in follow_launches(): all kernels are built for the same architectures,
-// so one tells for all. PTX of sm_80 that the driver translates for a newer device does not wait.
+// What the runtime was asked, once, about each kernel on each device.
+class Asked {
+ public:
+  // ask(device), which the first call makes for a kernel on the current device; threads that come meanwhile wait.
+  template <typename Ask>
+  int of(const void* kernel, const Ask& ask) {
+    int device = 0;
+    check_cuda(cudaGetDevice(&device));
+    const std::pair<const void*, int> key(kernel, device);
+    {
+      const std::shared_lock lock(mutex_);
+      const auto found = answers_.find(key);
+      if (found != answers_.end()) return found->second;
+    }
+    const std::unique_lock lock(mutex_);
+    const auto found = answers_.find(key);
+    return found != answers_.end() ? found->second : answers_.emplace(key, ask(device)).first->second;
+  }
+
+ private:
+  std::shared_mutex mutex_;
+  std::map<std::pair<const void*, int>, int> answers_;
+};
+
+// Whether what runs on the current device waits in follow_launches(). PTX of sm_80 that the driver translates for a
+// newer device does not.
 inline bool can_follow_launches(const void* kernel) {
-  constexpr int kDevices = 64;
-  static std::atomic<int> known[kDevices];  // 0 before the first launch, then the architecture
-  int device = 0;
-  check_cuda(cudaGetDevice(&device));
-  const bool keep = device < kDevices;
-  int architecture = keep ? known[device].load(std::memory_order_relaxed) : 0;
-  if (architecture == 0) {
+  static Asked architectures;
+  return architectures.of(kernel, [&](int) {
     cudaFuncAttributes attributes;
     check_cuda(cudaFuncGetAttributes(&attributes, kernel));
-    architecture = attributes.ptxVersion;
-    if (keep) known[device].store(architecture, std::memory_order_relaxed);
-  }
-  return architecture >= 90;
+    return attributes.ptxVersion;
+  }) >= 90;
+}
+
+// Lets a kernel have all the dynamic shared memory that the current device has for a block, of which launches without
+// asking get 48 KiB.
+inline void allow_shared_memory(const void* kernel) {
+  static Asked limits;
+  limits.of(kernel, [&](int device) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel));
+    int limit = 0;
+    check_cuda(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    limit -= static_cast<int>(attributes.sharedSizeBytes);
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, limit));
+    return limit;
+  });
 }
 #endif
 
@@ -64,10 +99,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
 #else
   const void* const function = reinterpret_cast<const void*>(kernel);
   constexpr size_t kWithoutAsking = 48 * 1024;
-  if (shared_bytes > kWithoutAsking) {
-    check_cuda(
-        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  }
+  if (shared_bytes > kWithoutAsking) allow_shared_memory(function);
   cudaLaunchAttribute early = {};
   early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   early.val.programmaticStreamSerializationAllowed = 1;
