@@ -31,8 +31,9 @@ Tables block_merge_plan(const Tensor& input, int64_t height, int64_t width, int6
   p.reduce = reduce_of(reduce);
   const int64_t slots = tokens - sizes.merged * sizes.removed;
   NewPlan plan(score, batch, tokens, slots);
-  const Tensor scratch = plan_scratch(score, batch, block_merge_plan_scratch_bytes(tokens, slots));
-  launch_block_merge_plan(p, batch, plan.pointers(), mutable_data_of<void>(scratch), on.stream());
+  const int on_device = multiprocessors();
+  const Tensor scratch = plan_scratch(score, block_merge_plan_scratch_bytes(batch, tokens, on_device));
+  launch_block_merge_plan(p, batch, plan.pointers(), mutable_data_of<void>(scratch), on_device, on.stream());
   return plan.tables();
 }
 

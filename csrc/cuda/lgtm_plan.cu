@@ -12,14 +12,14 @@ namespace bigain {
 extern template void launch_match(const MatchProblem<float>&, int, cudaStream_t, int64_t, int);
 extern template void launch_match(const MatchProblem<Half>&, int, cudaStream_t, int64_t, int);
 extern template void launch_match(const MatchProblem<BFloat16>&, int, cudaStream_t, int64_t, int);
-extern template void plan::launch_words<true, uint32_t>(const PlanInputs&, int64_t, int64_t, int64_t, const PlanTables&,
-                                                        void*, cudaStream_t);
-extern template void plan::launch_words<true, uint64_t>(const PlanInputs&, int64_t, int64_t, int64_t, const PlanTables&,
-                                                        void*, cudaStream_t);
-extern template void plan::launch_words<false, uint32_t>(const PlanInputs&, int64_t, int64_t, int64_t,
-                                                         const PlanTables&, void*, cudaStream_t);
-extern template void plan::launch_words<false, uint64_t>(const PlanInputs&, int64_t, int64_t, int64_t,
-                                                         const PlanTables&, void*, cudaStream_t);
+extern template void plan::launch_words<true, plan::Narrow>(const PlanInputs&, int64_t, const plan::Layout&,
+                                                            const PlanTables&, void*, cudaStream_t);
+extern template void plan::launch_words<true, plan::Wide>(const PlanInputs&, int64_t, const plan::Layout&,
+                                                          const PlanTables&, void*, cudaStream_t);
+extern template void plan::launch_words<false, plan::Narrow>(const PlanInputs&, int64_t, const plan::Layout&,
+                                                             const PlanTables&, void*, cudaStream_t);
+extern template void plan::launch_words<false, plan::Wide>(const PlanInputs&, int64_t, const plan::Layout&,
+                                                           const PlanTables&, void*, cudaStream_t);
 
 namespace {
 
@@ -46,11 +46,12 @@ template <typename T>
 void plan(const Tensor& x, const TileGrid& grid, int64_t r, int64_t window, int64_t share, const PlanTables& tables,
           cudaStream_t stream) {
   const int64_t rows = x.size(0) / share, tokens = x.size(1), channels = x.size(2), count = grid.tiles();
+  const int on_device = multiprocessors();
   Scratch scratch;
   const int64_t packed = scratch.add(8 * rows * tokens), score = scratch.add(4 * rows * tokens);
   const int64_t norms = scratch.add(4 * rows * tokens), destinations = scratch.add(4 * rows * count);
   const int64_t sources = scratch.add(4 * rows * (tokens - count));
-  const int64_t for_tables = scratch.add(rows * merge_plan_scratch_bytes(tokens, r));
+  const int64_t for_tables = scratch.add(merge_plan_scratch_bytes(rows, tokens, on_device));
   const int64_t mean = scratch.add(share > 1 ? rows * tokens * channels * static_cast<int64_t>(sizeof(T)) : 0);
   scratch.allocate(x);
 
@@ -89,8 +90,9 @@ void plan(const Tensor& x, const TileGrid& grid, int64_t r, int64_t window, int6
   matched.num_destinations = count;
   matched.window = window;
   matched.grid = grid;
-  launch_match(matched, multiprocessors(), stream);
-  launch_merge_plan_packed(scored.tables.packed, rows, tokens, r, tables, scratch.at<void>(for_tables), stream);
+  launch_match(matched, on_device, stream);
+  launch_merge_plan_packed(scored.tables.packed, rows, tokens, r, tables, scratch.at<void>(for_tables), on_device,
+                           stream);
 }
 
 // x (share * P, N, C), row b belonging to plan row b mod P; window -1 for none -> tables of P rows with N - r slots

@@ -8,14 +8,14 @@
 namespace bigain {
 
 // lgtm_plan.cu calls these.
-template void plan::launch_words<true, uint32_t>(const PlanInputs&, int64_t, int64_t, int64_t, const PlanTables&, void*,
-                                                 cudaStream_t);
-template void plan::launch_words<true, uint64_t>(const PlanInputs&, int64_t, int64_t, int64_t, const PlanTables&, void*,
-                                                 cudaStream_t);
-template void plan::launch_words<false, uint32_t>(const PlanInputs&, int64_t, int64_t, int64_t, const PlanTables&,
-                                                  void*, cudaStream_t);
-template void plan::launch_words<false, uint64_t>(const PlanInputs&, int64_t, int64_t, int64_t, const PlanTables&,
-                                                  void*, cudaStream_t);
+template void plan::launch_words<true, plan::Narrow>(const PlanInputs&, int64_t, const plan::Layout&, const PlanTables&,
+                                                     void*, cudaStream_t);
+template void plan::launch_words<true, plan::Wide>(const PlanInputs&, int64_t, const plan::Layout&, const PlanTables&,
+                                                   void*, cudaStream_t);
+template void plan::launch_words<false, plan::Narrow>(const PlanInputs&, int64_t, const plan::Layout&,
+                                                      const PlanTables&, void*, cudaStream_t);
+template void plan::launch_words<false, plan::Wide>(const PlanInputs&, int64_t, const plan::Layout&, const PlanTables&,
+                                                    void*, cudaStream_t);
 
 namespace {
 
@@ -30,7 +30,8 @@ Tables merge_plan(const Tensor& similarity_in, const Tensor& match_in, const Ten
   const Tensor similarity = with_unit_stride(similarity_in), match = with_unit_stride(match_in);
   const Tensor destinations = with_unit_stride(destinations_in);
   NewPlan plan(similarity, batch, tokens, tokens - r);
-  const Tensor scratch = plan_scratch(similarity, batch, merge_plan_scratch_bytes(tokens, r));
+  const int on_device = multiprocessors();
+  const Tensor scratch = plan_scratch(similarity, merge_plan_scratch_bytes(batch, tokens, on_device));
   PlanInputs p = {};
   p.similarity = data_of<float>(similarity);
   p.match = data_of<int32_t>(match);
@@ -39,7 +40,7 @@ Tables merge_plan(const Tensor& similarity_in, const Tensor& match_in, const Ten
   p.match_stride = match.stride(0);
   p.destination_stride = destinations.stride(0);
   p.num_destinations = count;
-  launch_merge_plan(p, batch, tokens, r, plan.pointers(), mutable_data_of<void>(scratch), on.stream());
+  launch_merge_plan(p, batch, tokens, r, plan.pointers(), mutable_data_of<void>(scratch), on_device, on.stream());
   return plan.tables();
 }
 

@@ -32,9 +32,9 @@ class NewPlan {
   Tensor slot_, offsets_, members_, anchor_;
 };
 
-// (rows * bytes_per_row) bytes, aligned to 8.
-inline Tensor plan_scratch(const Tensor& like, int64_t rows, int64_t bytes_per_row) {
-  return new_tensor(like, {rows * (bytes_per_row / 8)}, ScalarType::Long);
+// So many bytes, a multiple of 8.
+inline Tensor plan_scratch(const Tensor& like, int64_t bytes) {
+  return new_tensor(like, {bytes / 8}, ScalarType::Long);
 }
 
 }  // namespace bigain

@@ -114,11 +114,9 @@ class Numbers:
         self.pairs = pairs / launch.blocks
         self.runs = max(1.0, self.pairs / tiles_n)
         self.steps_of_tile = math.ceil(shape.channels / 64)
-        # Planning: tokens of a thread, and counters of a pass of the sort.
-        self.share = math.ceil(shape.tokens / launch.threads)
-        bits = (self.slots - 1).bit_length()
-        self.passes = math.ceil(bits / 8)
-        self.counters = (1 << math.ceil(bits / self.passes)) * 33
+        # Planning: steps of a warp, and warps' worth of tokens of a block.
+        self.steps = math.ceil(shape.tokens / launch.threads / 4)
+        self.chunks = math.ceil(math.ceil(shape.tokens / 32) / max(launch.blocks // shape.batch, 1))
 
 
 # How often a loop runs when it is entered, by the beginning of its statement; of kernels whose slots are all short.
@@ -134,12 +132,10 @@ LOOPS = {
     r"while \(part < last\)": lambda n: n.runs,
     r"for \(int i = thread; i < p\.num_first": lambda n: math.ceil(n.width / 2 / n.threads),
     r"for \(int i = 0; i < steps; \+\+i\)": lambda n: n.pairs / n.runs * n.steps_of_tile,
-    r"for \(int step = 0; step < share\.steps": lambda n: n.share,
+    r"for \(int step = 0; step < (share\.)?steps; \+\+step\)": lambda n: n.steps,
     r"for \(int shift = 8": lambda n: 4,
-    r"for \(int pass = 0; pass < passes": lambda n: n.passes,
-    r"for \(int i = threadIdx\.x; i < kKeyBytes": lambda n: math.ceil(4 * 256 / n.threads),
-    r"for \(int i = threadIdx\.x; i < entries": lambda n: math.ceil(n.counters / n.threads),
-    r"for \(int i = begin; i < end; \+\+i\)": lambda n: math.ceil(n.counters / n.threads) | 1,
+    r"for \(int i = threadIdx\.x; i < kCounters": lambda n: math.ceil(4 * 256 / n.threads),
+    r"for \(int begin = first; begin < last": lambda n: n.chunks,
     r"for \(int first = 0, round = 0; first < num_parts": lambda n: 1,
     r"for \(int i = 0; i < count; i \+= kAhead\)": lambda n: 1,
     # Slots in several parts are rare, as benchmarks/merge_rounds.py counts.
@@ -152,7 +148,14 @@ SHARES = {
         math.ceil(n.steps_of_tile / 4) / n.steps_of_tile
     ),
     ("bipartite_match.cuh", r"if \(fetch_step == 0\) \{", r"// Rows kStep apart"): lambda n: 1 / n.steps_of_tile,
+    # Keys that tie, of which some merge and some do not, are rare.
+    ("plan_steps.cuh", r"if \(left == there\) return", r"return \{threshold, found\[3\]\};"): lambda n: 0,
 }
+# What one warp of a block does alone while the others wait for it, likewise.
+ALONE = (
+    ("plan_steps.cuh", r"constexpr int kQuads", r"// Which keys are chosen"),
+    ("plan_steps.cuh", r"if \(share\.warp > 0\) return;", r"// ---- launchers"),
+)
 
 
 @functools.cache
@@ -179,10 +182,24 @@ class CudaWalk(Walk):
 
     def share(self, each: Instruction, times: float) -> float:
         for (name, first, last), share in SHARES.items():
-            for file, line in each.place:
-                if file == name and _between(name, first, last, line):
-                    return float(share(self.numbers))
-        return 1.0
+            if _stands_between(each, name, first, last):
+                return float(share(self.numbers))
+        return 1 / self.warps if self.alone(each) else 1.0
+
+    def alone(self, each: Instruction) -> bool:
+        return any(_stands_between(each, *span) for span in ALONE)
+
+    def issue(self, each: Instruction, share: float) -> None:
+        if not self.alone(each):
+            super().issue(each, share)
+            return
+        pace, self.pace = self.pace, 1.0
+        super().issue(each, 1.0)
+        self.pace = pace
+
+
+def _stands_between(each: Instruction, name: str, first: str, last: str) -> bool:
+    return any(file == name and _between(name, first, last, line) for file, line in each.place)
 
 
 @functools.cache
@@ -223,19 +240,26 @@ def rows(library: Path, emulated: Path, shapes: tuple[Shape, ...] = SHAPES) -> I
         library: a library of csrc/build_cuda.py with --lines, for sm_90 among others.
         emulated: one with --emulate.
     """
-    functions: dict[str, tuple[Function, tuple[int, int, int]]] = {}
-    for cubin in cubins(library):
-        of_kernel = usage(cubin)
-        for name, function in disassemble(cubin).items():
-            functions.setdefault(name, (_usual(function), of_kernel[name]))
+    functions = {name: found for cubin in cubins(library) for name, found in functions_of(cubin).items()}
     for launch in record(emulated, shapes):
-        function, (registers, spills, static) = functions[launch.symbol]
-        hbm_bytes = _bytes(launch)
-        walk = CudaWalk(function, launch, FROM_HBM if hbm_bytes > L2_KEEPS else FROM_L2)
-        compiled = Compiled(function, registers, spills, static + launch.shared, math.ceil(launch.threads / 32))
-        start = LAUNCH_EARLY if launch.kernel in _FOLLOWS else LAUNCH
-        facts = predict(compiled, walk, launch.blocks, hbm_bytes, start)
-        facts.assumed = launch.kernel == "token_merge_kernel"
-        kernel = launch.kernel.removesuffix("_kernel")
-        head = {"shape": launch.shape.name, "op": launch.op, "kernel": kernel, "config": {"variant": launch.variant}}
-        yield facts_row({**head, "grid": [launch.blocks]}, facts)
+        yield row(launch, *functions[launch.symbol])
+
+
+def functions_of(cubin: bytes) -> dict[str, tuple[Function, tuple[int, int, int]]]:
+    """The kernels of a cubin by mangled name; of each its code and its registers, local and static shared memory."""
+    of_kernel = usage(cubin)
+    return {name: (_usual(function), of_kernel[name]) for name, function in disassemble(cubin).items()}
+
+
+def row(launch: Recorded, function: Function, used: tuple[int, int, int]) -> Row:
+    """What is predicted of a launch of such a kernel."""
+    registers, spills, static = used
+    hbm_bytes = _bytes(launch)
+    walk = CudaWalk(function, launch, FROM_HBM if hbm_bytes > L2_KEEPS else FROM_L2)
+    compiled = Compiled(function, registers, spills, static + launch.shared, math.ceil(launch.threads / 32))
+    start = LAUNCH_EARLY if launch.kernel in _FOLLOWS else LAUNCH
+    facts = predict(compiled, walk, launch.blocks, hbm_bytes, start)
+    facts.assumed = launch.kernel == "token_merge_kernel"
+    kernel = launch.kernel.removesuffix("_kernel")
+    head = {"shape": launch.shape.name, "op": launch.op, "kernel": kernel, "config": {"variant": launch.variant}}
+    return facts_row({**head, "grid": [launch.blocks]}, facts)

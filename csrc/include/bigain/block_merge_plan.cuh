@@ -1,5 +1,5 @@
-// From scores of tiles to the tables of a MergePlan: the smoothest tiles merge whole (ABM). One launch, one block per
-// row.
+// From scores of tiles to the tables of a MergePlan: the smoothest tiles merge whole (ABM). One launch, several blocks
+// a row.
 #pragma once
 
 #include "bigain/plan_steps.cuh"
@@ -57,60 +57,84 @@ __device__ __forceinline__ uint64_t ordered_key_64(double value) {
   return bits & kSign ? ~bits : bits | kSign;
 }
 
-// Grid (P). The `count` tiles of the lowest reduced score merge whole into their top-left tokens.
-template <bool kInShared>
+// Grid (P * parts). The `count` tiles of the lowest reduced score merge whole into their top-left tokens. A warp has
+// `tile_steps` steps of tiles.
+template <typename Size, bool kInShared>
 __global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
-    block_merge_plan_kernel(const BlockPlanInputs p, const PlanTables tables, const Divisor by_threads,
-                            size_t counter_bytes, uint64_t* scratch) {
+    block_merge_plan_kernel(const BlockPlanInputs p, int tile_steps, const plan::Division division,
+                            const PlanTables tables, unsigned char* scratch) {
+  using Word = typename Size::Word;
+  using Token = typename Size::Token;
+  using Key = uint64_t;
+  constexpr int kKeyBytes = sizeof(Key), kCounters = kKeyBytes * plan::kDigits;
   BIGAIN_DYNAMIC_SHARED(unsigned char, shared);
-  BIGAIN_SHARED(int, totals, plan::kMostWarps);
+  BIGAIN_SHARED(Word, totals, plan::kMostWarps);
   int* const counters = reinterpret_cast<int*>(shared);
-  const int64_t i_b = blockIdx.x;
+  const plan::Share share(division);
+  const plan::Buffers<kInShared, Key, Token> buffers(shared + sizeof(int) * kCounters, scratch, share);
+  Key* const keys = buffers.words;
+  Token* const assign = buffers.tokens;
   const TileGrid grid = p.grid;
-  const int width = grid.width, count = grid.tokens(), tiles = grid.tiles(), sy = grid.sy, sx = grid.sx;
-  uint64_t* const keys = plan::buffers<kInShared>(shared, counter_bytes, scratch, count, i_b);
-  uint64_t* const is_merged = keys + count;
-  const float* const score = p.score + i_b * p.score_stride;
+  const int width = grid.width, tiles = grid.tiles(), sy = grid.sy, sx = grid.sx, threads = blockDim.x;
+  const float* const score = p.score + share.i_b * p.score_stride;
   follow_launches();
-  for (int tile = threadIdx.x; tile < tiles; tile += blockDim.x) {
+  for (int i = threadIdx.x; i < kCounters; i += threads) counters[i] = 0;
+  for (int tile = threadIdx.x; tile < tile_steps * threads * plan::kOwn; tile += threads) {
     unsigned tile_y = tile;
     const unsigned tile_x = grid.by_tiles_x.take(tile_y);
-    keys[tile] = ordered_key_64(-reduce_tile(score + grid.token(tile_y, tile_x, 0), width, sy, sx, p.reduce));
+    keys[tile] =
+        tile < tiles ? ordered_key_64(-reduce_tile(score + grid.token(tile_y, tile_x, 0), width, sy, sx, p.reduce)) : 0;
   }
+  const auto merges = plan::choose_highest<kKeyBytes>(keys, static_cast<int>(p.count), share, tile_steps, counters,
+                                                      reinterpret_cast<int*>(totals));
+  // Every thread has read all keys; from here on they say whether a tile merges.
   __syncthreads();
-  plan::choose_highest<8>(keys, tiles, static_cast<int>(p.count), by_threads, counters, totals,
-                          [&](int tile, bool merged) { is_merged[tile] = merged; });
+  for (int tile = threadIdx.x; tile < tiles; tile += threads) keys[tile] = merges(keys[tile], tile);
   __syncthreads();
-  uint64_t* const assign = keys;
-  for (int n = threadIdx.x; n < count; n += blockDim.x) {
+  for (int n = threadIdx.x; n < share.steps * threads * plan::kOwn; n += threads) {
     unsigned row = n;
     const unsigned column = grid.by_width.take(row);
     const int tile_y = grid.by_sy.quotient(row), tile_x = grid.by_sx.quotient(column);
     const bool merged =
-        tile_y < grid.tiles_y() && tile_x < grid.tiles_x() && is_merged[tile_y * grid.tiles_x() + tile_x] != 0;
-    assign[n] = merged ? grid.token(tile_y, tile_x, 0) : n;
+        tile_y < grid.tiles_y() && tile_x < grid.tiles_x() && keys[tile_y * grid.tiles_x() + tile_x] != 0;
+    assign[n] = static_cast<Token>(merged ? grid.token(tile_y, tile_x, 0) : n);
   }
   __syncthreads();
-  const int num_slots = count - static_cast<int>(p.count) * (sy * sx - 1);
-  plan::write_tables(assign, is_merged, count, num_slots, i_b, tables, by_threads, counters, totals);
+  Word* const words = reinterpret_cast<Word*>(keys);
+  for (int n = threadIdx.x; n < share.steps * threads * plan::kOwn; n += threads) words[n] = 0;
+  const int num_slots = share.count - static_cast<int>(p.count) * (sy * sx - 1);
+  plan::write_tables(assign, words, num_slots, share, tables, totals);
 }
 
-// Bytes of scratch memory, aligned to 8, that each row needs for a plan with num_slots slots; 0 where shared memory
-// suffices.
-inline int64_t block_merge_plan_scratch_bytes(int64_t tokens, int64_t num_slots) {
-  return static_cast<int64_t>(plan::Layout(tokens, num_slots, sizeof(uint64_t)).scratch_bytes());
+namespace plan {
+
+// Sizes of block_merge_plan's launch. rows * tokens > 0.
+inline Layout block_layout(int64_t tokens, int64_t rows, int multiprocessors) {
+  return Layout(tokens, rows, multiprocessors, 8, sizeof(uint64_t));
+}
+
+}  // namespace plan
+
+// Bytes of scratch memory, aligned to 16, that launch_block_merge_plan needs; 0 where shared memory suffices.
+inline int64_t block_merge_plan_scratch_bytes(int64_t rows, int64_t tokens, int multiprocessors) {
+  return rows * tokens == 0 ? 0 : plan::block_layout(tokens, rows, multiprocessors).scratch_bytes();
 }
 
 // The p.count tiles of the lowest score merge; M = N - p.count * (sy * sx - 1). One launch, or none without tokens.
+// `multiprocessors` of the device decide how many blocks share a row.
 inline void launch_block_merge_plan(const BlockPlanInputs& p, int64_t rows, const PlanTables& tables, void* scratch,
-                                    cudaStream_t stream) {
+                                    int multiprocessors, cudaStream_t stream) {
   const int64_t tokens = p.grid.tokens();
   if (rows * tokens == 0) return;
-  const int64_t removed = p.count > 0 ? int64_t{p.grid.sy} * p.grid.sx - 1 : 0;
-  const plan::Layout layout(tokens, tokens - p.count * removed, sizeof(uint64_t));
-  launch(layout.in_shared ? block_merge_plan_kernel<true> : block_merge_plan_kernel<false>, dim3(grid_extent(rows)),
-         plan::threads(tokens), layout.shared_bytes(), stream, p, tables, Divisor(plan::threads(tokens).x),
-         layout.counter_bytes, static_cast<uint64_t*>(scratch));
+  const plan::Layout layout = plan::block_layout(tokens, rows, multiprocessors);
+  const auto kernel =
+      plan::fits_16_bits(tokens)
+          ? (layout.in_shared ? block_merge_plan_kernel<plan::Narrow, true>
+                              : block_merge_plan_kernel<plan::Narrow, false>)
+          : (layout.in_shared ? block_merge_plan_kernel<plan::Wide, true> : block_merge_plan_kernel<plan::Wide, false>);
+  launch(kernel, layout.grid(), layout.threads(), layout.shared_bytes(), stream, p,
+         static_cast<int>(ceil_div(p.grid.tiles(), layout.warps * plan::kStep)), layout.division(), tables,
+         static_cast<unsigned char*>(scratch));
 }
 
 }  // namespace bigain

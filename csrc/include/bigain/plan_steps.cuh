@@ -1,11 +1,13 @@
 // What the plans of merges share: from which tokens go where to the tables of a MergePlan.
 //
-// A choice of the r highest keys is an exact radix search for the r-th, eight bits at a time. Ties, anchors and slots
-// are numbered by prefix sums in raster order: a warp owns a run of tokens and counts with ballots. Members are the
-// tokens sorted by slot with a stable radix sort; slot boundaries in the sorted list are the offsets. It is all integer
-// work whose result does not depend on the order in which threads run.
+// Several blocks plan a row. Each of them decides on the whole row, which takes a few passes over N integers, and
+// writes the tables of a part of its tokens: no block waits for another, and none does more than the others. The r-th
+// highest key is found by its digits, eight bits a pass, counted in shared memory. A member's place is the start of its
+// slot, which is a prefix sum of the sizes of slots, plus the members before it: those in front of the block's tokens
+// are counted with the sizes, those among them by a warp that goes through them in order. All of it is integer work
+// whose result does not depend on the order in which threads run, and whose time hardly depends on the data.
 //
-// A row works in two buffers of N words, in shared memory where they fit, otherwise in global memory, which the cache
+// A block works in two buffers of N words, in shared memory where they fit, otherwise in global memory, which the cache
 // holds: docs/kernels.md.
 #pragma once
 
@@ -24,266 +26,337 @@ struct PlanTables {
 
 namespace plan {
 
-constexpr int kMostWarps = 32, kTokensPerWarp = 64;
+// A lane has kOwn tokens side by side, a warp kStep in a step.
+constexpr int kMostWarps = 32, kOwn = 4, kStep = kOwn * kWarp;
 constexpr int kDigitBits = 8, kDigits = 1 << kDigitBits;
-// One more than there are warps: the counters of a warp lie in different banks.
-constexpr int kPitch = kMostWarps + 1;
-constexpr int kMostKeyBytes = 8;
+// More blocks for one row would mostly do again what the others do; fewer where scratch memory, which is for so many
+// tokens of all blocks together, would leave the L2 cache.
+constexpr int64_t kMostParts = 64, kScratchTokens = int64_t{1} << 22;
 
-// How tokens are shared out: warp w owns those from first(w) on, 32 at a time, so that reading them is coalesced.
-struct Share {
-  int lane, warp, warps, steps, count;
+// What is stored of a token. A word is two halves: numbers of slots, or of tokens before the block's, above places.
+struct Narrow {
+  using Token = uint16_t;
+  using Word = uint32_t;
+};
+struct Wide {
+  using Token = uint32_t;
+  using Word = unsigned long long;
+};
+template <typename Word>
+constexpr int kHalf = 4 * static_cast<int>(sizeof(Word));
+template <typename Word>
+__device__ __forceinline__ Word high(Word word) {
+  return word >> kHalf<Word>;
+}
+template <typename Word>
+__device__ __forceinline__ Word low(Word word) {
+  return word & (~Word{0} >> kHalf<Word>);
+}
 
-  __device__ Share(int tokens, const Divisor& by_threads)
-      : lane(threadIdx.x % kWarp),
-        warp(threadIdx.x / kWarp),
-        warps(blockDim.x / kWarp),
-        steps(by_threads.quotient(tokens + blockDim.x - 1)),
-        count(tokens) {}
-  // Token of this lane in a step; may be past the end.
-  __device__ int token(int step) const { return (warp * steps + step) * kWarp + lane; }
-  __device__ unsigned lower_lanes() const { return (1u << lane) - 1; }
+// Whether tokens, places and slots of a row have 16 bits each. The number of all tokens need not: it stands behind the
+// last token, and nothing looks there.
+inline bool fits_16_bits(int64_t tokens) { return tokens <= 65536; }
+
+// kOwn words that one access moves, two if they are of 64 bits.
+template <typename Word>
+struct alignas(sizeof(Word) == 8 ? 16 : kOwn * sizeof(Word)) Quad {
+  Word at[kOwn];
+};
+template <typename Word>
+__device__ __forceinline__ Quad<Word>& quad(Word* words, int n) {
+  return *reinterpret_cast<Quad<Word>*>(words + n);
+}
+
+// How a launch divides rows among blocks, and their tokens among warps.
+struct Division {
+  Divisor by_parts;
+  int count;  // tokens of a row
+  int part;   // tokens of a block, a multiple of kWarp; the last may have fewer
+  int steps;  // of a warp
 };
 
-// Sum of `count` over the warps before this one. `totals` (kMostWarps) is free again after the next barrier.
-__device__ __forceinline__ int sum_before(const Share& share, int count, int* totals) {
-  if (share.lane == 0) totals[share.warp] = count;
-  __syncthreads();
-  return __reduce_add_sync(kAllLanes, share.lane < share.warp ? totals[share.lane] : 0);
+// A block's own: its row and the tokens whose tables it writes; and how the whole row is shared out: warp w has those
+// from token(0) on, `steps` times kStep. What lies behind the row is there in buffers.
+struct Share {
+  int lane, warp, steps, count;
+  int64_t i_b;
+  int first, last;
+
+  __device__ explicit Share(const Division& division)
+      : lane(threadIdx.x % kWarp), warp(threadIdx.x / kWarp), steps(division.steps), count(division.count) {
+    unsigned row = blockIdx.x;
+    first = static_cast<int>(division.by_parts.take(row)) * division.part;
+    last = min(first + division.part, count);
+    i_b = row;
+  }
+  __device__ int token(int step) const { return (warp * steps + step) * kStep + lane * kOwn; }
+};
+
+template <typename Word>
+__device__ __forceinline__ Word warp_total(Word value) {
+  if constexpr (sizeof(Word) == 8) {
+    // Halves do not run over: neither counts more than all tokens.
+    const unsigned high = __reduce_add_sync(kAllLanes, static_cast<unsigned>(value >> 32));
+    return static_cast<Word>(high) << 32 | __reduce_add_sync(kAllLanes, static_cast<unsigned>(value));
+  } else {
+    return __reduce_add_sync(kAllLanes, value);
+  }
 }
 
-// The digit in which the `left`-th highest of the counted keys lies, and `left` less the keys above it; warp 0 only.
-__device__ __forceinline__ void find_digit(const int* histogram /* (kDigits) */, int left,
-                                           int* digit_and_left /* (2) */) {
-  constexpr int kOwn = kDigits / kWarp;
-  const int lane = threadIdx.x;
-  int own[kOwn], total = 0;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
-    own[i] = histogram[lane * kOwn + i];
-    total += own[i];
-  }
-  int from_here = total;
+// Sum over the lanes up to this one.
+template <typename Word>
+__device__ __forceinline__ Word warp_prefix(Word value, int lane) {
 #pragma unroll
   for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int other = __shfl_down_sync(kAllLanes, from_here, distance);
-    if (lane + distance < kWarp) from_here += other;
+    const Word other = __shfl_up_sync(kAllLanes, value, distance);
+    if (lane >= distance) value += other;
   }
-  int above = from_here - total;
+  return value;
+}
+
+// Sum over the warps before this one of what their lanes have. `totals` (kMostWarps) is free again after the next
+// barrier.
+template <typename Word>
+__device__ __forceinline__ Word sum_before(const Share& share, Word of_lane, Word* totals) {
+  const Word total = warp_total(of_lane);
+  if (share.lane == 0) totals[share.warp] = total;
+  __syncthreads();
+  return warp_total(share.lane < share.warp ? totals[share.lane] : Word{0});
+}
+
+// The digit in which the `left`-th highest of the counted keys lies, `left` less the keys above it, and how many keys
+// have the digit; warp 0 only.
+__device__ __forceinline__ void find_digit(int* histogram /* (kDigits) */, int left, int* found /* (3) */) {
+  constexpr int kQuads = kDigits / kStep;
+  const int lane = threadIdx.x;
+  Quad<int> own[kQuads];
+  int total = 0;
 #pragma unroll
-  for (int i = kOwn - 1; i >= 0; --i) {
-    if (above < left && left <= above + own[i]) {
-      digit_and_left[0] = lane * kOwn + i;
-      digit_and_left[1] = left - above;
+  for (int i = 0; i < kQuads * kOwn; ++i) {
+    if (i % kOwn == 0) own[i / kOwn] = quad(histogram, lane * kQuads * kOwn + i);
+    total += own[i / kOwn].at[i % kOwn];
+  }
+  const int up_to_here = warp_prefix(total, lane);
+  int above = __shfl_sync(kAllLanes, up_to_here, kWarp - 1) - up_to_here;
+  if (above >= left || above + total < left) return;
+#pragma unroll
+  for (int i = kQuads * kOwn - 1; i >= 0; --i) {
+    const int here = own[i / kOwn].at[i % kOwn];
+    if (above < left && left <= above + here) {
+      found[0] = lane * kQuads * kOwn + i;
+      found[1] = left - above;
+      found[2] = here;
     }
-    above += own[i];
+    above += here;
   }
 }
 
-// Calls mark(n, chosen) for every n < count, chosen for the r highest keys, ties to the lowest n. The r-th highest key
-// is not 0. `counters` has kMostKeyBytes * kDigits entries. Ends without a barrier.
-template <int kKeyBytes, typename Word, typename Mark>
-__device__ __forceinline__ void choose_highest(const Word* keys /* (count) */, int count, int r,
-                                               const Divisor& by_threads, int* counters, int* totals /* (kMostWarps) */,
-                                               const Mark& mark) {
-  BIGAIN_SHARED(int, digit_and_left, 2);
-  const Share share(count, by_threads);
-  Word threshold = 0;
-  int left = r;
-  if (r > 0) {
-    for (int i = threadIdx.x; i < kKeyBytes * kDigits; i += blockDim.x) counters[i] = 0;
-    __syncthreads();
-    for (int shift = 8 * (kKeyBytes - 1); shift >= 0; shift -= kDigitBits) {
-      int* const histogram = counters + shift / kDigitBits * kDigits;
-      for (int step = 0; step < share.steps; ++step) {
-        const int n = share.token(step);
-        if (n >= count) break;
+// Which keys are chosen.
+template <typename Key>
+struct Choice {
+  Key threshold;
+  int last_tie;
+
+  __device__ bool operator()(Key key, int n) const { return key > threshold || (key == threshold && n <= last_tie); }
+};
+
+// The r highest of the keys of `steps` steps, ties to the lowest n. The r-th highest key is not 0, which stands behind
+// the last. Begins with a barrier, ends without one.
+template <int kKeyBytes, typename Key>
+__device__ __forceinline__ Choice<Key> choose_highest(Key* keys, int r, const Share& share, int steps,
+                                                      int* counters /* (kKeyBytes, kDigits), zero */,
+                                                      int* totals /* (kMostWarps) */) {
+  BIGAIN_SHARED(int, found, 4);
+  __syncthreads();
+  if (r == 0) return {static_cast<Key>(~Key{0}), -1};
+  Key threshold = 0;
+  int left = r, there = 0;
+  const int from = share.warp * steps * kStep + share.lane * kOwn;
+#pragma unroll 1
+  for (int shift = 8 * (kKeyBytes - 1); shift >= 0; shift -= kDigitBits) {
+    int* const histogram = counters + shift / kDigitBits * kDigits;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+      const Quad<Key> own = quad(keys, from + step * kStep);
+#pragma unroll
+      for (Key key : own.at) {
         // Equal above this digit; two shifts, since one by all bits is not defined.
-        const Word key = keys[n];
         if (((key ^ threshold) >> shift >> kDigitBits) == 0) atomicAdd(&histogram[key >> shift & (kDigits - 1)], 1);
       }
-      __syncthreads();
-      if (share.warp == 0) find_digit(histogram, left, digit_and_left);
-      __syncthreads();
-      threshold |= static_cast<Word>(digit_and_left[0]) << shift;
-      left = digit_and_left[1];
     }
+    __syncthreads();
+    if (share.warp == 0) find_digit(histogram, left, found);
+    __syncthreads();
+    threshold |= static_cast<Key>(found[0]) << shift;
+    left = found[1];
+    there = found[2];
   }
-
-  int ties = 0;
-  for (int step = 0; step < share.steps; ++step) {
-    const int n = share.token(step);
-    ties += __popc(__ballot_sync(kAllLanes, r > 0 && n < count && keys[n] == threshold));
-  }
-  int rank = sum_before(share, ties, totals);
-  for (int step = 0; step < share.steps; ++step) {
-    const int n = share.token(step);
-    const Word key = n < count ? keys[n] : 0;
-    const bool tie = r > 0 && n < count && key == threshold;
-    const unsigned ballot = __ballot_sync(kAllLanes, tie);
-    const bool chosen = r > 0 && (key > threshold || (tie && rank + __popc(ballot & share.lower_lanes()) < left));
-    rank += __popc(ballot);
-    if (n < count) mark(n, chosen);
-  }
-}
-
-// One pass of a stable radix sort: `from` (count) to `to` (count) by the digit of `bits` bits at `shift`.
-template <typename Word>
-__device__ __forceinline__ void sort_by_digit(const Word* from, Word* to, int count, int shift, int bits,
-                                              const Divisor& by_threads, int* counters /* (2 ** bits, kPitch) */,
-                                              int* totals) {
-  const Share share(count, by_threads);
-  const int digits = 1 << bits, entries = digits * kPitch;
-  for (int i = threadIdx.x; i < entries; i += blockDim.x) counters[i] = 0;
-  __syncthreads();
-  for (int step = 0; step < share.steps; ++step) {
-    const int n = share.token(step);
-    if (n >= count) break;
-    atomicAdd(&counters[static_cast<int>(from[n] >> shift & (digits - 1)) * kPitch + share.warp], 1);
-  }
-  __syncthreads();
-  // Where the first token of (digit, warp) goes: the sum of all counters before it. A thread sums a run of odd length,
-  // so that a warp's reads hit different banks.
-  const int run = by_threads.quotient(entries + blockDim.x - 1) | 1;
-  const int begin = min(static_cast<int>(threadIdx.x) * run, entries), end = min(begin + run, entries);
-  int own = 0;
-  for (int i = begin; i < end; ++i) own += counters[i];
-  int up_to_here = own;
+  // All that tie are chosen, or the first `left`.
+  if (left == there) return {threshold, 0x7fffffff};
+  const auto ties_of = [&](int n) {
+    int ties = 0;
 #pragma unroll
-  for (int distance = 1; distance < kWarp; distance *= 2) {
-    const int other = __shfl_up_sync(kAllLanes, up_to_here, distance);
-    if (share.lane >= distance) up_to_here += other;
-  }
-  const int total = __shfl_sync(kAllLanes, up_to_here, kWarp - 1);
-  int before = sum_before(share, total, totals) + up_to_here - own;
-  for (int i = begin; i < end; ++i) {
-    const int counted = counters[i];
-    counters[i] = before;
-    before += counted;
-  }
-  __syncthreads();
-  for (int step = 0; step < share.steps; ++step) {
-    const int n = share.token(step);
-    const Word word = n < count ? from[n] : 0;
-    const int digit = n < count ? static_cast<int>(word >> shift & (digits - 1)) : digits;
-    const unsigned peers = __match_any_sync(kAllLanes, digit);
-    int* const next = &counters[digit * kPitch + share.warp];
-    const int first = n < count ? *next : 0;
-    __syncwarp();
-    if (n < count) {
-      const int rank = __popc(peers & share.lower_lanes());
-      if (rank == 0) *next = first + __popc(peers);
-      to[first + rank] = word;
+    for (Key key : quad(keys, n).at) ties += key == threshold;
+    return ties;
+  };
+  int ties = 0;
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) ties += ties_of(from + step * kStep);
+  int before = sum_before(share, ties, totals);
+#pragma unroll 1
+  for (int step = 0; step < steps; ++step) {
+    const int n = from + step * kStep, own = ties_of(n), up_to_here = before + warp_prefix(own, share.lane);
+    int rank = up_to_here - own;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      rank += quad(keys, n).at[i] == threshold;
+      if (quad(keys, n).at[i] == threshold && rank == left) found[3] = n + i;
     }
-    __syncwarp();
+    before = __shfl_sync(kAllLanes, up_to_here, kWarp - 1);
   }
   __syncthreads();
+  return {threshold, found[3]};
 }
 
-// The bits of a digit where numbers of `bits` bits are sorted in as few passes as there can be.
-__host__ __device__ constexpr int digit_width(int bits) {
-  static_assert(kDigitBits == 8, "at most four passes");
-  return bits <= 8 ? bits : bits <= 16 ? (bits + 1) / 2 : bits <= 24 ? (bits + 2) / 3 : (bits + 3) / 4;
-}
-
-// The tables of one row from assign (N): the token that represents each token, itself for anchors, of which there are
-// `num_slots`. `words` (N) and, once it has been read, `assign` are the buffers of the sort.
-template <typename Word>
-__device__ __forceinline__ void write_tables(Word* assign, Word* words, int count, int num_slots, int64_t i_b,
-                                             const PlanTables& tables, const Divisor& by_threads, int* counters,
-                                             int* totals) {
-  constexpr int kTokenBits = 4 * sizeof(Word);  // a word is (slot, token)
-  constexpr Word kTokenMask = (Word{1} << kTokenBits) - 1;
+// The tables of the block's tokens from assign: the token that represents each token of a row, itself for anchors and
+// behind the row. There are `num_slots` anchors; one more for a source that matches itself, which is a mistake of the
+// caller. `words`, zero, becomes counts and then the places of the next members. Begins with a barrier.
+template <typename Token, typename Word>
+__device__ __forceinline__ void write_tables(Token* assign, Word* words, int num_slots, const Share& share,
+                                             const PlanTables& tables, Word* totals /* (kMostWarps) */) {
+  constexpr Word kAnchor = Word{1} << kHalf<Word> | 1;
+  const int count = share.count, first = share.first, last = share.last;
+  const int64_t i_b = share.i_b;
   int32_t* const slot = tables.slot + i_b * count;
   int32_t* const members = tables.members + i_b * count;
   int32_t* const offsets = tables.offsets + i_b * (num_slots + int64_t{1});
   int32_t* const anchor = tables.anchor + i_b * num_slots;
-  const Share share(count, by_threads);
+  const auto slot_of = [&](Word place) { return min(static_cast<int>(high(place)), num_slots - 1); };
 
-  int anchors = 0;
+  __syncthreads();
+#pragma unroll 1
   for (int step = 0; step < share.steps; ++step) {
     const int n = share.token(step);
-    anchors += __popc(__ballot_sync(kAllLanes, n < count && static_cast<int>(assign[n]) == n));
-  }
-  int next = sum_before(share, anchors, totals);
-  for (int step = 0; step < share.steps; ++step) {
-    const int n = share.token(step);
-    const bool is_anchor = n < count && static_cast<int>(assign[n]) == n;
-    const unsigned ballot = __ballot_sync(kAllLanes, is_anchor);
-    // A source that matches itself, which is a mistake of the caller, would be an anchor too many.
-    const int own = min(next + __popc(ballot & share.lower_lanes()), num_slots - 1);
-    next += __popc(ballot);
-    if (is_anchor) {
-      slot[n] = own;
-      anchor[own] = n;
+    const Quad<Token> to = quad(assign, n);
+    const Word one = 1 + (static_cast<Word>(n < first) << kHalf<Word>);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      if (static_cast<int>(to.at[i]) != n + i) atomicAdd(&words[to.at[i]], one);
     }
   }
   __syncthreads();
+  // Sizes below, anchors above: their sums before a token are where its slot starts, and its number.
+  const auto sizes_of = [&](const Quad<Word>& counts, const Quad<Token>& to, int n, int i) {
+    return low(counts.at[i]) + (static_cast<int>(to.at[i]) == n + i ? kAnchor : Word{0});
+  };
+  Word own = 0;
+#pragma unroll 1
   for (int step = 0; step < share.steps; ++step) {
     const int n = share.token(step);
-    if (n >= count) break;
-    const int representative = static_cast<int>(assign[n]);
-    // Only a match that is no destination, which is a mistake of the caller, leads to a slot out of range.
-    const int own = min(max(slot[representative], 0), num_slots - 1);
-    if (representative != n) slot[n] = own;
-    words[n] = static_cast<Word>(own) << kTokenBits | static_cast<Word>(n);
+    const Quad<Word> counts = quad(words, n);
+    const Quad<Token> to = quad(assign, n);
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) own += sizes_of(counts, to, n, i);
   }
-  __syncthreads();
-
-  Word *from = words, *to = assign;
-  const int bits = num_slots > 1 ? kWarp - __clz(num_slots - 1) : 0, passes = (bits + kDigitBits - 1) / kDigitBits;
-  const int width = digit_width(bits);
-  for (int pass = 0; pass < passes; ++pass) {
-    sort_by_digit(from, to, count, kTokenBits + pass * width, width, by_threads, counters, totals);
-    Word* const sorted = to;
-    to = from;
-    from = sorted;
-  }
+  Word before = sum_before(share, own, totals);
+#pragma unroll 1
   for (int step = 0; step < share.steps; ++step) {
-    const int i = share.token(step);
-    if (i >= count) break;
-    const int own = static_cast<int>(from[i] >> kTokenBits);
-    members[i] = static_cast<int32_t>(from[i] & kTokenMask);
-    if (i == 0 || own != static_cast<int>(from[i - 1] >> kTokenBits)) offsets[own] = i;
+    const int n = share.token(step);
+    Quad<Word> counts = quad(words, n);
+    const Quad<Token> to = quad(assign, n);
+    Word sum = 0;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) sum += sizes_of(counts, to, n, i);
+    const Word up_to_here = before + warp_prefix(sum, share.lane);
+    Word start = up_to_here - sum;
+    const bool is_own = first <= n && n < last;
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i) {
+      const bool is_anchor = static_cast<int>(to.at[i]) == n + i;
+      const Word size = sizes_of(counts, to, n, i);
+      if (is_own && is_anchor && n + i < last) {
+        anchor[slot_of(start)] = n + i;
+        offsets[slot_of(start)] = static_cast<int32_t>(low(start));
+      }
+      // The anchor, which is not counted, is a member too.
+      counts.at[i] = start + high(counts.at[i]) + (is_anchor && n < first);
+      start += size;
+    }
+    quad(words, n) = counts;
+    before = __shfl_sync(kAllLanes, up_to_here, kWarp - 1);
   }
-  if (threadIdx.x == 0) offsets[num_slots] = count;
+  if (first == 0 && threadIdx.x == 0) offsets[num_slots] = count;
+  __syncthreads();
+  if (share.warp > 0) return;
+#pragma unroll 1
+  for (int begin = first; begin < last; begin += kWarp) {
+    const int n = begin + share.lane;
+    const bool exists = n < last;
+    const Token to = assign[exists ? n : first];
+    const unsigned peers = __match_any_sync(kAllLanes, exists ? static_cast<int>(to) : -1);
+    const int rank = __popc(peers & ((1u << share.lane) - 1));
+    const Word place = words[to];
+    __syncwarp();
+    if (exists) {
+      if (rank == 0) words[to] = place + __popc(peers);
+      members[low(place) + rank] = n;
+      slot[n] = slot_of(place);
+    }
+    __syncwarp();
+  }
 }
 
-// Counters of the search and of the sort, which use them one after the other.
-inline size_t counter_bytes(int64_t num_slots) {
-  int bits = 0;
-  while (((num_slots - 1) >> bits) > 0) ++bits;
-  const size_t sort = size_t{kPitch} << digit_width(bits), search = kMostKeyBytes * kDigits;
-  return sizeof(int) * (sort > search ? sort : search);
-}
+// ---- launchers -------------------------------------------------------------------------------------------------
 
-// Two buffers of N words: in shared memory behind the counters, or the row's part of `scratch`.
-template <bool kInShared, typename Word>
-__device__ __forceinline__ Word* buffers(unsigned char* shared, size_t counter_bytes, Word* scratch, int64_t count,
-                                         int64_t i_b) {
-  return kInShared ? reinterpret_cast<Word*>(shared + counter_bytes) : scratch + i_b * 2 * count;
-}
-
+// Sizes of a launch for rows of `tokens` tokens. A block has `words` words of word_bytes for its keys and counts, and
+// a number for each token.
 struct Layout {
+  int64_t rows, tokens, warps, steps, parts, part, padded;
   size_t counter_bytes, buffer_bytes;
   bool in_shared;
 
-  Layout(int64_t tokens, int64_t num_slots, size_t word_bytes)
-      : counter_bytes(plan::counter_bytes(num_slots)),
-        buffer_bytes(2 * static_cast<size_t>(tokens) * word_bytes),
-        // Static shared memory takes less than the last kilobyte.
-        in_shared(counter_bytes + buffer_bytes + 1024 <= shared_limit()) {}
+  Layout(int64_t tokens_, int64_t rows_, int multiprocessors, int key_bytes, size_t word_bytes)
+      : rows(rows_), tokens(tokens_), counter_bytes(sizeof(int) * key_bytes * kDigits) {
+    const int64_t of_warps = ceil_div(tokens, kStep), chunks = ceil_div(tokens, kWarp);
+    steps = ceil_div(of_warps, kMostWarps);
+    warps = ceil_div(of_warps, steps);
+    padded = warps * steps * kStep;
+    const size_t token_bytes = fits_16_bits(tokens) ? sizeof(Narrow::Token) : sizeof(Wide::Token);
+    buffer_bytes = padded * (word_bytes + token_bytes);
+    // Static shared memory takes less than the last kilobyte.
+    in_shared = counter_bytes + buffer_bytes + 1024 <= shared_limit();
+    // Blocks of few warps share a multiprocessor.
+    parts = multiprocessors * least(kMostWarps / warps, 2) / rows;
+    if (!in_shared) parts = least(parts, kScratchTokens / (rows * padded));
+    parts = least(least(parts, kMostParts), chunks);
+    part = ceil_div(chunks, parts > 0 ? parts : 1);
+    parts = ceil_div(chunks, part);
+    part *= kWarp;
+  }
+  dim3 grid() const { return dim3(grid_extent(rows * parts)); }
+  dim3 threads() const { return dim3(static_cast<unsigned>(kWarp * warps)); }
+  Division division() const { return {Divisor(parts), to_int(tokens), to_int(part), to_int(steps)}; }
   size_t shared_bytes() const { return counter_bytes + (in_shared ? buffer_bytes : 0); }
-  size_t scratch_bytes() const { return in_shared ? 0 : buffer_bytes; }
+  int64_t scratch_bytes() const { return in_shared ? 0 : rows * parts * static_cast<int64_t>(buffer_bytes); }
+
+ private:
+  static int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 };
 
-// Tokens and slots of a word of 32 bits have 16 each.
-inline bool fits_16_bits(int64_t tokens) { return tokens <= 65536; }
+// The buffers of a block: words, and numbers of tokens behind them.
+template <bool kInShared, typename Word, typename Token>
+struct Buffers {
+  Word* words;
+  Token* tokens;
 
-inline dim3 threads(int64_t tokens) {
-  const int64_t warps = ceil_div(tokens, kTokensPerWarp);
-  return dim3(static_cast<unsigned>(kWarp * (warps < kMostWarps ? warps : kMostWarps)));
-}
+  __device__ Buffers(unsigned char* behind_counters, unsigned char* scratch, const Share& share) {
+    const int64_t padded = static_cast<int64_t>(blockDim.x) * kOwn * share.steps;
+    unsigned char* const own =
+        kInShared ? behind_counters : scratch + blockIdx.x * padded * int64_t{sizeof(Word) + sizeof(Token)};
+    words = reinterpret_cast<Word*>(own);
+    tokens = reinterpret_cast<Token*>(own + padded * int64_t{sizeof(Word)});
+  }
+};
 
 }  // namespace plan
 

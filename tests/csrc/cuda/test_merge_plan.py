@@ -73,3 +73,12 @@ def test_bad_arguments(cuda_ops):
     ]:
         with pytest.raises((ValueError, RuntimeError), match=message):
             call()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("n", [33, 130, 4096, 4225])
+def test_blocks_that_share_a_row_agree(cuda_ops, order, rows, n):
+    """The emulated GPU has 8 multiprocessors: many blocks a row, two, and one. The last is shorter than the others."""
+    inputs = random_match(rows, n, n // 4, 5, "ties")
+    for r in (n // 3, n - n // 4):
+        assert_plans_like_the_reference(cuda_ops, inputs, r)

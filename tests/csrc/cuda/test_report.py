@@ -34,6 +34,13 @@ def test_matching_shares_the_work_among_all_multiprocessors(launches):
     assert blocks == {"sd2_512": 132, "dit_512": 96, "flux_1024": 132}
 
 
+def test_streaming_kernels_have_blocks_for_all_multiprocessors(launches):
+    """Those of a plan are counted in test_plan_cost.py."""
+    streams = [each for each in launches if each.kernel not in ("bipartite_match_kernel", "merge_plan_kernel")]
+    assert len(streams) == 6 * len(SMALL)
+    assert [each for each in streams if each.blocks < cuda.MULTIPROCESSORS] == []
+
+
 def test_ops_run_again_after_launches_were_taken_down(launches, cuda_ops):
     before = cuda_ops.launches()
     test = cuda.torch.ones(1, 4, 8)
@@ -47,7 +54,7 @@ def test_every_loop_that_the_report_knows_is_in_the_headers(beginning):
     assert any(re.match(beginning, line.strip()) for each in headers for line in each.read_text().splitlines())
 
 
-@pytest.mark.parametrize(("name", "first", "last"), cuda.SHARES)
+@pytest.mark.parametrize(("name", "first", "last"), [*cuda.SHARES, *cuda.ALONE])
 def test_every_branch_that_the_report_knows_is_in_the_headers(name, first, last):
     lines = [line.strip() for line in (ROOT / "csrc" / "include" / "bigain" / name).read_text().splitlines()]
     begin = next(i for i, line in enumerate(lines) if re.match(first, line))
