@@ -29,7 +29,6 @@ _REMEDY = (
     f"To have it, install again where torch and a C++ compiler are: {_REINSTALL}; to do without it and without this "
     "warning, install with BIGAIN_BUILD_CPU=0"
 )
-
 _OUTDATED = (
     f"{{library}} was built for other op schemas ({{ops}}); build again: {_REINSTALL}, or in a checkout "
     "python csrc/{script} --output {library}"
