@@ -8,16 +8,17 @@ one at the size of a row goes first in the place of the highest priority: sizes.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from .. import native
 from ..declaration import OPS
-from . import sizes
 from .backend import Backend, Implementation
 
 ENVIRONMENT_VARIABLE = "BIGAIN_BACKEND"
@@ -126,12 +127,20 @@ def _candidates(op: str, device: str) -> list[tuple[Backend, Implementation]]:
     return candidates
 
 
+@functools.cache
+def _sizes() -> ModuleType:
+    """The tables of what was measured, which calls on a CPU do not need."""
+    from . import sizes
+
+    return sizes
+
+
 def _in_order(op: str, device: str, arguments: tuple[Any, ...]) -> list[tuple[Backend, Implementation]]:
     """The candidates for a call, the one that was measured to be the fastest at its size before the others."""
     candidates = _candidates(op, device)
-    if not sizes.TABLES or device != "cuda":
+    if device != "cuda" or not _sizes().TABLES:
         return candidates
-    first = sizes.first(op, arguments)
+    first = _sizes().first(op, arguments)
     ordered = _found.get((op, device, first))
     if ordered is None:
         ordered = _found[op, device, first] = sorted(candidates, key=lambda each: each[0].name != first)
@@ -207,7 +216,7 @@ def choose(op: str, device: str) -> Choice:
     if not preferred:
         raise BackendUnavailable(f"{op}: no backend implements it for {device} tensors")
     reason = f"first of {tuple(backend.name for backend in preferred)}, which implement it"
-    measured = sizes.reason(op) if device == "cuda" else ""
+    measured = _sizes().reason(op) if device == "cuda" else ""
     if measured:
         reason = f"{measured}; else {reason}"
     absent = [each for each in _backends.values() if each.missing and each.serves(device)]
