@@ -25,6 +25,7 @@ try:
     from .generate import generate
     from .method_options import with_method_options
     from .reproduce import reproduce
+    from .search import search
     from .train_tiny import train_tiny
     from .tune import tune
 except ModuleNotFoundError as missing:
@@ -71,6 +72,7 @@ def make_app() -> typer.Typer:
         with_method_options(classify),
         with_method_options(generate),
         bench,
+        search,
         reproduce,
         train_tiny,
         env,

@@ -48,6 +48,14 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name}: got {text!r}, expected whole numbers with commas between") from error
 
 
+def fractions(name: str, text: str) -> tuple[float, ...]:
+    """Read "0.3,0.5"."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{name}: got {text!r}, expected numbers with commas between") from error
+
+
 def checkpoint_source(checkpoint: str | None) -> str | Path:
     from ..evaluation.checkpoints import TINY_DIT
 

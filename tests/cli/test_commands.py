@@ -29,7 +29,7 @@ from bigain_kernels.evaluation.points import points_of
 from bigain_kernels.evaluation.records import ResultsFile
 from bigain_kernels.methods import IEKVDConfig, LGTMConfig, MixedConfig, save_config
 
-COMMANDS = ["demo", "classify", "generate", "bench", "reproduce", "train-tiny", "env", "tune"]
+COMMANDS = ["demo", "classify", "generate", "bench", "search", "reproduce", "train-tiny", "env", "tune"]
 
 
 def _bigain(*arguments: str | Path) -> int:
