@@ -271,7 +271,8 @@ def _enter_blocks(patch: Patch, blocks: list[Any], mlps: list[Layer], wholes: di
     family, handles = patch.family, patch.handles
     with_mlp = {layer.block for layer in mlps if not layer.is_whole}
     for block in blocks:
-        block._bigain = BlockPatch(family.block, family.needs_source, block in with_mlp, wholes.get(block))
+        form = family.wholes.get(type(block))
+        block._bigain = BlockPatch(family.block, family.needs_source, block in with_mlp, wholes.get(block), form)
         patch.told_modules.append(block)
     for layer in mlps:
         leave = leave_whole_block if layer.is_whole else leave_block

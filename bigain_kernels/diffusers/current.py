@@ -17,7 +17,7 @@ from torch import Tensor
 from .context import Context, Forward, PlanSlot
 
 if TYPE_CHECKING:
-    from .steps import MergeStep
+    from .steps import MergedStep, MergeStep
 
 
 class Told(NamedTuple):
@@ -28,10 +28,11 @@ class Told(NamedTuple):
     slot: PlanSlot | None
     source: Tensor | None
     block: PlanSlot | None
+    merged: MergedStep | None
 
 
 class InBlock(NamedTuple):
-    """A block in progress whose MLP is compressed, to which hidden states are handed and nothing else.
+    """A block in progress that is merged, or whose MLP is, to which hidden states are handed and nothing else.
 
     Attributes:
         owner: what began it, unique to the block.
@@ -75,13 +76,14 @@ def _running() -> Running | None:
 
 def _pack(context: Context) -> Told:
     sizes = torch.empty((context.image_tokens[0], context.frames, *context.grid), device="meta")
-    return Told(context.forward, sizes, context.slot, context.source, context.block)
+    return Told(context.forward, sizes, context.slot, context.source, context.block, context.merged)
 
 
 def _unpack(told: Told) -> Context:
     start, frames, height, width = told.sizes.shape
     stop = start + frames * height * width
-    return Context(told.forward, (height, width), (start, stop), frames, told.slot, told.source, told.block)
+    numbers = (height, width), (start, stop), frames
+    return Context(told.forward, *numbers, told.slot, told.source, told.block, told.merged)
 
 
 def begin(owner: object, context: Context) -> None:

@@ -113,6 +113,21 @@ def leave_model(model: Any, args: tuple[Any, ...], output: Any) -> None:
         patch.look_back(model)
 
 
+class WholeForm(NamedTuple):
+    """How a block that can be merged as a whole is called.
+
+    Attributes:
+        has_text: its hidden states hold text, as they do in attention.
+        returned: place of the hidden states in the tuple that it returns; None where it returns them alone.
+    """
+
+    has_text: bool
+    returned: int | None
+
+
+Wholes = dict[type, WholeForm]
+
+
 @dataclass(eq=False)
 class BlockPatch:
     """What hangs on a block whose layers share a plan.
@@ -122,12 +137,20 @@ class BlockPatch:
         needs_source: tokens are matched on its `hidden_states`.
         has_mlp: its MLP is compressed.
         whole: it is merged as a whole, and how.
+        form: of such a block.
     """
 
     signature: Signature
     needs_source: bool
     has_mlp: bool
     whole: LayerPatch | None = None
+    form: WholeForm | None = None
+
+
+def context_of(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Context | None:
+    """The context that a block is told, by its arguments or by the pass in progress; None of an unpatched model."""
+    context = current() if signature.carrier is None else carried(signature, args, kwargs, KEY)
+    return context if isinstance(context, Context) else None
 
 
 def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -138,8 +161,8 @@ def enter_block(block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
             "modules: got 'ff' for a model whose MLPs run in chunks, expected one after disable_forward_chunking"
         )
     signature = patch.signature
-    context = current() if signature.carrier is None else carried(signature, args, kwargs, KEY)
-    if not isinstance(context, Context):
+    context = context_of(signature, args, kwargs)
+    if context is None:
         return args, kwargs
     source = argument(signature, args, kwargs, "hidden_states") if patch.needs_source else None
     context = context._replace(source=source, block=PlanSlot())

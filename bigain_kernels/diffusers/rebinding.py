@@ -18,22 +18,24 @@ import types
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.embeddings import apply_rotary_emb
 from torch import Tensor, nn
 
 from .attention import CompressedAttention, active_backend
 from .context import Context
 from .current import current
-from .steps import MergeStep, Rotation, States, Step, turn_pairs
+from .steps import MergeStep, States, Step, turn_pairs
 
 _NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
-# The argument by which a processor is told the rotation of its tokens.
-_ROTATIONS = ("rotary_emb", "image_rotary_emb")
+# The argument by which a processor is told the rotation of its first tokens: tables that may differ by row, or those
+# that diffusers' `apply_rotary_emb` takes, which may not.
+_ROTATION_BY_ROW, _ROTATION = "rotary_emb", "image_rotary_emb"
 
 
-# Holds `step` and `stop`, where the image's tokens end, while a processor runs; see `current.py`.
+# Holds, while a processor runs, `step`, `stop`, where the image's tokens end, and `rotation`, of queries and keys that
+# the processor did not turn, or None; see `current.py`.
 _in_progress = threading.local()
 
 
@@ -80,6 +82,7 @@ def _dispatch(
         return dispatch_attention_fn(query, key, value, mask, *args, **kwargs)
 
     mask = None if attn_mask is None else step.reduce_mask(attn_mask)
+    query, key = _turn(query), _turn(key)
     return step.attend(_Attending(attend, native), query, key, value, mask)
 
 
@@ -101,17 +104,19 @@ def _sdpa(
     return step.attend(_Attending(attend, native), query, key, value, mask).transpose(1, 2)
 
 
-def _rotate(x: Tensor, tables: Rotation, *args: Any, **kwargs: Any) -> Tensor:
-    """In the place of `diffusers.models.embeddings.apply_rotary_emb`, which takes no tables that differ by row."""
-    if isinstance(tables, tuple) and tables[0].dim() == 3:
-        return turn_pairs(x, *tables)
-    return apply_rotary_emb(x, tables, *args, **kwargs)
+def _turn(x: Tensor) -> Tensor:
+    """Queries or keys (B, tokens, heads, d), the first turned by the tables in progress, (T, d) or (B, T, d)."""
+    rotation: tuple[Tensor, Tensor] | None = _in_progress.rotation
+    if rotation is None:
+        return x
+    cos, sin = (table if table.dim() == 3 else table[None] for table in rotation)
+    count = cos.shape[1]
+    turned = turn_pairs(x[:, :count], cos, sin)
+    return turned if count == x.shape[1] else torch.cat([turned, x[:, count:]], dim=1)
 
 
 def _at_anchors(rotation: tuple[Tensor, Tensor], step: MergeStep, rows: int) -> tuple[Tensor, ...]:
-    """Tables (T, d), or (1, T, 1, d) as Wan has them, of the tokens that are left, in the same form."""
-    if rotation[0].dim() == 2:
-        return step.turned(rotation, rows)  # type: ignore[return-value]
+    """Tables (1, T, 1, d) of the tokens that are left, in the same form, a row of the batch each where they differ."""
     left = step.turned((rotation[0][0, :, 0], rotation[1][0, :, 0]), rows)
     return tuple(table[None, :, None] if table.dim() == 2 else table[:, :, None] for table in left)
 
@@ -182,8 +187,6 @@ def rebound(parent: Any) -> type[ReboundProcessor]:
     ours = {"__builtins__": builtins.__dict__, "__name__": name, "F": _functional, "dispatch_attention_fn": _dispatch}
     namespace = _module(name, {**call.__globals__, **ours}).__dict__
     namespace.update({name: _in_namespace(helper, namespace) for name, helper in _helpers(call).items()})
-    if namespace.get("apply_rotary_emb") is apply_rotary_emb:
-        namespace["apply_rotary_emb"] = _rotate
     inner = _in_namespace(call, namespace)
     signature = inspect.signature(call)
     names = tuple(signature.parameters)[2:]
@@ -213,20 +216,22 @@ def rebound(parent: Any) -> type[ReboundProcessor]:
         step = self.step(attn, context, x, apart)
         if step is None or context is None:
             return call(self, attn, *args, **kwargs)
-        stop = context.image_tokens[1]
+        stop, turned = context.image_tokens[1], None
         if isinstance(step, MergeStep):
-            few = step.enter(x)
-            stop -= x.shape[1] - few.shape[1]
-            for name in _ROTATIONS:
-                rotation = given(args, kwargs, name)
-                if rotation is not None:
-                    args, kwargs = put(args, kwargs, name, _at_anchors(rotation, step, x.shape[0]))
-            args, kwargs = put(args, kwargs, "hidden_states", few)
-        _in_progress.step, _in_progress.stop = step, stop
+            stop = context.image_tokens[0] + step.frames * step.plan.num_slots
+            args, kwargs = put(args, kwargs, "hidden_states", step.enter(x))
+            rotation = given(args, kwargs, _ROTATION_BY_ROW)
+            if rotation is not None:
+                args, kwargs = put(args, kwargs, _ROTATION_BY_ROW, _at_anchors(rotation, step, x.shape[0]))
+            rotation = given(args, kwargs, _ROTATION)
+            if rotation is not None:
+                turned = step.turned(rotation, x.shape[0])
+                args, kwargs = put(args, kwargs, _ROTATION, None)
+        _in_progress.step, _in_progress.stop, _in_progress.rotation = step, stop, turned
         try:
             result = inner(self, attn, *args, **kwargs)
         finally:
-            _in_progress.step = None
+            _in_progress.step = _in_progress.rotation = None
         if not isinstance(step, MergeStep):
             return result
         return (step.leave(result[0]), *result[1:]) if isinstance(result, tuple) else step.leave(result)

@@ -12,7 +12,7 @@ from bigain_kernels.diffusers import LGTMConfig, SiToConfig, ToMeConfig, apply_t
 from .family_models import TEXT, build, case_of, outputs
 
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}
-NAMES = ["wan", "flux2", "flux_controlnet"]
+NAMES = ["wan", "flux2", "flux_controlnet", "chroma", "hunyuan_video"]
 CONFIGS = [
     LGTMConfig(merge="hidden"),
     LGTMConfig(merge="hidden", ratio=0.7, proportional=True, share_plan=2),
@@ -60,8 +60,21 @@ class Merged:
         after = table[self.start + self.count :].expand(rows, -1, -1)
         return torch.cat([before, table[self.anchors], after], dim=1)
 
-    def attend(self, query, key, value):
+    def masked(self, mask):
+        """(B, 1, 1 or tokens, tokens) of the tokens that are left, to be added."""
+        rows, total = self.anchors.shape[0], mask.shape[-1]
+        before, after = torch.arange(self.start), torch.arange(self.start + self.count, total)
+        left = torch.cat([before.expand(rows, -1), self.anchors, after.expand(rows, -1)], dim=1)
+        parts = [each[..., columns] for each, columns in zip(mask, left, strict=True)]
+        if mask.shape[-2] != 1:
+            parts = [each[:, columns] for each, columns in zip(parts, left, strict=True)]
+        mask = torch.stack(parts)
+        return torch.zeros(mask.shape).masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else mask
+
+    def attend(self, query, key, value, mask=None):
         scores = torch.einsum("bqhd,bkhd->bhqk", query, key) * query.shape[-1] ** -0.5
+        if mask is not None:
+            scores = scores + self.masked(mask)
         if self.config.proportional:
             behind = key.shape[1] - self.start - self.sizes.shape[1]
             scores = scores + nn.functional.pad(self.sizes.float().log(), (self.start, behind))[:, None, None]
@@ -82,7 +95,7 @@ def _wan(config, grid):
 
 
 def _flux(config, grid):
-    def processor(attn, hidden_states, encoder_hidden_states=None, image_rotary_emb=None):
+    def processor(attn, hidden_states, encoder_hidden_states=None, image_rotary_emb=None, attention_mask=None):
         text = encoder_hidden_states
         front = 0 if text is not None else TEXT
         count = grid[1] * grid[2]
@@ -105,7 +118,7 @@ def _flux(config, grid):
             query = torch.cat([attn.norm_added_q(q), query], 1)
             key, value = torch.cat([attn.norm_added_k(k), key], 1), torch.cat([v, value], 1)
         tables = [merged.left(table) for table in image_rotary_emb]
-        out = merged.attend(turned(query, *tables), turned(key, *tables), value)
+        out = merged.attend(turned(query, *tables), turned(key, *tables), value, attention_mask)
         slots = merged.anchors.shape[1]
 
         def whole(y, front):
@@ -121,12 +134,38 @@ def _flux(config, grid):
     return processor
 
 
+def _hunyuan_video(config, grid):
+    def processor(attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb):
+        merged = Merged(config, hidden_states, grid, 0)
+        tables = [merged.left(table) for table in image_rotary_emb]
+        two_streams = attn.add_q_proj is not None
+
+        def states(x, *layers):
+            query, key, value, norm_q, norm_k = layers
+            query, key, value = (layer(x).unflatten(2, (attn.heads, -1)) for layer in (query, key, value))
+            return norm_q(query), norm_k(key), value
+
+        own = attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k
+        added = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
+        query, key, value = states(merged.down(hidden_states), *own)
+        words = states(encoder_hidden_states, *(added if two_streams else own))
+        image = turned(query, *tables), turned(key, *tables), value
+        joined = (torch.cat(pair, dim=1) for pair in zip(image, words, strict=True))
+        out = merged.attend(*joined, attention_mask)
+        slots = merged.anchors.shape[1]
+        image, text = merged.up(out[:, :slots]), out[:, slots:]
+        return (attn.to_out[0](image), attn.to_add_out(text)) if two_streams else (image, text)
+
+    return processor
+
+
 def expected(name, config, grid, inputs):
     model = build(name)
     with token_compression(model, config) as report:
         layers = [row.name for row in report.patched]
     for layer in layers:
-        attn, processor = model.get_submodule(layer), (_wan if name == "wan" else _flux)(config, grid)
+        make = {"wan": _wan, "hunyuan_video": _hunyuan_video}.get(name, _flux)
+        attn, processor = model.get_submodule(layer), make(config, grid)
         if name == "wan":
             attn.forward = lambda *args, attn=attn, processor=processor, **kwargs: processor(attn, *args, **kwargs)
         else:
@@ -199,7 +238,7 @@ def test_bfloat16_is_close_and_one_graph_compiles(name):
     assert (found.float() - wanted).abs().mean() < 0.04 * wanted.abs().mean()
     apply_token_compression(model, LGTMConfig(proportional=True, modules=("attn1", "ff")))
     wanted = outputs(model, inputs)
-    if name != "wan":
+    if name not in ("wan", "hunyuan_video"):
         inputs["joint_attention_kwargs"] = {"bigain_grid": (6, 6)}
     found = outputs(torch.compile(model, fullgraph=True, backend="eager"), inputs)
     torch.testing.assert_close(found, wanted, **CLOSE)

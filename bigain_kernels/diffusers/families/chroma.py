@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import ChromaTransformer2DModel
+from diffusers.models.transformers.transformer_chroma import ChromaSingleTransformerBlock
 
 from ...methods import CompressionConfig
 from ..context import Grid
-from ..hooks import Signature
+from ..hooks import Signature, WholeForm, Wholes
 from ..schedulers import SIGMA, TimestepRange
 from .family import Place
 from .rebound import ReboundFamily
@@ -19,6 +20,8 @@ class Chroma(ReboundFamily):
 
     model = ChromaTransformer2DModel
     mlp = "ff"
+    wholes: ClassVar[Wholes] = {ChromaSingleTransformerBlock: WholeForm(has_text=True, returned=None)}
+    merges = ("hidden", "attention")
     signature = Signature(
         (
             "hidden_states",

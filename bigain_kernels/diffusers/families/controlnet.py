@@ -14,6 +14,7 @@ from ..context import Grid
 from ..hooks import Signature
 from ..schedulers import SIGMA, TimestepRange, sigma_steps
 from .family import Place
+from .flux import Flux
 from .qwen import Qwen
 from .rebound import ReboundFamily
 from .unet import UNet
@@ -45,6 +46,7 @@ class FluxControlNet(ReboundFamily):
 
     model = FluxControlNetModel
     mlp = "ff"
+    wholes = Flux.wholes
     merges = ("hidden", "attention")
     signature = Signature(
         (

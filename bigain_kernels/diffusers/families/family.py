@@ -13,7 +13,7 @@ from torch import nn
 from ...methods import CompressionConfig
 from ..attention import CompressedAttention
 from ..context import Grid
-from ..hooks import Signature, enter_block, skip_attention
+from ..hooks import Signature, Wholes, enter_block, skip_attention
 from ..schedulers import TimestepRange
 from ..whole import enter_whole_block
 from .recommended import Recommendation
@@ -77,7 +77,8 @@ class Family(ABC):
             `current.py` tells them.
         needs_source: tokens are matched on the residual stream, which `hooks` hands over.
         block: what is read of the arguments of a block's forward method, where `needs_source` or `mlp` is.
-        merges_whole: blocks without such an MLP are merged as a whole where attention and "ff" are asked for.
+        wholes: the classes of blocks without such an MLP that are merged as a whole where attention and "ff" are
+            asked for, and how these are called.
         no_mlp: why such blocks have none.
         recommended: what to begin with, or None.
         mlp: name in a block of the MLP of the image's tokens, which stand first among its own; None where there is no
@@ -97,7 +98,7 @@ class Family(ABC):
     needs_source: ClassVar[bool] = False
     block: ClassVar[Signature] = Signature(("hidden_states",))
     mlp: ClassVar[str | None] = None
-    merges_whole: ClassVar[bool] = False
+    wholes: ClassVar[Wholes] = {}
     no_mlp: ClassVar[str] = "its MLP and its attention are one"
     recommended: ClassVar[Recommendation | None] = None
     merges: ClassVar[tuple[str, ...]] = ("hidden", "attention")
@@ -114,7 +115,7 @@ class Family(ABC):
         found = []
         for layer in {layer.index: layer for layer in reversed(layers)}.values():
             name, mlp = layer.name.rpartition(".")[0], getattr(layer.block, self.mlp, None)
-            if mlp is not None or not self.merges_whole:
+            if mlp is not None or type(layer.block) not in self.wholes:
                 name = f"{name}.{self.mlp}"
             else:
                 mlp = layer.block

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
-from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxSingleTransformerBlock
 from torch import Tensor
 
 from ...methods import CompressionConfig
 from ..attention import Dispatching, refuse_mask
 from ..context import Context, Grid
-from ..hooks import GRID_KEY, Signature
+from ..hooks import GRID_KEY, Signature, WholeForm, Wholes
 from ..schedulers import SIGMA, TimestepRange
 from ..steps import Rotation, States, turn_pairs
 from .family import Layer, Place
@@ -82,7 +82,7 @@ class Flux(JointFamily):
     processors = (CompressedFluxAttnProcessor,)
     replaceable = (FluxAttnProcessor,)
     attentions = (FluxAttention,)
-    merges_whole = True
+    wholes: ClassVar[Wholes] = {FluxSingleTransformerBlock: WholeForm(has_text=False, returned=1)}
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
         grid = model._bigain.grid_reader(call["img_ids"]) if given is None else given

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from diffusers import HunyuanVideoTransformer3DModel
+from diffusers.models.transformers.transformer_hunyuan_video import HunyuanVideoSingleTransformerBlock
 
 from ...methods import CompressionConfig
 from ..context import Grid
-from ..hooks import Signature
+from ..hooks import Signature, WholeForm, Wholes
 from ..schedulers import TimestepRange, sigma_steps
 from .family import Place
 from .rebound import ReboundFamily
@@ -21,6 +22,9 @@ class HunyuanVideo(ReboundFamily):
     model = HunyuanVideoTransformer3DModel
     recommended = POOL_VIDEO
     mlp = "ff"
+    # Those that replace tokens count the ones of their first frame.
+    wholes: ClassVar[Wholes] = {HunyuanVideoSingleTransformerBlock: WholeForm(has_text=False, returned=0)}
+    merges = ("hidden", "attention")
     signature = Signature(("hidden_states", "timestep"))
     layer_names = r"(single_)?transformer_blocks\.\d+\.attn"
 
