@@ -95,7 +95,7 @@ class CompressedToyProcessor(CompressedAttention, ToyProcessor):
 
 class Toy(Family):
     model = ToyTransformer
-    signature = Signature(("hidden_states", "timestep", "class_labels", "attention_kwargs"), "attention_kwargs")
+    signature = Signature(hidden_states=0, timestep=1, attention_kwargs=3)
     processors = (CompressedToyProcessor,)
     replaceable = (ToyProcessor,)
     attentions = (ToyAttention,)

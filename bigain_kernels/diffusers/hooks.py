@@ -28,23 +28,26 @@ GRID_KEY = "bigain_grid"
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-class Signature(NamedTuple):
-    """What is read of the arguments of a forward method.
+class Signature:
+    """What is read of the arguments of a forward method, each at its position, as in `Signature(x=0, timestep=2)`.
 
     Written down, not asked of the class: other software replaces those methods by wrappers that take whatever comes.
 
-    Attributes:
-        names: arguments in their order, up to the last that is read.
-        carrier: the one with a dict for the attention processors, or None.
+    Args:
+        carrier: the one among them with a dict for the attention processors; by itself the one whose name ends as
+            diffusers ends it, `attention_kwargs`, or none.
+        positions: of the arguments, by their names.
     """
 
-    names: tuple[str, ...]
-    carrier: str | None = None
+    def __init__(self, carrier: str | None = None, **positions: int) -> None:
+        if carrier is None:
+            carrier = next((name for name in positions if name.endswith("attention_kwargs")), None)
+        self.carrier, self.positions = carrier, positions
 
 
 def argument(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """The argument `name` of a call, given by position or by keyword; None where it was not given."""
-    position = signature.names.index(name)
+    position = signature.positions[name]
     return args[position] if position < len(args) else kwargs.get(name)
 
 
@@ -72,7 +75,7 @@ def with_context(
 
 def with_argument(signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, value: Any) -> Call:
     """The call with another value for the argument `name`."""
-    position = signature.names.index(name)
+    position = signature.positions[name]
     if position < len(args):
         return (*args[:position], value, *args[position + 1 :]), kwargs
     return args, {**kwargs, name: value}
@@ -87,7 +90,7 @@ def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     patch = model._bigain
     patch.verify(model)
     family = patch.family
-    values = {name: argument(family.signature, args, kwargs, name) for name in family.signature.names}
+    values = {name: argument(family.signature, args, kwargs, name) for name in family.signature.positions}
     forward = patch.start(values[family.sample], values[family.timestep])
     given = carried(family.signature, args, kwargs, GRID_KEY)
     given = None if given is None else check_pair(GRID_KEY, given)

@@ -25,8 +25,9 @@ from bigain_kernels.diffusers import (
 from bigain_kernels.diffusers.current import in_block
 from bigain_kernels.diffusers.families import family_of
 
-from .family_models import CASES, WRITTEN_OUT, build, case_of, outputs
+from .family_models import CASES, CONTROLNETS, WRITTEN_OUT, build, case_of, outputs
 from .models import dit_inputs, tiny_dit, tiny_unet, unet_inputs
+from .test_controlnet import tiny_controlnet
 
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}
 NAMES = [name for name in (*CASES, *WRITTEN_OUT) if family_of(build(name)).mlp is not None]
@@ -295,13 +296,16 @@ def test_skipped_layers_take_no_part():
     torch.testing.assert_close(outputs(first, dit_inputs()), outputs(other, dit_inputs()), **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["unet", *NAMES])
-def test_argument_names_of_blocks_are_those_of_diffusers(name):
-    model = tiny_unet() if name == "unet" else build(name)
+@pytest.mark.parametrize("name", ["unet", *CASES, *WRITTEN_OUT, "unet_controlnet", *CONTROLNETS])
+def test_arguments_stand_where_diffusers_has_them(name):
+    model = {"unet": tiny_unet, "unet_controlnet": tiny_controlnet}.get(name, lambda: build(name))()
     family = family_of(model)
-    for layer in family.layers(model):
-        names = tuple(inspect.signature(type(layer.block).forward).parameters)[1:]
-        assert names[: len(family.block.names)] == family.block.names
+    read = [(type(model), family.signature)]
+    if family.mlp is not None:
+        read += [(type(layer.block), family.block) for layer in family.layers(model)]
+    for cls, signature in read:
+        names = list(inspect.signature(cls.forward).parameters)[1:]
+        assert signature.positions == {name: names.index(name) for name in signature.positions}
 
 
 def test_what_cannot_be_is_refused():

@@ -6,11 +6,10 @@ from typing import Any
 
 from diffusers import AuraFlowTransformer2DModel
 
-from ...methods import CompressionConfig
 from ..context import Grid
 from ..hooks import Signature
-from ..schedulers import SIGMA, TimestepRange
 from .family import Place
+from .layout import latent_grid, sigma
 from .rebound import ReboundFamily
 
 
@@ -18,14 +17,10 @@ class AuraFlow(ReboundFamily):
     """AuraFlowTransformer2DModel."""
 
     model = AuraFlowTransformer2DModel
-    signature = Signature(("hidden_states", "encoder_hidden_states", "timestep"))
+    signature = Signature(hidden_states=0, encoder_hidden_states=1, timestep=2)
+    told = sigma
     layer_names = r"(joint|single)_transformer_blocks\.\d+\.attn"
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        height, width = call["hidden_states"].shape[-2:]
-        size = model.config.patch_size
         text = model.register_tokens.shape[1] + call["encoder_hidden_states"].shape[1]
-        return Place((height // size, width // size), text)
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return SIGMA
+        return Place(latent_grid(model, call["hidden_states"]), text)

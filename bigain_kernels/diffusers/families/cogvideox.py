@@ -9,6 +9,7 @@ from diffusers import CogVideoXTransformer3DModel
 from ..context import Grid
 from ..hooks import Signature
 from .family import Place
+from .layout import latent_grid
 from .rebound import ReboundFamily
 from .recommended import POOL_VIDEO
 
@@ -18,9 +19,8 @@ class CogVideoX(ReboundFamily):
 
     model = CogVideoXTransformer3DModel
     recommended = POOL_VIDEO
-    signature = Signature(("hidden_states", "encoder_hidden_states", "timestep"))
+    signature = Signature(hidden_states=0, encoder_hidden_states=1, timestep=2)
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        frames, _, height, width = call["hidden_states"].shape[1:]
-        size, time = model.config.patch_size, model.config.patch_size_t or 1
-        return Place((height // size, width // size), call["encoder_hidden_states"].shape[1], frames // time)
+        x, time = call["hidden_states"], model.config.patch_size_t or 1
+        return Place(latent_grid(model, x), call["encoder_hidden_states"].shape[1], x.shape[1] // time)

@@ -9,12 +9,11 @@ from typing import Any
 
 from diffusers import ControlNetModel, FluxControlNetModel, QwenImageControlNetModel, SD3ControlNetModel
 
-from ...methods import CompressionConfig
 from ..context import Grid
 from ..hooks import Signature
-from ..schedulers import SIGMA, TimestepRange, sigma_steps
 from .family import Place
 from .flux import Flux
+from .layout import of_img_ids, of_latent, sigma, steps_of_sigma
 from .qwen import Qwen
 from .rebound import ReboundFamily
 from .unet import UNet
@@ -24,21 +23,7 @@ class UNetControlNet(UNet):
     """ControlNetModel, of Stable Diffusion 1.5, 2.x and SDXL."""
 
     model = ControlNetModel
-    signature = Signature(
-        (
-            "sample",
-            "timestep",
-            "encoder_hidden_states",
-            "controlnet_cond",
-            "conditioning_scale",
-            "class_labels",
-            "timestep_cond",
-            "attention_mask",
-            "added_cond_kwargs",
-            "cross_attention_kwargs",
-        ),
-        "cross_attention_kwargs",
-    )
+    signature = Signature(sample=0, timestep=1, cross_attention_kwargs=9)
 
 
 class FluxControlNet(ReboundFamily):
@@ -48,30 +33,13 @@ class FluxControlNet(ReboundFamily):
     mlp = "ff"
     wholes = Flux.wholes
     merges = ("hidden", "attention")
-    signature = Signature(
-        (
-            "hidden_states",
-            "controlnet_cond",
-            "controlnet_mode",
-            "conditioning_scale",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "timestep",
-            "img_ids",
-            "txt_ids",
-            "guidance",
-            "joint_attention_kwargs",
-        ),
-        "joint_attention_kwargs",
-    )
+    signature = Signature(hidden_states=0, encoder_hidden_states=4, timestep=6, img_ids=7, joint_attention_kwargs=10)
+    told = sigma
     layer_names = r"(single_)?transformer_blocks\.\d+\.attn"
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        grid = model._bigain.grid_reader(call["img_ids"]) if given is None else given
-        return Place(grid, call["encoder_hidden_states"].shape[1] + bool(model.union))
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return SIGMA
+        place = of_img_ids(self, model, call, given)
+        return place._replace(start=place.start + bool(model.union))
 
 
 class SD3ControlNet(ReboundFamily):
@@ -80,42 +48,14 @@ class SD3ControlNet(ReboundFamily):
     model = SD3ControlNetModel
     mlp = "ff"
     merges = ("hidden", "attention")
-    signature = Signature(
-        (
-            "hidden_states",
-            "controlnet_cond",
-            "conditioning_scale",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "timestep",
-        )
-    )
+    signature = Signature(hidden_states=0, timestep=5)
+    place = of_latent
+    told = steps_of_sigma
     layer_names = r"transformer_blocks\.\d+\.attn2?"
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        x = call["hidden_states"]
-        if x.dim() != 4:
-            raise ValueError(f"hidden_states: got {tuple(x.shape)}, expected a latent picture, which has a grid")
-        return Place((x.shape[-2] // model.config.patch_size, x.shape[-1] // model.config.patch_size))
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return sigma_steps(config.train_timesteps)
 
 
 class QwenControlNet(Qwen):
     """QwenImageControlNetModel."""
 
     model = QwenImageControlNetModel
-    signature = Signature(
-        (
-            "hidden_states",
-            "controlnet_cond",
-            "conditioning_scale",
-            "encoder_hidden_states",
-            "encoder_hidden_states_mask",
-            "timestep",
-            "img_shapes",
-            "joint_attention_kwargs",
-        ),
-        "joint_attention_kwargs",
-    )
+    signature = Signature(hidden_states=0, encoder_hidden_states=3, timestep=5, img_shapes=6, joint_attention_kwargs=7)

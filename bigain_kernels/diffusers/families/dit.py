@@ -6,9 +6,9 @@ from typing import Any
 
 from diffusers import DiTTransformer2DModel
 
-from ..context import Grid
 from ..hooks import Signature
-from .family import Layer, Place
+from .family import Layer
+from .layout import of_latent
 from .plain import PlainFamily
 from .recommended import MERGE_DIT
 
@@ -18,9 +18,8 @@ class DiT(PlainFamily):
 
     model = DiTTransformer2DModel
     recommended = MERGE_DIT
-    signature = Signature(
-        ("hidden_states", "timestep", "class_labels", "cross_attention_kwargs"), "cross_attention_kwargs"
-    )
+    signature = Signature(hidden_states=0, timestep=1, cross_attention_kwargs=3)
+    place = of_latent
 
     def layers(self, model: Any) -> list[Layer]:
         return [
@@ -29,7 +28,3 @@ class DiT(PlainFamily):
             for kind in ("attn1", "attn2")
             if getattr(block, kind) is not None
         ]
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        height, width = call["hidden_states"].shape[-2:]
-        return Place((height // model.patch_size, width // model.patch_size))

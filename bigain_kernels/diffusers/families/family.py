@@ -96,7 +96,7 @@ class Family(ABC):
     attentions: ClassVar[tuple[type, ...]] = (Attention,)
     passes_on: ClassVar[bool] = True
     needs_source: ClassVar[bool] = False
-    block: ClassVar[Signature] = Signature(("hidden_states",))
+    block: ClassVar[Signature] = Signature(hidden_states=0)
     mlp: ClassVar[str | None] = None
     wholes: ClassVar[Wholes] = {}
     no_mlp: ClassVar[str] = "its MLP and its attention are one"

@@ -9,14 +9,13 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxAttnProcessor, FluxSingleTransformerBlock
 from torch import Tensor
 
-from ...methods import CompressionConfig
 from ..attention import Dispatching, refuse_mask
-from ..context import Context, Grid
-from ..hooks import GRID_KEY, Signature, WholeForm, Wholes
-from ..schedulers import SIGMA, TimestepRange
+from ..context import Context
+from ..hooks import Signature, WholeForm, Wholes
 from ..steps import Rotation, States, turn_pairs
-from .family import Layer, Place
+from .family import Layer
 from .joint import JointFamily
+from .layout import of_img_ids, sigma
 
 
 class CompressedFluxAttnProcessor(Dispatching, FluxAttnProcessor):
@@ -66,33 +65,13 @@ class Flux(JointFamily):
     """FluxTransformer2DModel: Flux.1 dev, schnell, Fill, Kontext."""
 
     model = FluxTransformer2DModel
-    signature = Signature(
-        (
-            "hidden_states",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "timestep",
-            "img_ids",
-            "txt_ids",
-            "guidance",
-            "joint_attention_kwargs",
-        ),
-        "joint_attention_kwargs",
-    )
+    signature = Signature(hidden_states=0, encoder_hidden_states=1, timestep=3, img_ids=4, joint_attention_kwargs=7)
+    place = of_img_ids
+    told = sigma
     processors = (CompressedFluxAttnProcessor,)
     replaceable = (FluxAttnProcessor,)
     attentions = (FluxAttention,)
     wholes: ClassVar[Wholes] = {FluxSingleTransformerBlock: WholeForm(has_text=False, returned=1)}
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        grid = model._bigain.grid_reader(call["img_ids"]) if given is None else given
-        count, most = grid[0] * grid[1], call["hidden_states"].shape[1]
-        if count > most:
-            raise ValueError(f"{GRID_KEY}: got {grid}, that is {count} tokens, expected at most {most}, the image's")
-        return Place(grid, call["encoder_hidden_states"].shape[1])
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return SIGMA
 
     def text_inside(self, layer: Layer) -> bool:
         return layer.attn.added_kv_proj_dim is None

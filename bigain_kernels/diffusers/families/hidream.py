@@ -6,11 +6,10 @@ from typing import Any
 
 from diffusers import HiDreamImageTransformer2DModel
 
-from ...methods import CompressionConfig
 from ..context import Grid
 from ..hooks import Signature
-from ..schedulers import TimestepRange, sigma_steps
 from .family import Place
+from .layout import latent_grid, steps_of_sigma
 from .rebound import ReboundFamily
 
 
@@ -18,17 +17,8 @@ class HiDream(ReboundFamily):
     """HiDreamImageTransformer2DModel. What pads a picture that is not square stands behind it and stays whole."""
 
     model = HiDreamImageTransformer2DModel
-    signature = Signature(
-        (
-            "hidden_states",
-            "timesteps",
-            "encoder_hidden_states_t5",
-            "encoder_hidden_states_llama3",
-            "pooled_embeds",
-            "img_ids",
-            "img_sizes",
-        )
-    )
+    signature = Signature(hidden_states=0, timesteps=1, img_sizes=6)
+    told = steps_of_sigma
     timestep = "timesteps"
     layer_names = r"(double|single)_stream_blocks\.\d+\.block\.attn1"
 
@@ -36,8 +26,4 @@ class HiDream(ReboundFamily):
         if call["hidden_states"].dim() == 3:
             height, width = call["img_sizes"][0]
             return Place((int(height), int(width)))
-        height, width = call["hidden_states"].shape[-2:]
-        return Place((height // model.config.patch_size, width // model.config.patch_size))
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return sigma_steps(config.train_timesteps)
+        return Place(latent_grid(model, call["hidden_states"]))

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import HunyuanDiT2DModel
 
-from ..context import Grid
 from ..hooks import Signature
-from .family import Place
+from .layout import of_latent
 from .rebound import ReboundFamily
 
 
@@ -17,9 +14,6 @@ class HunyuanDiT(ReboundFamily):
 
     model = HunyuanDiT2DModel
     mlp = "ff"
-    signature = Signature(("hidden_states", "timestep"))
+    signature = Signature(hidden_states=0, timestep=1)
+    place = of_latent
     layer_names = r"blocks\.\d+\.attn1"
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        height, width = call["hidden_states"].shape[-2:]
-        return Place((height // model.config.patch_size, width // model.config.patch_size))

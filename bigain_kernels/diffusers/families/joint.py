@@ -12,10 +12,7 @@ from .recommended import POOL
 class JointFamily(Family):
     """Blocks of two streams, then, in some families, those of one. Joint attention counts as self-attention."""
 
-    block = Signature(
-        ("hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb", "joint_attention_kwargs"),
-        "joint_attention_kwargs",
-    )
+    block = Signature(hidden_states=0, joint_attention_kwargs=4)
     mlp = "ff"
     recommended = POOL
 

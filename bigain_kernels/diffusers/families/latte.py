@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import LatteTransformer3DModel
 
-from ..context import Grid
 from ..hooks import Signature
-from .family import Place
+from .layout import of_latent
 from .rebound import ReboundFamily
 from .recommended import POOL_VIDEO
 
@@ -19,8 +16,5 @@ class Latte(ReboundFamily):
     model = LatteTransformer3DModel
     recommended = POOL_VIDEO
     mlp = "ff"
-    signature = Signature(("hidden_states", "timestep"))
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        height, width = call["hidden_states"].shape[-2:]
-        return Place((height // model.config.patch_size, width // model.config.patch_size))
+    signature = Signature(hidden_states=0, timestep=1)
+    place = of_latent

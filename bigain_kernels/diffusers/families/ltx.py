@@ -6,11 +6,10 @@ from typing import Any
 
 from diffusers import LTXVideoTransformer3DModel
 
-from ...methods import CompressionConfig
 from ..context import Grid
 from ..hooks import Signature
-from ..schedulers import TimestepRange, sigma_steps
 from .family import Place
+from .layout import steps_of_sigma
 from .rebound import ReboundFamily
 from .recommended import POOL_VIDEO
 
@@ -21,20 +20,8 @@ class LTX(ReboundFamily):
     model = LTXVideoTransformer3DModel
     recommended = POOL_VIDEO
     mlp = "ff"
-    signature = Signature(
-        (
-            "hidden_states",
-            "encoder_hidden_states",
-            "timestep",
-            "encoder_attention_mask",
-            "num_frames",
-            "height",
-            "width",
-        )
-    )
+    signature = Signature(hidden_states=0, timestep=2, num_frames=4, height=5, width=6)
+    told = steps_of_sigma
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
         return Place((call["height"], call["width"]), 0, call["num_frames"])
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return sigma_steps(config.train_timesteps)

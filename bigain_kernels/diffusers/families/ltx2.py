@@ -19,23 +19,7 @@ class LTX2(LTX):
     model = LTX2VideoTransformer3DModel
     recommended = POOL_VIDEO
     mlp = "ff"
-    signature = Signature(
-        (
-            "hidden_states",
-            "audio_hidden_states",
-            "encoder_hidden_states",
-            "audio_encoder_hidden_states",
-            "timestep",
-            "audio_timestep",
-            "sigma",
-            "audio_sigma",
-            "encoder_attention_mask",
-            "audio_encoder_attention_mask",
-            "num_frames",
-            "height",
-            "width",
-        )
-    )
+    signature = Signature(hidden_states=0, timestep=4, num_frames=10, height=11, width=12)
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
         size, time = model.config.patch_size, model.config.patch_size_t

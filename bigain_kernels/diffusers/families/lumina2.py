@@ -6,11 +6,10 @@ from typing import Any
 
 from diffusers import Lumina2Transformer2DModel
 
-from ...methods import CompressionConfig
 from ..context import Grid
 from ..hooks import Signature
-from ..schedulers import TimestepRange
 from .family import Place
+from .layout import latent_grid, one_minus_sigma
 from .rebound import ReboundFamily
 
 
@@ -21,7 +20,8 @@ class Lumina2(ReboundFamily):
     """
 
     model = Lumina2Transformer2DModel
-    signature = Signature(("hidden_states", "timestep", "encoder_hidden_states", "encoder_attention_mask"))
+    signature = Signature(hidden_states=0, timestep=1, encoder_attention_mask=3)
+    told = one_minus_sigma
     layer_names = r"layers\.\d+\.attn"
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
@@ -32,9 +32,4 @@ class Lumina2(ReboundFamily):
                 f"encoder_attention_mask: got prompts of {lengths} tokens in one batch, expected one length: image "
                 "tokens stand behind the text, and are merged and pooled in one place for all rows"
             )
-        height, width = call["hidden_states"].shape[-2:]
-        size = model.config.patch_size
-        return Place((height // size, width // size), int(lengths[0]))
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return TimestepRange(1.0, 0.0)  # 1 - sigma
+        return Place(latent_grid(model, call["hidden_states"]), int(lengths[0]))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import PixArtTransformer2DModel
 
-from ..context import Grid
 from ..hooks import Signature
 from .dit import DiT
-from .family import Place
 from .recommended import MERGE_PIXART
 
 
@@ -18,11 +14,4 @@ class PixArt(DiT):
 
     model = PixArtTransformer2DModel
     recommended = MERGE_PIXART
-    signature = Signature(
-        ("hidden_states", "encoder_hidden_states", "timestep", "added_cond_kwargs", "cross_attention_kwargs"),
-        "cross_attention_kwargs",
-    )
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        height, width = call["hidden_states"].shape[-2:]
-        return Place((height // model.config.patch_size, width // model.config.patch_size))
+    signature = Signature(hidden_states=0, timestep=2, cross_attention_kwargs=4)

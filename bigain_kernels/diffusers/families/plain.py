@@ -75,17 +75,7 @@ class FusedCompressedAttnProcessor(CompressedAttnProcessor):
 class PlainFamily(Family):
     """What U-Nets and DiTs share."""
 
-    block = Signature(
-        (
-            "hidden_states",
-            "attention_mask",
-            "encoder_hidden_states",
-            "encoder_attention_mask",
-            "timestep",
-            "cross_attention_kwargs",
-        ),
-        "cross_attention_kwargs",
-    )
+    block = Signature(hidden_states=0, cross_attention_kwargs=5)
     mlp = "ff"
     processors = (CompressedAttnProcessor, FusedCompressedAttnProcessor)
     replaceable = (AttnProcessor, AttnProcessor2_0, FusedAttnProcessor2_0, SlicedAttnProcessor, XFormersAttnProcessor)

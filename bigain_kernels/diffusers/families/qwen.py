@@ -13,14 +13,13 @@ from diffusers.models.transformers.transformer_qwenimage import (
 )
 from torch import Tensor
 
-from ...methods import CompressionConfig
 from ..attention import Dispatching, refuse_mask
 from ..context import Context, Grid
 from ..hooks import Signature
-from ..schedulers import SIGMA, TimestepRange
 from ..steps import Rotation
 from .family import Place
 from .joint import JointFamily
+from .layout import sigma
 
 
 class CompressedQwenAttnProcessor(Dispatching, QwenDoubleStreamAttnProcessor2_0):
@@ -65,29 +64,9 @@ class Qwen(JointFamily):
     """QwenImageTransformer2DModel: Qwen-Image and Qwen-Image-Edit."""
 
     model = QwenImageTransformer2DModel
-    signature = Signature(
-        (
-            "hidden_states",
-            "encoder_hidden_states",
-            "encoder_hidden_states_mask",
-            "timestep",
-            "img_shapes",
-            "guidance",
-            "attention_kwargs",
-        ),
-        "attention_kwargs",
-    )
-    block = Signature(
-        (
-            "hidden_states",
-            "encoder_hidden_states",
-            "encoder_hidden_states_mask",
-            "temb",
-            "image_rotary_emb",
-            "joint_attention_kwargs",
-        ),
-        "joint_attention_kwargs",
-    )
+    signature = Signature(hidden_states=0, encoder_hidden_states=1, timestep=3, img_shapes=4, attention_kwargs=6)
+    told = sigma
+    block = Signature(hidden_states=0, joint_attention_kwargs=5)
     mlp = "img_mlp"
     processors = (CompressedQwenAttnProcessor,)
     replaceable = (QwenDoubleStreamAttnProcessor2_0,)
@@ -101,6 +80,3 @@ class Qwen(JointFamily):
         if frames != 1:
             raise ValueError(f"img_shapes: got {first}, expected one frame: pooling is over one H x W grid")
         return Place((height, width), call["encoder_hidden_states"].shape[1])
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return SIGMA

@@ -8,13 +8,11 @@ from diffusers import SD3Transformer2DModel
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from torch import Tensor
 
-from ...methods import CompressionConfig
 from ..attention import CompressedAttention, refuse_mask
-from ..context import Context, Grid
+from ..context import Context
 from ..hooks import Signature
-from ..schedulers import TimestepRange, sigma_steps
-from .family import Place
 from .joint import JointFamily
+from .layout import of_latent, steps_of_sigma
 
 
 class CompressedSD3AttnProcessor(CompressedAttention, JointAttnProcessor2_0):
@@ -50,27 +48,10 @@ class SD3(JointFamily):
     """SD3Transformer2DModel: Stable Diffusion 3 and 3.5."""
 
     model = SD3Transformer2DModel
-    signature = Signature(
-        (
-            "hidden_states",
-            "encoder_hidden_states",
-            "pooled_projections",
-            "timestep",
-            "block_controlnet_hidden_states",
-            "joint_attention_kwargs",
-        ),
-        "joint_attention_kwargs",
-    )
-    block = Signature(
-        ("hidden_states", "encoder_hidden_states", "temb", "joint_attention_kwargs"), "joint_attention_kwargs"
-    )
+    signature = Signature(hidden_states=0, timestep=3, joint_attention_kwargs=5)
+    place = of_latent
+    told = steps_of_sigma
+    block = Signature(hidden_states=0, joint_attention_kwargs=3)
     processors = (CompressedSD3AttnProcessor,)
     # FusedJointAttnProcessor2_0 is not among them: it leaves out the norm of queries and keys.
     replaceable = (JointAttnProcessor2_0,)
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        height, width = call["hidden_states"].shape[-2:]
-        return Place((height // model.config.patch_size, width // model.config.patch_size))
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return sigma_steps(config.train_timesteps)

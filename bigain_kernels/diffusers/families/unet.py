@@ -17,17 +17,7 @@ from .family import Layer
 from .plain import PlainFamily
 from .recommended import MERGE_UNET
 
-_TRANSFORMER = Signature(
-    (
-        "hidden_states",
-        "encoder_hidden_states",
-        "timestep",
-        "added_cond_kwargs",
-        "class_labels",
-        "cross_attention_kwargs",
-    ),
-    "cross_attention_kwargs",
-)
+_TRANSFORMER = Signature(hidden_states=0, cross_attention_kwargs=5)
 
 
 def enter_transformer(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -64,18 +54,7 @@ class UNet(PlainFamily):
     """UNet2DConditionModel: Stable Diffusion 1.5, 2.x, SDXL. Tokens are matched on the residual stream."""
 
     model = UNet2DConditionModel
-    signature = Signature(
-        (
-            "sample",
-            "timestep",
-            "encoder_hidden_states",
-            "class_labels",
-            "timestep_cond",
-            "attention_mask",
-            "cross_attention_kwargs",
-        ),
-        "cross_attention_kwargs",
-    )
+    signature = Signature(sample=0, timestep=1, cross_attention_kwargs=6)
     sample = "sample"
     needs_source = True
     recommended = MERGE_UNET

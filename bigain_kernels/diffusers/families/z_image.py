@@ -6,11 +6,10 @@ from typing import Any
 
 from diffusers import ZImageTransformer2DModel
 
-from ...methods import CompressionConfig
 from ..context import Grid
 from ..hooks import Signature
-from ..schedulers import TimestepRange
 from .family import Place
+from .layout import one_minus_sigma
 from .rebound import ReboundFamily
 
 
@@ -19,20 +18,9 @@ class ZImage(ReboundFamily):
 
     model = ZImageTransformer2DModel
     mlp = "feed_forward"
-    block = Signature(("x",))
-    signature = Signature(
-        (
-            "x",
-            "t",
-            "cap_feats",
-            "return_dict",
-            "controlnet_block_samples",
-            "siglip_feats",
-            "image_noise_mask",
-            "patch_size",
-            "f_patch_size",
-        )
-    )
+    block = Signature(x=0)
+    signature = Signature(x=0, t=1, patch_size=7, f_patch_size=8)
+    told = one_minus_sigma
     sample = timestep = "t"
     layer_names = r"layers\.\d+\.attention"
 
@@ -44,6 +32,3 @@ class ZImage(ReboundFamily):
         frames, height, width = pictures[0].shape[1:]
         size, time = call["patch_size"] or 2, call["f_patch_size"] or 1
         return Place((height // size, width // size), 0, frames // time)
-
-    def told(self, config: CompressionConfig) -> TimestepRange:
-        return TimestepRange(1.0, 0.0)  # 1 - sigma
