@@ -2,7 +2,8 @@
 
 A cell of the first is the number of tests that passed for a family, of the others the test, or the reason why there is
 none. A test that failed ends the program. What a file of tests showed is kept in build/matrix until the next commit, so
-that a run that was stopped goes on. `test_models_page.py` holds the page to the registry and to the tests.
+that a run that was stopped goes on, and files can be run one by one before the page is written,
+`python -m tests.diffusers.matrix mlp joint`. `test_models_page.py` holds the page to the registry and to the tests.
 """
 
 from __future__ import annotations
@@ -148,7 +149,7 @@ def row(name: str) -> dict[str, Shown | str]:
             "exact": Shown("test_nothing_to_remove_is_the_unpatched_model", (tiny,)),
             "pool": Shown(golden, (name + "_tiny-iekvd", name + "_tiny-todo")),
             "merge hidden": Shown(golden, (name + "_tiny-lgtm", name + "_tiny-tome", name + "_tiny-abm")),
-            "one graph": "blocks, not the whole" if name == "unet" else Shown("test_whole_model_compiles", ("",)),
+            "one graph": Shown("test_fullgraph", own) if name == "unet" else Shown("test_whole_model_compiles", ("",)),
             "16 bits": Shown("test_half_precision", (tiny,)),
         }
     if name == "unet":
@@ -164,7 +165,7 @@ def row(name: str) -> dict[str, Shown | str]:
             "one graph": Shown("test_whole_joint_models_compile", ("",)),
             "16 bits": Shown("test_half_precision", (tiny,)),
         }
-    if name in ("wan", "flux2", "flux_controlnet"):
+    if name in ("wan", "flux2", "flux_controlnet", "chroma", "hunyuan_video"):
         written_out = "test_merged_hidden_states_of_rebound_families_equal_attention_written_out"
         cells |= {"merge hidden": Shown(written_out, (name,))}
     if name in ("hidream", "lumina2"):
@@ -270,10 +271,15 @@ def outcomes_of(name: str, commit: str) -> Outcomes:
 def main() -> None:
     git = ["git", "-C", str(HERE), "rev-parse", "HEAD"]
     commit = subprocess.run(git, check=True, capture_output=True, text=True).stdout.strip()
-    every = [outcomes_of(name, commit) for name in FILES]
+    unknown = sorted({*sys.argv[1:]} - {*FILES})
+    if unknown:
+        raise SystemExit(f"files: got {', '.join(unknown)}, expected some of {', '.join(FILES)}")
+    every = [outcomes_of(name, commit) for name in sys.argv[1:] or FILES]
     failed = [each for outcomes in every for each in outcomes.failed]
     if failed:
         raise SystemExit("\n".join([f"{len(failed)} tests failed", *failed]))
+    if sys.argv[1:]:
+        return
     passed = [each for outcomes in every for each in outcomes.passed]
     skipped = {each: reason for outcomes in every for each, reason in outcomes.skipped.items()}
     before, _, _ = PAGE.read_text().partition(MARK)
