@@ -22,13 +22,18 @@ from bigain_kernels.evaluation.noise import seeded_noise
 from bigain_kernels.evaluation.subjects import load_subject
 from bigain_kernels.methods.registry import make_config
 
+from . import gated  # noqa: F401  (registers the method "gated")
+
 TIMESTEPS = (200, 400, 600)
 COLUMNS = ("model", "weights", "images", "method", "timestep", "error", "rise_percent", "rise_se", "moved_percent")
 _BATCH = 20
 
 
-def grid() -> dict[str, tuple[str, dict[str, Any]]]:
-    """By what they are called in the rows, methods with their options: the demo's first, then what a default may be."""
+def grid(blocks: tuple[int, ...]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """By what they are called in the rows, methods with their options: the demo's first, then what a default may be.
+
+    `blocks`: of the model, those that bear compression better than the others.
+    """
     chosen: dict[str, tuple[str, dict[str, Any]]] = {}
 
     def add(method: str, **options: Any) -> None:
@@ -58,6 +63,17 @@ def grid() -> dict[str, tuple[str, dict[str, Any]]]:
         add("tome", ratio=ratio, proportional=True, destinations="first")
         add("sito", ratio=ratio, proportional=True)
         add("lgtm", ratio=ratio, proportional=True, stride=(4, 4))
+    # The ranking of sources held back by their contrast; without, it is that of L-GTM and of ToMe.
+    for ratio in (0.5, 0.7):
+        for destinations in ("smoothest", "random"):
+            for gate in (0.02, 0.1, 0.5, 1000.0):
+                add("gated", ratio=ratio, proportional=True, destinations=destinations, gate=gate)
+    for ratio in (0.5, 0.7) if blocks else ():
+        for method in ("tome", "lgtm"):
+            add(method, ratio=ratio, proportional=True, blocks=blocks)
+        for destinations in ("smoothest", "random"):
+            for gate in (0.1, 0.5, 1000.0):
+                add("gated", ratio=ratio, proportional=True, destinations=destinations, gate=gate, blocks=blocks)
     return chosen
 
 
@@ -84,7 +100,7 @@ def measure(model: str, checkpoint: Path | None, images: int, out: Path) -> None
         with open(out, newline="") as file:
             known = {tuple(row[name] for name in COLUMNS[:5]) for row in csv.DictReader(file)}
     plain: dict[int, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-    for name, (method, options) in {"none": ("none", {}), **grid()}.items():
+    for name, (method, options) in {"none": ("none", {}), **grid(subject.settings.blocks)}.items():
         for timestep in TIMESTEPS:
             key = (model, weights, str(images), name, str(timestep))
             if key in known:

@@ -32,16 +32,17 @@ _NAMES = (
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More images, samples and steps; takes longer.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More images, five seeds; takes half an hour.")] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(help="unet, dit, or digits, a small one for tests; may be given again.", show_default="unet, dit"),
     ] = None,
     frontier_images: Annotated[int | None, typer.Option(help="Validation images of the frontier, at most 200.")] = None,
-    images: Annotated[int | None, typer.Option(help="Test images to classify, at most 400.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Images to generate.")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images to classify for each seed, at most 400 in all.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Images to generate for each seed.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
+    seeds: Annotated[int | None, typer.Option(help="How many, from --seed on; 5 with --full.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads.")] = None,
     real_size: Annotated[bool | None, typer.Option(help="Time layers of real size, too.")] = None,
     pictures: Annotated[bool, typer.Option(help="Draw pictures.")] = True,
@@ -65,6 +66,7 @@ def demo(
         "samples": samples,
         "steps": steps,
         "seed": seed,
+        "seeds": seeds,
         "threads": threads,
         "real_size": real_size,
     }
@@ -102,13 +104,22 @@ def _run(job: Demo, output: OutputFolder, pictures: bool, as_json: bool) -> None
 
 
 def _show(job: Demo, result: DemoResult) -> None:
-    from ..evaluation.demo_files import frontier_caption, frontier_cells, job_cells, jobs_caption, real_size_cells
+    from ..evaluation.demo_files import (
+        frontier_caption,
+        frontier_cells,
+        job_cells,
+        jobs_caption,
+        real_size_cells,
+        seed_cells,
+    )
 
     _print_table("What compression costs and gives", *frontier_cells(result), frontier_caption(job))
     told = [model for model in result.models if model.jobs]
     for model in told:
         caption = jobs_caption(job, result) if model is told[-1] else None
         _print_table(f"Both jobs: {model.title}", *job_cells(model), caption)
+        if job.config.seeds > 1:
+            _print_table(f"By seed: {model.title}", *seed_cells(model), None)
     for note in result.notes:
         _print(f"* {note}")
     if result.real_size:

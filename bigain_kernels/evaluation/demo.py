@@ -23,6 +23,8 @@ from .real_size import RealSize
 from .subjects import SETTINGS, Subject, load_subject
 
 MODELS = ("unet", "dit")
+# Test images that every model of the demo has.
+TEST_IMAGES = 400
 _STRESS_KEYS = (f"tome_{STRESS:g}", f"lgtm_{STRESS:g}", f"lgtm_{STRESS:g}_proportional_shared")
 
 
@@ -33,10 +35,11 @@ class DemoConfig:
     Attributes:
         models: of `subjects.SETTINGS`.
         frontier_images: validation images at each timestep of the frontier.
-        images: test images to classify.
-        samples: images to generate, at least three.
+        images: test images to classify for every seed, others for each.
+        samples: images to generate for every seed, at least three.
         steps: DDIM steps.
-        seed: of all noise.
+        seed: of all noise; further seeds count up from it.
+        seeds: how many.
         threads: of torch.
         image_chunk, sample_chunk: what a method does before the next has its turn.
         real_size: whether layers of real size are timed, too.
@@ -49,6 +52,7 @@ class DemoConfig:
     samples: int = 10
     steps: int = 10
     seed: int = 0
+    seeds: int = 1
     threads: int = 2
     image_chunk: int = 10
     sample_chunk: int = 10
@@ -59,14 +63,16 @@ class DemoConfig:
         wrong = [model for model in self.models if model not in SETTINGS]
         if wrong or not self.models:
             raise ValueError(f"models: got {list(self.models)}, expected some of {list(SETTINGS)}")
-        limits = {"images": (1, 400), "samples": (3, 100_000), "steps": (1, 1000), "threads": (1, 1024)}
+        limits = {"seeds": (1, 100), "samples": (3, 100_000), "steps": (1, 1000), "threads": (1, 1024)}
+        limits |= {"images": (1, TEST_IMAGES // self.seeds if 1 <= self.seeds <= 100 else TEST_IMAGES)}
         limits |= {"image_chunk": (1, 400), "sample_chunk": (1, 100_000), "frontier_images": (2, 200)}
         for name, (least, most) in limits.items():
             if not least <= getattr(self, name) <= most:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected {least} to {most}")
+                of_seeds = f" with {self.seeds} seeds" if name == "images" and self.seeds > 1 else ""
+                raise ValueError(f"{name}: got {getattr(self, name)}{of_seeds}, expected {least} to {most}")
 
 
-FULL = DemoConfig(frontier_images=60, images=400, samples=200, steps=25)
+FULL = DemoConfig(frontier_images=40, images=80, samples=40, seeds=5)
 
 
 @dataclass
@@ -74,8 +80,8 @@ class Outcome:
     """What one point has done of the two jobs so far.
 
     Attributes:
-        correct: (n,) bool, for the images classified.
-        samples: (n, 1, s, s).
+        correct: (n,) bool, for the images classified, one seed after another.
+        samples: (n, 1, s, s), likewise.
         seconds: of each chunk of "classify" and "generate".
     """
 
@@ -99,55 +105,61 @@ class Jobs:
         self.subject, self.config, self.chosen, self.rival = subject, config, chosen, rival
         self.points = tuple({point.key: point for point in (NONE, chosen, rival, *stress)}.values())
         self.outcomes = {point.key: Outcome() for point in self.points}
-        self.labels = torch.arange(config.samples) % subject.checkpoint.denoiser.num_classes
+        self.labels = (torch.arange(config.samples) % subject.checkpoint.denoiser.num_classes).repeat(config.seeds)
 
     def run(self, progress: Callable[[str], None]) -> None:
         """Do all; `progress` is called with a description after each chunk of each point."""
-        title, turn = self.subject.settings.title, 0
-        for first in range(0, self.config.images, self.config.image_chunk):
-            for point in self._turn(turn):
-                outcome, started = self.outcomes[point.key], time.perf_counter()
-                correct = self._classify(point, slice(first, first + self.config.image_chunk))
-                outcome.seconds["classify"].append(time.perf_counter() - started)
-                outcome.correct = torch.cat([outcome.correct, correct])
-                progress(f"{title}, classifying: {point.title}")
-            turn += 1
-        for first in range(0, self.config.samples, self.config.sample_chunk):
-            for point in self._turn(turn):
-                outcome, started = self.outcomes[point.key], time.perf_counter()
-                outcome.samples.append(self._generate(point, slice(first, first + self.config.sample_chunk)))
-                outcome.seconds["generate"].append(time.perf_counter() - started)
-                progress(f"{title}, generating: {point.title}")
-            turn += 1
+        title, config, turn = self.subject.settings.title, self.config, 0
+        for seed in range(config.seeds):
+            for part in _chunks(config.images, config.image_chunk):
+                for point in self._turn(turn):
+                    outcome, started = self.outcomes[point.key], time.perf_counter()
+                    correct = self._classify(point, seed, part)
+                    outcome.seconds["classify"].append(time.perf_counter() - started)
+                    outcome.correct = torch.cat([outcome.correct, correct])
+                    progress(f"{title}, classifying: {point.title}")
+                turn += 1
+        for seed in range(config.seeds):
+            for part in _chunks(config.samples, config.sample_chunk):
+                for point in self._turn(turn):
+                    outcome, started = self.outcomes[point.key], time.perf_counter()
+                    outcome.samples.append(self._generate(point, seed, part))
+                    outcome.seconds["generate"].append(time.perf_counter() - started)
+                    progress(f"{title}, generating: {point.title}")
+                turn += 1
 
     def _turn(self, turn: int) -> tuple[Point, ...]:
         """The points, a different one first each time."""
         offset = turn % len(self.points)
         return self.points[offset:] + self.points[:offset]
 
-    def _classify(self, point: Point, part: slice) -> torch.Tensor:
-        settings, count = self.subject.settings, self.config.images
-        images, labels = self.subject.test.images[:count], self.subject.test.labels[:count]
+    def _classify(self, point: Point, seed: int, part: range) -> torch.Tensor:
+        settings, test = self.subject.settings, self.subject.test
+        of_seed = slice(seed * self.config.images + part.start, seed * self.config.images + part.stop)
         return classify(
             self.subject.checkpoint.denoiser,
-            images[part],
-            labels[part],
-            ClassifierConfig(settings.stages, settings.timesteps, seed=self.config.seed, batch_size=40),
+            test.images[of_seed],
+            test.labels[of_seed],
+            ClassifierConfig(settings.stages, settings.timesteps, seed=self.config.seed + seed, batch_size=40),
             compression=point.compression(),
             share_plan=point.shared,
-            indices=range(len(images))[part],
+            indices=range(of_seed.start, of_seed.stop),
         ).correct
 
-    def _generate(self, point: Point, part: slice) -> torch.Tensor:
+    def _generate(self, point: Point, seed: int, part: range) -> torch.Tensor:
         config = self.config
         return generate(
             self.subject.checkpoint.denoiser,
-            self.labels[part],
-            GenerateConfig(config.steps, self.subject.settings.guidance, config.seed, config.sample_chunk),
+            self.labels[part.start : part.stop],
+            GenerateConfig(config.steps, self.subject.settings.guidance, config.seed + seed, config.sample_chunk),
             compression=point.compression(),
             share_plan=point.shared,
-            indices=range(config.samples)[part],
+            indices=part,
         )
+
+
+def _chunks(count: int, size: int) -> list[range]:
+    return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 @dataclass
@@ -185,8 +197,8 @@ class Demo:
     def total(self) -> int:
         """Steps of progress in all."""
         config = self.config
-        chunks = len(range(0, config.images, config.image_chunk)) + len(range(0, config.samples, config.sample_chunk))
-        jobs = (3 + len(_STRESS_KEYS)) * chunks
+        chunks = _chunks(config.images, config.image_chunk) + _chunks(config.samples, config.sample_chunk)
+        jobs = (3 + len(_STRESS_KEYS)) * config.seeds * len(chunks)
         return sum(part.frontier.total + jobs for part in self.parts) + (self.real_size.total if self.real_size else 0)
 
     def run(self, progress: Callable[[str], None] | None = None) -> None:

@@ -79,6 +79,19 @@ def job_cells(model: ModelResult) -> Table:
     return heading, rows
 
 
+def seed_cells(model: ModelResult) -> Table:
+    """One line for each point that did both jobs: what it did with each seed."""
+    heading = ["method", "accuracy % by seed", "class right % by seed", "PSNR dB by seed"]
+    rows = []
+    for row in model.jobs:
+        accuracies, right = (
+            ", ".join(f"{100 * getattr(each, name):.1f}" for each in row.seeds) for name in ("accuracy", "consistency")
+        )
+        decibels = "-" if row.role == "none" else ", ".join(f"{each.psnr:.1f}" for each in row.seeds)
+        rows.append([row.point.title, accuracies, right, decibels])
+    return heading, rows
+
+
 def real_size_cells(result: DemoResult) -> Table:
     """One line for each model and method."""
     heading = ["random weights: speed only", "method", "ms", "speed"]
@@ -100,13 +113,20 @@ def frontier_caption(demo: Demo) -> str:
     )
 
 
+def _seeds(demo: Demo) -> str:
+    first, count = demo.config.seed, demo.config.seeds
+    if count == 1:
+        return f"seed {first}"
+    return f"seeds {first} to {first + count - 1}, each with images and noise of its own"
+
+
 def jobs_caption(demo: Demo, result: DemoResult) -> str:
     """What the numbers of the jobs are."""
     images = max((row.images for model in result.models for row in model.jobs), default=0)
     samples = max((model.samples for model in result.models), default=0)
     return (
         f"{images} test images classified by denoising error; {samples} samples in {demo.config.steps} DDIM steps; "
-        f"seed {demo.config.seed}. “chosen”: of BiGain's and this project's points whose error rises by at most "
+        f"{_seeds(demo)}. “chosen”: of BiGain's and this project's points whose error rises by at most "
         f"{BUDGET:g} % on validation images the fastest, or within 5 % of its speed that of least error; “rival”: the "
         "same of what was there before; "
         f"“stress”: ratio {STRESS:g}, as in the paper's tables. In brackets 95 % intervals (Wilson), after ± one "
@@ -145,6 +165,9 @@ def _flat(model: ModelResult) -> list[dict[str, Any]]:
             for key, value in asdict(getattr(job, name)).items():
                 flat[name if key == "value" else f"{name}_{key}"] = value
         rows.append({**flat, "seconds": job.seconds, "speed": job.speed})
+        if len(job.seeds) > 1:
+            named = {"model": model.key, "table": "seeds", "method": job.point.key, "role": job.role}
+            rows += [named | asdict(each) for each in job.seeds]
     return rows
 
 
@@ -232,6 +255,8 @@ def write_all(demo: Demo, result: DemoResult, output: OutputFolder, pictures: bo
         for model in result.models:
             if model.jobs:
                 lines += [f"### {model.title}", "", *_markdown_table(*job_cells(model)), ""]
+                if demo.config.seeds > 1:
+                    lines += [*_markdown_table(*seed_cells(model)), ""]
         lines += [jobs_caption(demo, result), "", *(f"* {note}" for note in result.notes), ""]
     if result.real_size:
         lines += ["## Real size", "", *_markdown_table(*real_size_cells(result)), ""]

@@ -44,6 +44,16 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class SeedRow:
+    """What a point has done with one seed: fractions, and decibels (NaN for no compression)."""
+
+    seed: int
+    accuracy: float
+    consistency: float
+    psnr: float
+
+
+@dataclass(frozen=True)
 class JobRow:
     """One point at both jobs.
 
@@ -57,6 +67,7 @@ class JobRow:
         psnr: decibels to the uncompressed samples from the same noise; NaN for no compression.
         seconds: of classifying, as median time of a chunk times the chunks: what else the machine did falls away.
         speed: median over the chunks of both jobs of the time that no compression took over the time this point took.
+        seeds: of those that are finished.
     """
 
     point: Point
@@ -69,6 +80,7 @@ class JobRow:
     psnr: Measured
     seconds: float
     speed: float
+    seeds: tuple[SeedRow, ...]
 
 
 @dataclass(frozen=True)
@@ -130,7 +142,20 @@ class _Judged:
             mean(self.psnr[key]) if enough and role != "none" else unknown,
             self._seconds(key),
             self._speed(key),
+            self._seeds(key),
         )
+
+    def _seeds(self, key: str) -> tuple[SeedRow, ...]:
+        config = self.jobs.config
+        done = min(self.images // config.images, self.count // config.samples)
+        rows = []
+        for seed in range(done):
+            made = slice(seed * config.samples, (seed + 1) * config.samples)
+            correct = self.correct[key][seed * config.images : (seed + 1) * config.images]
+            values = [correct.double().mean(), self.right[key][made].double().mean(), self.psnr[key][made].mean()]
+            accuracy, consistency, decibels = (value.item() for value in values)
+            rows.append(SeedRow(config.seed + seed, accuracy, consistency, math.nan if key == NONE.key else decibels))
+        return tuple(rows)
 
     def _seconds(self, key: str) -> float:
         chunks = self.jobs.outcomes[key].seconds["classify"]

@@ -85,6 +85,30 @@ def test_every_point_does_both_jobs_on_the_same_items(run) -> None:
     assert model.jobs[1].point.ours is not model.jobs[2].point.ours
 
 
+def test_every_seed_has_images_and_noise_of_its_own(run, tmp_path: Path) -> None:
+    demo = Demo(replace(TINY, seeds=2, images=3, frontier_images=2))
+    demo.run()
+    (model,) = summarise(demo).models
+    first = {row.point.key: row for row in run[1].models[0].jobs}
+    for row in model.jobs:
+        assert row.images == 6
+        assert [each.seed for each in row.seeds] == [0, 1]
+        assert np.mean([each.accuracy for each in row.seeds]) == pytest.approx(row.accuracy.value)
+        assert np.mean([each.consistency for each in row.seeds]) == pytest.approx(row.consistency.value)
+        if row.point.key in first and row.role != "none":
+            # The first seed's samples are those of a run with this seed alone; the second's are others.
+            assert row.seeds[0].psnr == pytest.approx(first[row.point.key].psnr.value, abs=1e-3)
+            assert row.seeds[1].psnr != row.seeds[0].psnr
+    samples = demo.parts[0].jobs.outcomes["none"].samples
+    assert not torch.equal(samples[0], samples[1])
+    with OutputFolder(tmp_path, (), again=False) as output:
+        page = write_all(demo, summarise(demo), output, pictures=False).read_text()
+    assert "accuracy % by seed" in page
+    with open(tmp_path / "results.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["table"] == "seeds"]
+    assert len(rows) == 2 * len(model.jobs)
+
+
 def test_frontier_is_what_the_models_give(subject: Subject) -> None:
     """The rise of one point, computed by hand from single predictions."""
     point = BY_KEY["tome_0.5_proportional"]
@@ -224,7 +248,7 @@ def test_bad_settings_are_named(name: str) -> None:
         DemoConfig(**{name: 0})
     with pytest.raises(ValueError, match=r"^models: got \['vae'\]"):
         DemoConfig(models=("vae",))
-    assert FULL.images == 400
+    assert FULL.seeds * FULL.images == 400
 
 
 def test_verdicts() -> None:
