@@ -38,7 +38,7 @@ def demo(
         typer.Option(help="unet, dit, or digits, a small one for tests; may be given again.", show_default="unet, dit"),
     ] = None,
     frontier_images: Annotated[int | None, typer.Option(help="Validation images of the frontier, at most 200.")] = None,
-    images: Annotated[int | None, typer.Option(help="Test images to classify for each seed, at most 400 in all.")] = None,
+    images: Annotated[int | None, typer.Option(help="Test images of each seed, at most 400 in all.")] = None,
     samples: Annotated[int | None, typer.Option(help="Images to generate for each seed.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
