@@ -25,6 +25,16 @@ def reproduce(
     data: Annotated[Path | None, typer.Option(help="Folder of the data set.", show_default=False)] = None,
     checkpoint: Annotated[str | None, typer.Option(help="In the place of that of the config.")] = None,
     limit: Annotated[int | None, typer.Option(help="The first images alone, to classify and to draw.")] = None,
+    inception: Annotated[
+        Path | None,
+        typer.Option(
+            help="Weights of Inception v3 for KID, FID, IS, precision and recall. Default: those in torch's cache.",
+            show_default=False,
+        ),
+    ] = None,
+    clip: Annotated[
+        Path | None, typer.Option(help="Folder of a CLIP model, for the CLIP score.", show_default=False)
+    ] = None,
     device: opt.DeviceOption = None,
     threads: opt.ThreadsOption = None,
     as_json: opt.JsonOption = False,
@@ -45,13 +55,23 @@ def reproduce(
     chosen, _ = opt.device_and_dtype(device, experiment.dtype)
     with member(chosen) as self:
         job = Reproduction(experiment, out or Path(Path(config).stem), self.device)
-        with opt.progress_bar() as bar:
-            task = bar.add_task("starting", total=job.total, completed=job.done())
-            job.run(lambda what, done: bar.update(task, advance=done, description=what), self.rank)
+        # Looked for before the work, which may take days.
+        judges = job.judges(inception, clip) if self.rank == 0 else None
+        try:
+            with opt.progress_bar() as bar:
+                task = bar.add_task("starting", total=job.total, completed=job.done())
+                job.run(lambda what, done: bar.update(task, advance=done, description=what), self.rank)
+        except KeyboardInterrupt:
+            if self.rank == 0 and job.is_reportable:
+                _tell(write_report(job, judges), as_json)
+            raise
         if self.rank == 0:
-            page = write_report(job)
-            if as_json:
-                numbers = json.loads((job.out / "numbers.json").read_text(encoding="utf-8"))
-                say_lines(json.dumps({"report": str(page), **numbers}, indent=2))
-            else:
-                say(f"Report: {page}")
+            _tell(write_report(job, judges), as_json)
+
+
+def _tell(page: Path, as_json: bool) -> None:
+    if as_json:
+        numbers = json.loads((page.parent / "numbers.json").read_text(encoding="utf-8"))
+        say_lines(json.dumps({"report": str(page), **numbers}, indent=2))
+    else:
+        say(f"Report: {page}")

@@ -8,6 +8,7 @@ import stat
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +152,18 @@ def read_image(path: Path, shape: tuple[int, int, int], transform: str = "fit") 
     Raises:
         DamagedImage: the file is damaged, of another format, or has more pixels than `PIL.Image.MAX_IMAGE_PIXELS`.
     """
+    channels, height, width = shape
+    return _read(path, channels, lambda image: TRANSFORMS[transform](image, width, height))
+
+
+def read_whole(path: Path) -> torch.Tensor:
+    """An image in its own size, (3, height, width), otherwise as `read_image`."""
+    return _read(path, 3, lambda image: image)
+
+
+def _read(path: Path, channels: int, transform: Callable[[Any], Any]) -> torch.Tensor:
     from PIL import Image, UnidentifiedImageError
 
-    channels, height, width = shape
     _check_file(path)
     try:
         with warnings.catch_warnings():
@@ -164,10 +174,10 @@ def read_image(path: Path, shape: tuple[int, int, int], transform: str = "fit") 
                 image = _opaque(opened).convert("L" if channels == 1 else "RGB")
         if turn is not None:
             image = image.transpose(Image.Transpose[turn])
-        fitted = TRANSFORMS[transform](image, width, height)
+        fitted = transform(image)
     except UnidentifiedImageError as error:
         raise DamagedImage(path, "none of these") from error
     except _unreadable() as error:
         raise DamagedImage(path, str(error) or type(error).__name__) from error
-    pixels = np.asarray(fitted, dtype=np.float32).reshape(height, width, channels)
+    pixels = np.asarray(fitted, dtype=np.float32).reshape(fitted.height, fitted.width, channels)
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1) / 127.5 - 1

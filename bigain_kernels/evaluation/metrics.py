@@ -11,6 +11,8 @@ import torch
 
 # The square of the range of values of an image in [-1, 1].
 _PEAK = 4.0
+# Rows of a kernel matrix that are held at a time.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -141,13 +143,18 @@ class KernelDistance:
         return features.double().cpu().numpy()
 
     @staticmethod
-    def _kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        return (x @ y.T / x.shape[1] + 1.0) ** 3
+    def _sums(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Sums of the kernel of x and y over y and over x; the matrix of them all may be of gigabytes."""
+        over_y, over_x = np.empty(len(x)), np.zeros(len(y))
+        for first in range(0, len(x), _ROWS):
+            kernel = (x[first : first + _ROWS] @ y.T / x.shape[1] + 1.0) ** 3
+            over_y[first : first + _ROWS] = kernel.sum(axis=1)
+            over_x += kernel.sum(axis=0)
+        return over_y, over_x
 
     def _among(self, x: np.ndarray) -> tuple[float, np.ndarray]:
         """The sum of the kernel over all pairs of different rows, and of the pairs of each row."""
-        kernel = self._kernel(x, x)
-        rows = kernel.sum(axis=1) - kernel.diagonal()
+        rows = self._sums(x, x)[0] - ((x * x).sum(axis=1) / x.shape[1] + 1.0) ** 3
         return float(rows.sum()), rows
 
     def _estimates(self, features: torch.Tensor) -> tuple[float, np.ndarray, np.ndarray]:
@@ -159,15 +166,15 @@ class KernelDistance:
             )
         n, m = len(x), len(self.reference)
         among, rows = self._among(x)
-        cross = self._kernel(x, self.reference)
-        total = cross.sum()
+        of_x, of_reference = self._sums(x, self.reference)
+        total = of_x.sum()
 
         def distance(xx: np.ndarray, n: int, yy: np.ndarray, m: int, xy: np.ndarray) -> np.ndarray:
             return xx / (n * (n - 1)) + yy / (m * (m - 1)) - 2 * xy / (n * m)
 
         whole = distance(np.asarray(among), n, np.asarray(self._own), m, total)
-        without_x = distance(among - 2 * rows, n - 1, np.asarray(self._own), m, total - cross.sum(axis=1))
-        without_y = distance(np.asarray(among), n, self._own - 2 * self._own_rows, m - 1, total - cross.sum(axis=0))
+        without_x = distance(among - 2 * rows, n - 1, np.asarray(self._own), m, total - of_x)
+        without_y = distance(np.asarray(among), n, self._own - 2 * self._own_rows, m - 1, total - of_reference)
         return float(whole), without_x, without_y
 
     @staticmethod

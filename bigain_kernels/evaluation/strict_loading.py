@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from pickle import PickleError
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ _OF_VALUES = (
     NameError,
     NotImplementedError,
     OSError,
+    PickleError,
     RecursionError,
     RuntimeError,
     SafetensorError,
@@ -48,7 +50,7 @@ class BadCheckpoint(ValueError):
 
 
 @contextmanager
-def naming(what: Path | str, expected: str) -> Iterator[None]:
+def naming(what: Path | str, expected: str, argument: str = "checkpoint") -> Iterator[None]:
     """Errors of the block, whatever value of a stranger's they come from, say which file it was."""
     try:
         yield
@@ -58,7 +60,7 @@ def naming(what: Path | str, expected: str) -> Iterator[None]:
         reason = " ".join(str(error).split()) or "no reason given"
         reason = reason if len(reason) <= 300 else reason[:300] + "..."
         raise BadCheckpoint(
-            f"checkpoint: got {what}, expected {expected} ({type(error).__name__}: {reason})"
+            f"{argument}: got {what}, expected {expected} ({type(error).__name__}: {reason})"
         ) from error
 
 

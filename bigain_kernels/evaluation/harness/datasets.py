@@ -31,6 +31,8 @@ class DataSet:
         keys: what a class is called in the layout, such as a wnid; the names where it has no other.
         left_out: in a line each, what lies there and was left out, counted.
         shape, transform: (channels, height, width) and the way that images are brought to it, once `bound`.
+        captions: of each image that has one, by its path.
+        references: images that drawings are compared with as published, where these are not `paths`.
     """
 
     root: Path
@@ -43,6 +45,7 @@ class DataSet:
     shape: tuple[int, int, int] = (3, 512, 512)
     transform: str = "fit"
     captions: Mapping[str, str] = field(default_factory=dict)
+    references: tuple[str, ...] = ()
 
     def read(self, i: int) -> torch.Tensor:
         """Image i, see `images.read_image`."""
@@ -162,7 +165,17 @@ def oxford_pets(root: Path) -> DataSet:
     where = {label: i for i, label in enumerate(order)}
     classes = tuple(breeds[label] for label in order)
     prompts = tuple(f"a photo of a {name}, a type of pet." for name in classes)
-    return DataSet(root, tuple(paths), tuple((where[label],) for label in labels), classes, prompts, classes)
+    # As published, drawings are compared with the whole folder, of which the test split is a half.
+    references = tuple(f"images/{path.name}" for path in sorted((root / "images").glob("[!.]*.jpg")))
+    return DataSet(
+        root,
+        tuple(paths),
+        tuple((where[label],) for label in labels),
+        classes,
+        prompts,
+        classes,
+        references=references,
+    )
 
 
 def coco(root: Path, split: str = "val2017") -> DataSet:

@@ -89,6 +89,8 @@ class Generation(_Strict):
     """How images are drawn: one for each image of the data, of its class or its caption.
 
     Attributes:
+        protocol: "paper" compares them as published: through JPEG, with all images of the data set as they are, both
+            squashed to 299 x 299; "ours" with the images as they are classified.
         scheduler: a class of diffusers.
         steps, guidance: of it.
         seeds: of the starting noise.
@@ -96,6 +98,7 @@ class Generation(_Strict):
         batch_size: images made together.
     """
 
+    protocol: Literal["paper", "ours"] = "ours"
     scheduler: str = "DDIMScheduler"
     steps: int = Field(50, ge=1)
     guidance: float = Field(7.5, ge=1)
@@ -131,6 +134,8 @@ class Experiment(_Strict):
             raise ValueError(f"methods have the titles {titles}, expected different ones")
         for method in self.methods:
             method.compression(0)
+        if self.data.kind == "digits" and self.generate is not None and self.generate.protocol == "paper":
+            raise ValueError("generate.protocol is paper for digits, expected ours: they are no photographs")
         return self
 
 

@@ -9,57 +9,26 @@ import json
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
-from ..checkpoints import TINY_DIT, load_classifier
-from ..data import load_digits
-from ..metrics import Fraction, KernelDistance, Measured, holm, mcnemar, psnr
+from ..metrics import holm, mcnemar
 from ..output import json_text, replacing, write_text
-from .drawing import read_drawings
 from .experiment import Method
 from .flops import row_flops
+from .generation_report import generation_table
+from .judges import Judges
 from .queries import Outcomes, outcomes
 from .reproduce import Reproduction
 from .rows import read_all
 from .statistics import bootstrap
+from .tables import Line, Table, p_value, percent, signed
 
 # Holm-corrected p below which a difference is called one.
 LEVEL = 0.05
-
-
-@dataclass(frozen=True)
-class Line:
-    """One method of a table: its cells, and its place in the plots."""
-
-    title: str
-    cells: list[str]
-    points: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Table:
-    heading: str
-    columns: list[str]
-    lines: list[Line]
-    caption: str
-
-
-def percent(value: Fraction) -> str:
-    return f"{100 * value.value:.2f} ({100 * value.low:.2f} to {100 * value.high:.2f})"
-
-
-def _signed(value: float, low: float, high: float, scale: float = 100) -> str:
-    return f"{scale * value:+.2f} ({scale * low:+.2f} to {scale * high:+.2f})"
-
-
-def _p(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2g}"
 
 
 @dataclass
@@ -99,7 +68,7 @@ def classification_table(job: Reproduction, found: Sequence[Classified]) -> Tabl
     lines = []
     for each, p in zip(found, corrected, strict=True):
         first = each.seeds[0]
-        gap = "-" if each is base else _signed(*bootstrap(each.correct, base.correct))
+        gap = "-" if each is base else signed(*bootstrap(each.correct, base.correct))
         calibrated, _ = first.calibration()
         paper = each.method.paper.get("top-1")
         seed = job.experiment.classify.seeds[0]
@@ -109,7 +78,7 @@ def classification_table(job: Reproduction, found: Sequence[Classified]) -> Tabl
             percent(first.top(1)),
             "-" if paper is None else f"{paper:.2f}",
             gap,
-            _p(p),
+            p_value(p),
             f"{100 * each.correct.mean():.2f}",
             percent(first.top(5)),
             *([f"{100 * first.mean_average_precision():.2f}"] if several else []),
@@ -133,52 +102,7 @@ def classification_table(job: Reproduction, found: Sequence[Classified]) -> Tabl
     return Table("Classification", columns, lines, caption)
 
 
-def _features(job: Reproduction) -> Any:
-    """What turns drawings into features: the digit classifier for digits; nothing else comes with the package."""
-    if job.experiment.data.kind != "digits" or tuple(job.checkpoint.image_shape) != (1, 16, 16):
-        return None
-    model = load_classifier(TINY_DIT)
-    # The kernel is meant for features of order one.
-    scale = model.features(load_digits("validation").images).square().mean().sqrt()
-    return lambda images: model.features(images) / scale
-
-
-@torch.no_grad()
-def generation_table(job: Reproduction) -> Table | None:
-    """What the drawings are like; None while a method has none."""
-    finished = [part for part in job.drawn if part.folder.done() == part.folder.shards]
-    seeds = job.experiment.generate.seeds if job.experiment.generate else ()
-    first = {part.method.title: part for part in finished if part.seed == seeds[0]}
-    base = first.get(job.experiment.methods[0].title)
-    if base is None:
-        return None
-    paths, _ = job.draws()
-    features, channels = _features(job), job.checkpoint.image_shape[0]
-    plain = read_drawings(base.folder.path, paths)[:, :channels]
-    real = torch.stack([job.images.read(i) for i in range(len(paths))]) if features else None
-    distance = KernelDistance(features(real)) if features is not None and len(paths) >= 3 else None
-    lines = []
-    for title, part in first.items():
-        drawn = read_drawings(part.folder.path, paths)[:, :channels]
-        kid = distance.measure(features(drawn)) if distance else Measured(math.nan, math.nan)
-        noise = psnr(drawn, plain)
-        paper = part.method.paper.get("FID")
-        cells = [
-            "-" if math.isnan(kid.value) else f"{kid.value:.3f} +- {1.96 * kid.error:.3f}",
-            "-" if paper is None else f"{paper:.2f}",
-            "-" if part is base else f"{float(noise.mean()):.2f}",
-            str(len(paths)),
-        ]
-        lines.append(Line(title, cells, {"KID": kid.value}))
-    caption = (
-        "KID: in the features of the digit classifier of the package, against the images of the data set, with its "
-        "95 % interval (jackknife). paper FID: of other features and more images, not to be compared with KID. PSNR: "
-        f"mean over drawings, against those of {job.experiment.methods[0].title} from the same noise."
-    )
-    return Table("Generation", ["method", "KID", "paper FID", "PSNR dB", "images"], lines, caption)
-
-
-def not_run(job: Reproduction, found: Sequence[Classified], drawn: Table | None) -> list[str]:
+def not_run(job: Reproduction, drawn: Table | None, missing: Sequence[str]) -> list[str]:
     """In a line each, what the experiment could hold and does not."""
     lines = []
     for part in [*job.classified, *job.drawn]:
@@ -187,8 +111,8 @@ def not_run(job: Reproduction, found: Sequence[Classified], drawn: Table | None)
             lines.append(f"{part.folder.path.relative_to(job.out)}: {left} of {part.folder.shards} shards are left")
     if job.experiment.generate is None:
         lines.append("generation: the experiment asks for none")
-    elif drawn is not None and _features(job) is None:
-        lines.append("KID and FID: no features but those of digits come with the package; the drawings are on disk")
+    elif drawn is not None:
+        lines += missing
     if job.images.captions:
         lines.append("captions: drawings are of the first class of an image, not of its caption")
     return lines
@@ -207,7 +131,7 @@ def _plots(job: Reproduction, tables: Sequence[Table]) -> list[str]:
                 points = [
                     (costs[line.title][cost], line.points[what], line.title)
                     for line in table.lines
-                    if what in line.points and line.title in costs and not math.isnan(line.points[what])
+                    if what in line.points and line.title in costs
                 ]
                 if not points:
                     continue
@@ -268,8 +192,12 @@ def _html(title: str, tables: Sequence[Table], lists: dict[str, list[str]], code
     return "\n".join([*out, f"<h2>Settings</h2><pre>{html.escape(code)}</pre>", ""])
 
 
-def write_report(job: Reproduction) -> Path:
+def write_report(job: Reproduction, judges: Judges | None = None) -> Path:
     """`report.md`, `report.html`, `numbers.json`, `per_class.csv` and the plots; from what is on disk, all or a part.
+
+    Args:
+        job: what was done.
+        judges: of the drawings; None are those that the package brings, see `judges.find_judges`.
 
     Returns:
         The page in Markdown.
@@ -280,12 +208,13 @@ def write_report(job: Reproduction) -> Path:
     found = read_classified(job)
     if not found or found[0].method is not job.experiment.methods[0]:
         raise ValueError(f"out: got {job.out} with nothing finished of {job.experiment.methods[0].title}, expected it")
-    drawn = generation_table(job)
+    judges = judges or job.judges()
+    drawn, missing = generation_table(job, judges)
     tables = [classification_table(job, found), *([drawn] if drawn else [])]
     damaged = sorted({item for part in job.classified for item in part.folder.damaged()})
     left_out = [f"{path}: {reason}" for path, reason in damaged] + list(getattr(job.images, "left_out", ()))
     lists = {
-        "Not run": not_run(job, found, drawn),
+        "Not run": not_run(job, drawn, missing),
         "Left out": left_out,
         "Notes": list(job.experiment.notes),
     }

@@ -23,6 +23,7 @@ from .deciding import digest, machine
 from .drawing import draw_shards
 from .engine import Asking, Engine
 from .experiment import Experiment, Method
+from .judges import Judges, find_judges
 from .latents import CachedLatents
 from .protocols import protocol
 from .rules import Rule, Stages
@@ -203,7 +204,7 @@ class Reproduction:
                 settings = {
                     **self._everywhere,
                     "compression": settings_of(self.compressions[method.title, seed]),
-                    **chosen.model_dump(exclude={"seeds", "limit"}),
+                    **chosen.model_dump(exclude={"seeds", "limit", "protocol"}),
                     "seed": seed,
                     "prompts": digest({"labels": self.draws()[1]}),
                 }
@@ -216,6 +217,28 @@ class Reproduction:
         """Paths of the drawings and the model's label of each: the first of the image's classes."""
         limit = self.experiment.generate.limit if self.experiment.generate else 0
         return self.images.paths[:limit], [labels[0] for labels in self.images.labels[:limit]]
+
+    def texts(self) -> list[str]:
+        """What each drawing is of, in words."""
+        names = getattr(self.images, "prompts", None) or [f"a photo of a {name}" for name in self.images.classes]
+        place = {label: i for i, label in enumerate(self.labels)}
+        return [names[place[label]] for label in self.draws()[1]]
+
+    @property
+    def is_reportable(self) -> bool:
+        """Whether the first method, which others are compared with, has classified all."""
+        first = [part.folder for part in self.classified if part.method is self.experiment.methods[0]]
+        return all(folder.done() == folder.shards for folder in first)
+
+    @property
+    def is_published_view(self) -> bool:
+        """Whether drawings are compared with the data as published."""
+        return self.experiment.generate is not None and self.experiment.generate.protocol == "paper"
+
+    def judges(self, inception: Path | None = None, clip: Path | None = None) -> Judges:
+        """Who looks at the drawings, see `judges.find_judges`."""
+        digits = self.experiment.data.kind == "digits"
+        return find_judges(self.checkpoint.image_shape, digits, inception, clip, self.checkpoint.device)
 
     @property
     def total(self) -> int:

@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from bigain_kernels.cli.main import main
+from bigain_kernels.evaluation.harness.engine import Engine
 from bigain_kernels.evaluation.harness.experiment import load_experiment, presets
 from bigain_kernels.evaluation.harness.report import write_report
 from bigain_kernels.evaluation.harness.reproduce import Reproduction
@@ -84,7 +85,12 @@ def test_a_report_has_what_is_promised(whole) -> None:
     }
     found = json.loads((whole / "numbers.json").read_text())
     assert found["Classification"]["L-GTM"]["GFLOP"] < found["Classification"]["none"]["GFLOP"]
-    assert found["Not run"] == []
+    assert found["Not run"] == ["CLIP score: no model (--clip)"]
+    drawn = found["Generation"]
+    # Drawn from the same noise; the uncompressed ones are what others are compared with.
+    assert {"KID", "FID", "IS", "precision", "recall", "PSNR", "SSIM"} == set(drawn["L-GTM"])
+    assert {"PSNR", "SSIM"} == set(drawn["L-GTM"]) - set(drawn["none"])
+    assert "| FID of 6 |" in text
     assert len(list(whole.glob("generate/none-0/images/*.png"))) == 6
     assert (whole / "per_class.csv").read_text().startswith("method,class,accuracy")
 
@@ -110,6 +116,35 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(config, whole, tm
     write_report(job)
     torch.set_num_threads(threads)
     assert numbers(tmp_path) == numbers(whole)
+
+
+def test_ctrl_c_reports_on_what_is_finished(config, tmp_path, monkeypatch, capsys) -> None:
+    """In the second method: of the first there is a report. In the first: there is none, and nothing breaks."""
+    engine_ask, left = Engine.ask, [4]
+
+    def ask(self, *arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return engine_ask(self, *arguments)
+
+    monkeypatch.setattr(Engine, "ask", ask)
+    threads = torch.get_num_threads()
+    command = ["reproduce", str(config), "--threads", "1", "--out"]
+    assert main([*command, str(tmp_path / "a")]) == 130
+    assert "Report: " in capsys.readouterr().out
+    assert "classify/l-gtm-0: 2 of 3 shards are left" in (tmp_path / "a" / "report.md").read_text()
+    left[0] = 1
+    assert main([*command, str(tmp_path / "b")]) == 130
+    assert not (tmp_path / "b" / "report.md").exists()
+    torch.set_num_threads(threads)
+
+
+def test_clip_and_inception_are_looked_for_before_the_work(config, tmp_path, capsys) -> None:
+    for option in ("--clip", "--inception"):
+        assert main(["reproduce", str(config), "--out", str(tmp_path / "out"), option, str(tmp_path / "no")]) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"bigain: {option[2:]}: got ")
+    assert not list((tmp_path / "out").glob("classify/*/rows/*"))
 
 
 def _start(rank: int, port: int, config: Path, out: Path) -> subprocess.Popen[bytes]:
