@@ -100,6 +100,22 @@ def test_ssim_of_flat_and_of_equal_images() -> None:
     assert float(fidelity.ssim(images, shuffled.view_as(images)).max()) < 0.3
 
 
+def test_no_other_process_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process of a run reports, when the others may have gone."""
+
+    def wait(*arguments: object, **options: object) -> None:
+        raise AssertionError("waits for another process")
+
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for name in ("barrier", "all_gather", "get_world_size"):
+        monkeypatch.setattr(torch.distributed, name, wait)
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0))
+    assert fidelity.FrechetDistance(x).measure(x) == pytest.approx(0.0, abs=1e-6)
+    assert fidelity.inception_score(x).value > 1
+    assert fidelity.ssim(torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)).tolist() == [1.0]
+
+
 @pytest.mark.parametrize(
     ("name", "call"),
     [
