@@ -125,21 +125,26 @@ def test_held_out_images_are_others_and_compared_at_equal_time(tiny, clock, tmp_
         assert row.more.value == pytest.approx(row.rise.value - result.found.rise.value)
 
 
-def test_what_is_not_confirmed_is_said(tiny, clock, tmp_path):
+def test_what_is_not_confirmed_is_said(tiny, clock, tmp_path, monkeypatch):
     job = search_of(tiny, Goal(speed=1.25))
     assert notes(job.run(TurnFile(tmp_path / "one", {})))[0].startswith("Held-out images confirm it: 1.25x was asked")
-    measure = Meter.measure
+    measure, slow = Meter.measure, "held out"
 
-    def slow(self, stage, *rest):
-        clock.slower = 0.1 if stage.startswith("held out") else 0.0
+    def measured(self, stage, *rest):
+        clock.slower = 0.1 if stage.startswith(slow) else 0.0
         return measure(self, stage, *rest)
 
-    job._more.measure = slow.__get__(job._more)
+    monkeypatch.setattr(Meter, "measure", measured)
     result = job.run(TurnFile(tmp_path / "two", {}))
     assert not confirmed(result)
     assert notes(result)[0].startswith("Held-out images do not confirm it: 1.25x was asked for, and they give 1.1")
     assert numbers(result)["confirmed"] is False
     assert "do not confirm" in markdown(result, "Search")
+    assert not any("promised" in note for note in notes(result))
+    slow = "together"
+    result = job.run(TurnFile(tmp_path / "three", {}))
+    assert confirmed(result)
+    assert any("promised 1.2" in note and "together they give 1.1" in note for note in notes(result))
 
 
 def test_a_goal_out_of_reach_names_what_is_in_reach(tiny, clock, tmp_path):

@@ -10,8 +10,11 @@ from ...methods.mixed import parts_of
 from ..metrics import Measured
 from .search import SAME_SPEED, Result
 
-# Standard errors by which two numbers differ more than by chance.
+# Standard errors by which two numbers differ by more than chance.
 _SURE = 2.0
+# Fractions by which a sum is far from the whole.
+_FAR = 0.05
+_FAR_ERROR = 0.25
 
 
 def _pm(value: Measured) -> str:
@@ -40,8 +43,11 @@ def notes(result: Result) -> list[str]:
             "other images would choose better."
         )
     summed, whole = result.predicted[0], verified.value
-    if abs(summed - whole) > max(_SURE * verified.error, 0.25 * abs(whole)):
+    if abs(summed - whole) > max(_SURE * verified.error, _FAR_ERROR * abs(whole)):
         said.append(f"The sum over blocks, {summed:+.2f} %, is far from what they do together, {whole:+.2f} %.")
+    promised, real = result.predicted[1], result.verified[1]
+    if abs(promised / real - 1) > _FAR:
+        said.append(f"The times of single blocks promised {promised:.2f}x, together they give {real:.2f}x.")
     rivals = result.rivals
     if not rivals:
         said.append(f"Nothing that is the same in all blocks is as fast (within {1 - SAME_SPEED:.0%}).")
