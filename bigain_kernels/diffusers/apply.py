@@ -243,7 +243,14 @@ def _apply(model: Any, config: Compression, pipeline: Pipeline, told: TimestepRa
         number = _part_of(resolved, layer) or 0
         part = parts[number]
         needs_source = isinstance(part, MergeConfig) and family.needs_source
-        told_layer = LayerPatch(part, _merge(family, part), needs_source, layer.level, number)
+        told_layer = LayerPatch(
+            part,
+            _merge(family, part),
+            needs_source,
+            layer.level,
+            number,
+            layer.kind == "ff" and family.text_in_mlp(layer),
+        )
         if layer.is_whole:
             wholes[layer.attn] = told_layer
         else:

@@ -44,6 +44,7 @@ class LayerPatch:
             attention's own input (DiT).
         level: its resolution level.
         part: the place of `config` in a `MixedConfig`.
+        has_text: of an MLP, that its tokens are those of attention, text among them.
     """
 
     config: CompressionConfig
@@ -51,6 +52,7 @@ class LayerPatch:
     needs_source: bool
     level: int
     part: int = 0
+    has_text: bool = False
 
 
 def is_perturbed(attn: Any) -> bool:

@@ -51,7 +51,7 @@ def _is_skipped(mlp: Any) -> bool:
 
 
 def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
-    """What merges the (B, tokens, C) input of an MLP, the image's tokens first; None where nothing merges."""
+    """What merges the (B, tokens, C) input of an MLP; None where nothing merges."""
     if _is_skipped(mlp):
         return None
     refuse_hooks(mlp)
@@ -66,12 +66,13 @@ def _step(mlp: Any, context: Context, x: Tensor) -> MergeStep | None:
     if not forward.active or count < config.min_tokens:
         return None
     context = planned(config, context)
-    source = x[:, :count] if context.source is None else context.source
+    inside = (start, stop) if layer.has_text else (0, count)
+    source = x[:, inside[0] : inside[1]] if context.source is None else context.source
     source, ratio = fold(source, context.frames), forward.ratio_at(layer.level)
     plan = plan_of_call(config, context, source, ratio, getattr(mlp, "bigain_block", None))
     if plan is None:
         return None
-    return MergeStep(plan, config.mode, False, (start, stop), (0, count), context.frames, own_keys=False)
+    return MergeStep(plan, config.mode, False, (start, stop), inside, context.frames, own_keys=False)
 
 
 def enter_mlp(mlp: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:

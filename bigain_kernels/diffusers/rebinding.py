@@ -101,6 +101,7 @@ def _sdpa(
 
     mask = None if attn_mask is None else step.reduce_mask(attn_mask)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    query, key = _turn(query), _turn(key)
     return step.attend(_Attending(attend, native), query, key, value, mask).transpose(1, 2)
 
 

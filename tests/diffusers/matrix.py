@@ -155,7 +155,7 @@ def row(name: str) -> dict[str, Shown | str]:
     if name == "unet":
         blocks = Shown("test_layers_of_a_unets_block_share_the_plan_of_its_input", ("",))
         cells |= {"merge attention": AS_DIT, "around the MLP": blocks}
-    if name in ("lumina2", "aura_flow", "cogview4", "hidream", "cogvideox"):
+    if name in ("cogview4", "hidream"):
         cells |= {"around the MLP": NO_MLP}
     if name in ("flux", "sd3", "qwen"):
         cells |= {

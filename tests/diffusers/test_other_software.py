@@ -6,6 +6,7 @@ import inspect
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig, apply_token_compression, families
 from bigain_kernels.diffusers.families import unet
 
+from .family_models import build as build_family
+from .family_models import case_of
 from .models import (
     dit_inputs,
     flux_inputs,
@@ -125,18 +128,22 @@ def text_mask(batch, keys):
 
 
 @pytest.mark.parametrize("modules", [("attn1", "attn2"), ("attn2",)])
-def test_text_masks_reach_cross_attention_whose_queries_merge(modules):
-    masked = {**unet_inputs(), "encoder_attention_mask": text_mask(2, 5)}
+@pytest.mark.parametrize("name", ["unet", "pixart"])
+def test_text_masks_reach_cross_attention_whose_queries_merge(name, modules):
+    fresh = tiny_unet if name == "unet" else partial(build_family, name)
+    plain = unet_inputs() if name == "unet" else case_of(name).inputs(2, (1, 8, 8))
+    masked = {**plain, "encoder_attention_mask": text_mask(2, 5)}
     other = {**masked, "encoder_hidden_states": masked["encoder_hidden_states"].clone()}
     other["encoder_hidden_states"][:, 3:] = 7.0  # masked words
-    model = tiny_unet()
-    apply_token_compression(model, LGTMConfig(modules=modules))
+    model = fresh()
+    report = apply_token_compression(model, LGTMConfig(modules=modules))
+    assert {row.kind for row in report.patched} == set(modules)
     output = run(model, masked)
     assert torch.equal(output, run(model, other))
-    assert not torch.allclose(output, run(model, unet_inputs()), atol=1e-4)
+    assert not torch.allclose(output, run(model, plain), atol=1e-4)
     # At ratio 0 nothing merges, and the mask does what it does uncompressed.
     apply_token_compression(model, LGTMConfig(ratio=0.0, modules=modules))
-    torch.testing.assert_close(run(model, masked), run(tiny_unet(), masked), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(run(model, masked), run(fresh(), masked), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("config", [LGTMConfig(end=0.5), IEKVDConfig(end=0.5)])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from diffusers.models.embeddings import apply_rotary_emb
 from torch import nn
 
 from bigain_kernels import reference
@@ -204,6 +206,32 @@ def test_tokens_of_reference_pictures_behind_the_image_stay_whole():
     wanted = expected("flux2", config, (1, 6, 8), inputs)
     apply_token_compression(model, config)
     torch.testing.assert_close(outputs(model, inputs), wanted, **CLOSE)
+
+
+class ByTorch:
+    """The attention of a single-stream block of Flux by PyTorch's own function."""
+
+    def __call__(self, attn, hidden_states, text=None, attention_mask=None, image_rotary_emb=None):
+        states = (layer(hidden_states).unflatten(-1, (attn.heads, -1)) for layer in (attn.to_q, attn.to_k, attn.to_v))
+        query, key, value = states
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if image_rotary_emb is not None:
+            query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+
+
+def test_processors_that_attend_by_pytorch_are_turned_too():
+    found, inputs = [], case_of("flux_controlnet").inputs(2, (1, 6, 8))
+    for theirs in (False, True):
+        model = build("flux_controlnet")
+        if theirs:
+            for block in model.single_transformer_blocks:
+                block.attn.set_processor(ByTorch())
+        apply_token_compression(model, LGTMConfig(merge="hidden", blocks=(2,)))
+        with torch.no_grad():
+            found.append(model(**inputs, return_dict=False)[1][0])
+    torch.testing.assert_close(*found, **CLOSE)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -81,8 +81,8 @@ class Family(ABC):
             asked for, and how these are called.
         no_mlp: why such blocks have none.
         recommended: what to begin with, or None.
-        mlp: name in a block of the MLP of the image's tokens, which stand first among its own; None where there is no
-            such one.
+        mlp: name in a block of the MLP of the image's tokens, which stand first among its own, or where they do in
+            attention (`text_in_mlp`); None where there is no such one.
         merges: where it can merge tokens, the best first; see `MergeConfig.merge`.
         pools: what it can pool; see `PoolConfig.pool`.
     """
@@ -160,6 +160,10 @@ class Family(ABC):
 
     def text_inside(self, layer: Layer) -> bool:
         """Whether the hidden states of this layer hold text too."""
+        return False
+
+    def text_in_mlp(self, layer: Layer) -> bool:
+        """Whether the tokens of this MLP are all those of attention, with the text in front of the image."""
         return False
 
     def hooks(

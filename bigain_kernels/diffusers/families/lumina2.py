@@ -8,7 +8,7 @@ from diffusers import Lumina2Transformer2DModel
 
 from ..context import Grid
 from ..hooks import Signature
-from .family import Place
+from .family import Layer, Place
 from .layout import latent_grid, one_minus_sigma
 from .rebound import ReboundFamily
 
@@ -20,6 +20,7 @@ class Lumina2(ReboundFamily):
     """
 
     model = Lumina2Transformer2DModel
+    mlp = "feed_forward"
     signature = Signature(hidden_states=0, timestep=1, encoder_attention_mask=3)
     told = one_minus_sigma
     layer_names = r"layers\.\d+\.attn"
@@ -33,3 +34,6 @@ class Lumina2(ReboundFamily):
                 "tokens stand behind the text, and are merged and pooled in one place for all rows"
             )
         return Place(latent_grid(model, call["hidden_states"]), int(lengths[0]))
+
+    def text_in_mlp(self, layer: Layer) -> bool:
+        return True
