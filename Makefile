@@ -4,11 +4,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DOCS_STAMP := $(VENV)/.docs
+RELEASE_STAMP := $(VENV)/.release
 # The oldest Triton that is supported: the machine code of the kernels is looked at with both.
 OLD_TRITON := build/triton-3.6
 CXX_FILES = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-.PHONY: demo test test-slow lint docs sanitize bench gpu format clean help
+.PHONY: demo test test-slow lint docs sanitize wheels hub bench gpu format clean help
 
 help:
 	@echo "make demo      set up .venv, then show what compression costs and gives; tables and pictures in demo/"
@@ -17,6 +18,8 @@ help:
 	@echo "make lint      ruff (lint and format), clang-format and mypy"
 	@echo "make docs      the documentation as a site, in build/site"
 	@echo "make sanitize  the tests of the C++ code under AddressSanitizer and UndefinedBehaviorSanitizer"
+	@echo "make wheels    the source distribution and the wheels, checked, in dist/ (KINDS=\"pure cpu cuda\" chooses)"
+	@echo "make hub       the kernel for the hub, in build/hub (KINDS=\"universal cpu cuda\" chooses)"
 	@echo "make bench     all kernels against eager PyTorch and tomesd; rows and plots in benchmarks/results/"
 	@echo "make gpu       on a machine with a GPU, without .venv: tests, sanitizer, benchmarks; all in gpu/ (TUNE=1, MODELS=1 add parts)"
 	@echo "make format    let ruff and clang-format rewrite the files"
@@ -40,7 +43,7 @@ test test-slow sanitize: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP) $(OLD_TRITON)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --slow no
 
-test-slow: $(STAMP) $(OLD_TRITON)
+test-slow: $(STAMP) $(OLD_TRITON) $(RELEASE_STAMP)
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal --slow only
 
 lint: $(STAMP)
@@ -56,6 +59,16 @@ $(DOCS_STAMP): $(STAMP) docs/requirements.txt
 # The variable silences an advertisement of the theme, which is no warning of ours.
 docs: $(DOCS_STAMP)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+
+$(RELEASE_STAMP): $(STAMP) release/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement release/requirements.txt
+	@touch $@
+
+wheels: $(RELEASE_STAMP)
+	$(BIN)/python -m release.wheels $(KINDS)
+
+hub: $(RELEASE_STAMP)
+	$(BIN)/python -m release.hub $(KINDS)
 
 sanitize: $(STAMP)
 	$(BIN)/python csrc/sanitize.py --numprocesses 2 --dist worksteal

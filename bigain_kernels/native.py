@@ -21,7 +21,7 @@ import torch
 from .declaration import CPP, CUDA, OPS
 
 _FOLDER = Path(__file__).parent
-_LEFT_OUT = "left out with BIGAIN_BUILD_CPU=0"  # begins the reason that setup.py writes then
+_LEFT_OUT = "left out "  # begins the reason that is written where that was wanted
 _SLOW = "ops on CPU tensors run in plain PyTorch, which is slower"
 _NOT_USED = "the CUDA library is not used"
 _REINSTALL = "pip install --force-reinstall --no-deps --no-cache-dir ..."
