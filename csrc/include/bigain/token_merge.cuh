@@ -219,8 +219,11 @@ __global__ void __launch_bounds__(kMergeThreads, kAligned&& std::is_same_v<Norm,
     }
     if (!done || !reads) continue;
     const float total = kWeighted ? whole.weight : static_cast<float>(max(slot.size, 1));
+    [[maybe_unused]] const float inverse = 1.0f / total;
 #pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) whole.sum[k] /= total;
+    for (int k = 0; k < kVector<T>; ++k) {
+      whole.sum[k] = kWeighted ? whole.sum[k] / total : divide(whole.sum[k], total, inverse);
+    }
     if constexpr (kNorm) {
       RawAffine<T> affine;
       affine.template load<kAligned>(norm.affine, b, c, p.channels);
