@@ -138,8 +138,6 @@ LOOPS = {
     r"for \(int begin = first; begin < last": lambda n: n.chunks,
     r"for \(int first = 0, round = 0; first < num_parts": lambda n: 1,
     r"for \(int i = 0; i < count; i \+= kAhead\)": lambda n: 1,
-    # Slots in several parts are rare, as benchmarks/merge_rounds.py counts.
-    r"for \(int i = 1; i < together": lambda n: 0,
 }
 # The share of the rounds of a loop in which what stands between two lines of a file runs, by their beginnings.
 SHARES = {
@@ -148,6 +146,8 @@ SHARES = {
         math.ceil(n.steps_of_tile / 4) / n.steps_of_tile
     ),
     ("bipartite_match.cuh", r"if \(fetch_step == 0\) \{", r"// Rows kStep apart"): lambda n: 1 / n.steps_of_tile,
+    # As are slots of more than 32 members, as benchmarks/merge_rounds.py counts.
+    ("token_merge.cuh", r"if \(any_long\) \{", r"if \(!done \|\| !reads\) continue;"): lambda n: 0,
     # Keys that tie, of which some merge and some do not, are rare.
     ("plan_steps.cuh", r"if \(left == there\) return", r"return \{threshold, found\[3\]\};"): lambda n: 0,
 }

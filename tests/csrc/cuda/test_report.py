@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -39,6 +40,27 @@ def test_streaming_kernels_have_blocks_for_all_multiprocessors(launches):
     streams = [each for each in launches if each.kernel not in ("bipartite_match_kernel", "merge_plan_kernel")]
     assert len(streams) == 6 * len(SMALL)
     assert [each for each in streams if each.blocks < cuda.MULTIPROCESSORS] == []
+
+
+def test_the_predictions_are_of_the_launches_that_there_are(launches):
+    """docs/predictions/cuda.json is made again where a launch changes; docs/performance.md has the command."""
+    rows = json.loads((ROOT / "docs" / "predictions" / "cuda.json").read_text())["rows"]
+    told = [
+        (
+            row["shape"],
+            row["op"],
+            f"{row['kernel']}_kernel",
+            row["programs"],
+            32 * row["warps"],
+            row["config"]["variant"],
+        )
+        for row in rows
+    ]
+    found = [
+        (each.shape.name, each.op, each.kernel, each.blocks, each.threads, each.variant)
+        for each in cuda.record(emulated_library())
+    ]
+    assert told == found
 
 
 def test_ops_run_again_after_launches_were_taken_down(launches, cuda_ops):
