@@ -58,10 +58,11 @@ def measure(isa: str, dtype: str, seconds: float) -> list[dict[str, str]]:
         )
         if not rows.exists():
             raise RuntimeError(f"{isa} {dtype}: {run.stdout[-1000:]}{run.stderr[-2000:]}")
-        if "NOT QUIET" in run.stdout:
+        quiet = "NOT QUIET" not in run.stdout
+        if not quiet:
             print(f"{isa} {dtype}: the machine was not quiet", flush=True)
         with rows.open(newline="") as file:
-            return [{"isa": isa, **row} for row in csv.DictReader(file)]
+            return [{"isa": isa, "quiet": str(quiet), **row} for row in csv.DictReader(file)]
 
 
 def main() -> None:
@@ -76,7 +77,7 @@ def main() -> None:
             if arguments.csv is not None:
                 is_new = not arguments.csv.exists()
                 with arguments.csv.open("a", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
+                    writer = csv.DictWriter(file, rows[0], lineterminator="\n")
                     if is_new:
                         writer.writeheader()
                     writer.writerows(rows)

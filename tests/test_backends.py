@@ -43,6 +43,14 @@ def test_a_named_backend_runs_and_only_inside_the_block(counted):
     assert len(counted) == 1
 
 
+def test_asking_for_a_backend_again_looks_for_nothing(counted, monkeypatch):
+    with bk.use_backend("counted"):
+        pass
+    monkeypatch.setattr(backends.Backend, "find", lambda *_: pytest.fail("looked for an implementation"))
+    with bk.use_backend("counted"):
+        pass
+
+
 def test_use_backend_reaches_compiled_code(counted):
     torch._dynamo.reset()
     compiled = torch.compile(lambda x: bk.laplacian_score(x, (4, 4)), fullgraph=True, backend="aot_eager")

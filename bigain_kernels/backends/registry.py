@@ -61,7 +61,7 @@ def unregister(name: str) -> Backend:
     """
     backend = get(name)
     _backends.pop(name)
-    _found.clear()
+    _forget()
     return backend
 
 
@@ -93,7 +93,7 @@ def registered(backend: Backend) -> Iterator[Backend]:
 def replace(backend: Backend) -> None:
     """Put a backend in the place of the one of its name."""
     _backends[backend.name] = backend
-    _found.clear()
+    _forget()
 
 
 def refuse_outdated_libraries() -> None:
@@ -114,7 +114,19 @@ def order(device: str) -> tuple[str, ...]:
 
 def known_backends() -> list[str]:
     """Names of the backends that implement at least one op in this installation."""
-    return sorted(name for name, backend in _backends.items() if any(backend.find(op) for op in OPS))
+    return list(_known())
+
+
+@functools.cache
+def _known() -> tuple[str, ...]:
+    """`known_backends`; the same until a backend comes or goes. `use_backend` asks at every call."""
+    return tuple(sorted(name for name, backend in _backends.items() if any(backend.find(op) for op in OPS)))
+
+
+def _forget() -> None:
+    """A backend has come or gone: what was found before may not hold any more."""
+    _found.clear()
+    _known.cache_clear()
 
 
 def _candidates(op: str, device: str) -> list[tuple[Backend, Implementation]]:
@@ -148,7 +160,7 @@ def _in_order(op: str, device: str, arguments: tuple[Any, ...]) -> list[tuple[Ba
 
 
 def _check_name(name: str, source: str) -> None:
-    if name in known_backends():
+    if name in _known():
         return
     reason = _backends[name].missing if name in _backends else ""
     cannot = f", which cannot run here ({reason})" if reason else ""

@@ -47,7 +47,8 @@ Tables block_merge_plan(const Tensor& input, int64_t height, int64_t width, int6
   const Plan plan(batch, tokens, tokens - merged * removed);
   const PlanRows rows(plan);
   const float* const scores = score.const_data_ptr<float>();
-  for_each_task(batch, 16 * tokens, [&](int64_t begin, int64_t end) {
+  // Waking a thread takes as long as a small row.
+  for_each_task(batch, 4 * tokens, [&](int64_t begin, int64_t end) {
     std::vector<std::pair<double, int64_t>> order(tiles);  // compares by value, then by tile
     std::vector<int32_t> assign(tokens);
     for (int64_t b = begin; b < end; ++b) {
