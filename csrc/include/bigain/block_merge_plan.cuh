@@ -78,7 +78,10 @@ __global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
   const int width = grid.width, tiles = grid.tiles(), sy = grid.sy, sx = grid.sx, threads = blockDim.x;
   const float* const score = p.score + share.i_b * p.score_stride;
   follow_launches();
+  // To unroll loops over threads, nvcc would divide by their number.
+#pragma unroll 1
   for (int i = threadIdx.x; i < kCounters; i += threads) counters[i] = 0;
+#pragma unroll 1
   for (int tile = threadIdx.x; tile < tile_steps * threads * plan::kOwn; tile += threads) {
     unsigned tile_y = tile;
     const unsigned tile_x = grid.by_tiles_x.take(tile_y);
@@ -89,8 +92,10 @@ __global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
                                                       reinterpret_cast<int*>(totals));
   // Every thread has read all keys; from here on they say whether a tile merges.
   __syncthreads();
+#pragma unroll 1
   for (int tile = threadIdx.x; tile < tiles; tile += threads) keys[tile] = merges(keys[tile], tile);
   __syncthreads();
+#pragma unroll 1
   for (int n = threadIdx.x; n < share.steps * threads * plan::kOwn; n += threads) {
     unsigned row = n;
     const unsigned column = grid.by_width.take(row);
@@ -101,6 +106,7 @@ __global__ void __launch_bounds__(plan::kMostWarps* kWarp, 1)
   }
   __syncthreads();
   Word* const words = reinterpret_cast<Word*>(keys);
+#pragma unroll 1
   for (int n = threadIdx.x; n < share.steps * threads * plan::kOwn; n += threads) words[n] = 0;
   const int num_slots = share.count - static_cast<int>(p.count) * (sy * sx - 1);
   plan::write_tables(assign, words, num_slots, share, tables, totals);
