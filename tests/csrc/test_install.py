@@ -184,7 +184,7 @@ def test_a_build_holds_nothing_of_an_earlier_one(sdist, tmp_path):
 
 def test_the_sdist_holds_what_its_tests_need(sdist):
     """Some of the tests that read files beside the package, run from the sdist itself."""
-    for folder in ("tests", "csrc", "triton_kernels", "benchmarks", "docs"):
+    for folder in ("tests", "csrc", "triton_kernels", "benchmarks", "docs", "release"):
         files = [path.relative_to(ROOT) for path in (ROOT / folder).rglob("*") if path.is_file()]
         kept = [path for path in files if path.suffix not in (".pyc", ".so")]
         assert len(kept) > 0
