@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import util
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from .denoisers import Denoiser, LabelDenoiser, PromptDenoiser, class_conditional, prediction_type
+from .prompts import encode_prompts
 from .strict_loading import (
     BadCheckpoint,
     check_finite,
@@ -63,6 +64,7 @@ class Checkpoint:
         image_shape: (channels, height, width) of its images.
         vae: decodes latents to images; None for models of pixels.
         aliases: further names of classes (ImageNet's have several), with their labels.
+        prompted: of a text-to-image model, the same with other prompts for classes. Holds its text encoder.
     """
 
     denoiser: Denoiser
@@ -70,6 +72,7 @@ class Checkpoint:
     image_shape: tuple[int, int, int]
     vae: Any = None
     aliases: dict[str, int] = field(default_factory=dict)
+    prompted: Callable[[Sequence[str]], Checkpoint] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -134,6 +137,7 @@ def load_checkpoint(
     template: str = "a photo of a {}",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    prompt_cache: Path | None = None,
 ) -> Checkpoint:
     """Load a checkpoint for classifying and generating.
 
@@ -145,6 +149,7 @@ def load_checkpoint(
         class_names: the classes of a text-to-image model; a class-conditional model has its own and ignores them.
         template: prompt of a class of a text-to-image model; `{}` stands for the class name.
         device, dtype: where and in what the model runs.
+        prompt_cache: folder for the embeddings of prompts, see `prompts.encode_prompts`.
 
     Raises:
         FileNotFoundError: `source` looks like a folder and holds no checkpoint, or is no hub id.
@@ -155,9 +160,9 @@ def load_checkpoint(
     if not folder.is_dir():
         if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
             raise FileNotFoundError(f"checkpoint: got {source}, expected a folder or a hub id such as owner/name")
-        return _from_pipeline(str(source), class_names, template, device, dtype)
+        return _from_pipeline(str(source), class_names, template, device, dtype, prompt_cache)
     if (folder / "model_index.json").exists():
-        return _from_pipeline(str(folder), class_names, template, device, dtype)
+        return _from_pipeline(str(folder), class_names, template, device, dtype, prompt_cache)
     return _from_parts(folder, device, dtype)
 
 
@@ -270,7 +275,12 @@ def _loaded_parts(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _from_pipeline(
-    source: str, class_names: Sequence[str], template: str, device: torch.device | str, dtype: torch.dtype
+    source: str,
+    class_names: Sequence[str],
+    template: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    prompt_cache: Path | None,
 ) -> Checkpoint:
     import diffusers
 
@@ -297,10 +307,12 @@ def _from_pipeline(
             check_finite(part, f"{name} of {source}")
     check_scheduler(pipe.scheduler, source)
     with naming(source, "a pipeline whose parts belong together"):
-        return _of_pipeline(pipe, source, class_names, template)
+        return _of_pipeline(pipe, source, class_names, template, prompt_cache)
 
 
-def _of_pipeline(pipe: Any, source: str, class_names: Sequence[str], template: str) -> Checkpoint:
+def _of_pipeline(
+    pipe: Any, source: str, class_names: Sequence[str], template: str, prompt_cache: Path | None
+) -> Checkpoint:
     import diffusers
 
     scheduler = diffusers.DDPMScheduler.from_config(pipe.scheduler.config)
@@ -312,28 +324,34 @@ def _of_pipeline(pipe: Any, source: str, class_names: Sequence[str], template: s
     elif isinstance(getattr(pipe, "unet", None), diffusers.UNet2DConditionModel):
         if not class_names:
             raise BadCheckpoint("class_names: got none, expected the classes a text-to-image model is to tell apart")
-        denoiser = _prompt_denoiser(pipe, scheduler, [template.replace("{}", name) for name in class_names])
+        prompts = [template.replace("{}", name) for name in class_names]
+        denoiser = _prompt_denoiser(pipe, scheduler, prompts, prompt_cache)
         names, aliases = tuple(class_names), {}
     else:
         raise BadCheckpoint(f"checkpoint: got a {type(pipe).__name__}, expected a DiT or Stable Diffusion pipeline")
     channels, height, width = denoiser.sample_shape
     check_vae(pipe.vae, channels, source)
     scale = 2 ** (len(pipe.vae.config.block_out_channels) - 1)
-    return Checkpoint(denoiser, names, (pipe.vae.config.in_channels, height * scale, width * scale), pipe.vae, aliases)
+    shape = (pipe.vae.config.in_channels, height * scale, width * scale)
+    loaded = Checkpoint(denoiser, names, shape, pipe.vae, aliases)
+    if not isinstance(denoiser, PromptDenoiser):
+        return loaded
+
+    def prompted(prompts: Sequence[str]) -> Checkpoint:
+        other = _prompt_denoiser(pipe, scheduler, list(prompts), prompt_cache)
+        return replace(loaded, denoiser=other, class_names=tuple(prompts))
+
+    return replace(loaded, prompted=prompted)
 
 
-@torch.no_grad()
-def _prompt_denoiser(pipe: Any, scheduler: Any, prompts: list[str]) -> PromptDenoiser:
-    device = next(pipe.unet.parameters()).device
-    encoded = pipe.encode_prompt(
-        [*prompts, ""], device=device, num_images_per_prompt=1, do_classifier_free_guidance=False
-    )
-    if pipe.unet.config.addition_embed_type != "text_time":
-        return PromptDenoiser(pipe.unet.eval(), scheduler, encoded[0])
+def _prompt_denoiser(pipe: Any, scheduler: Any, prompts: list[str], cache: Path | None) -> PromptDenoiser:
+    encoded = encode_prompts(pipe, [*prompts, ""], cache)
+    if "pooled" not in encoded:
+        return PromptDenoiser(pipe.unet.eval(), scheduler, encoded["embeddings"])
     # SDXL: pooled embeddings, and the original size, crop corner and target size of an uncropped image.
     side = float(pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1))
     time_ids = torch.tensor([side, side, 0.0, 0.0, side, side])
-    embeddings, pooled = encoded[0], encoded[2]
+    embeddings, pooled = encoded["embeddings"], encoded["pooled"]
     if pipe.config.get("force_zeros_for_empty_prompt", False):
         # Trained with zeros in the place of no prompt, not with the embedding of the empty one.
         embeddings, pooled = (torch.cat([e[:-1], torch.zeros_like(e[-1:])]) for e in (embeddings, pooled))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,6 +132,27 @@ def generate(
             shared plan with a method that builds none.
     """
     config = config or GenerateConfig()
+    batches = generate_batches(
+        denoiser, labels, config, compression=compression, share_plan=share_plan, indices=indices
+    )
+    made = []
+    for batch in batches:
+        made.append(batch)
+        if record is not None:
+            record(batch)
+    return torch.cat(made)
+
+
+def generate_batches(
+    denoiser: Denoiser,
+    labels: torch.Tensor,
+    config: GenerateConfig,
+    *,
+    compression: Any = None,
+    share_plan: bool = False,
+    indices: Sequence[int] | None = None,
+) -> Iterator[torch.Tensor]:
+    """What `generate` makes, batch by batch: no more than one is in memory. Arguments and errors are those of it."""
     if labels.numel() == 0 or int(labels.min()) < 0 or int(labels.max()) >= denoiser.num_classes:
         raise ValueError(f"labels: got {labels.tolist()}, expected classes from 0 to {denoiser.num_classes - 1}")
     chosen = list(range(labels.numel())) if indices is None else list(indices)
@@ -143,14 +164,10 @@ def generate(
     if share_plan:
         paired = with_shared_plan(compression, 2)
         compression = paired if config.guidance != 1.0 else compression
-    batches = []
     with compressed(denoiser, compression):
         for first in range(0, len(chosen), config.batch_size):
             part = slice(first, first + config.batch_size)
-            batches.append(_generate_batch(denoiser, labels[part], chosen[part], config))
-            if record is not None:
-                record(batches[-1])
-    return torch.cat(batches)
+            yield _generate_batch(denoiser, labels[part], chosen[part], config)
 
 
 def to_pixels(images: torch.Tensor) -> np.ndarray:

@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import bigain_kernels
+from bigain_kernels.cli import generate as generate_command
 from bigain_kernels.cli.main import BAD_INPUT, INTERRUPTED, main, make_app
 from bigain_kernels.evaluation import demo
 from bigain_kernels.evaluation import generate as generation
@@ -248,6 +249,53 @@ def test_interrupted_generation_keeps_finished_images(tmp_path: Path, monkeypatc
     assert _bigain("generate", "--images", 6, "--batch-size", 2, "--steps", 1, "--out", tmp_path) == 130
     assert len(list((tmp_path / "samples").iterdir())) == 4
     assert (tmp_path / "grid.png").exists()
+
+
+def test_generation_holds_one_batch_and_a_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(generate_command, "_MOST_IN_GRID", 3)
+    grids = []
+    monkeypatch.setattr(generation, "save_grid", lambda images, *_: grids.append(len(images)))
+    monkeypatch.setattr(generation, "generate", None)  # which returns all
+    assert _bigain("generate", "--images", 6, "--batch-size", 2, "--steps", 1, "--out", tmp_path) == 0
+    assert grids == [3]
+    assert len(list((tmp_path / "samples").iterdir())) == 6
+
+
+def test_prompts_of_a_file_are_drawn_and_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image depends on its name and the seed, not on its place; a killed run goes on; others' files are left."""
+    file = tmp_path / "prompts.csv"
+    file.write_text("path,prompt\n" + "".join(f"val/{i}.jpg,{i % 10}\n" for i in range(4)))
+    options = ["generate", "--prompts", file, "--steps", 2, "--batch-size", 2, "--scheduler", "EulerDiscreteScheduler"]
+    assert _bigain(*options, "--out", tmp_path / "a") == 0
+
+    def images(out: str) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in sorted((tmp_path / out / "images" / "val").iterdir())}
+
+    assert list(images("a")) == ["0.png", "1.png", "2.png", "3.png"]
+    noise, calls = generation.seeded_noise, []
+
+    def stop_at_the_second(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return noise(*arguments)
+
+    monkeypatch.setattr(generation, "seeded_noise", stop_at_the_second)
+    assert _bigain(*options, "--out", tmp_path / "b") == 130
+    assert list(images("b")) == ["0.png", "1.png"]
+    assert _bigain(*options, "--out", tmp_path / "b") == 0
+    assert images("b") == images("a")
+    assert len(calls) == 3
+    assert _bigain(*options, "--out", tmp_path / "b", "--seed", 1) == 2
+    assert "seed 0 there and 1 now" in capsys.readouterr().err
+    assert _bigain(*options, "--out", tmp_path) == 2
+    assert "with files in it" in capsys.readouterr().err
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[3], lines[4]]))
+    assert _bigain(*options, "--out", tmp_path / "c") == 0
+    assert images("c") == {name: images("a")[name] for name in ("2.png", "3.png")}
 
 
 def test_train_tiny_writes_a_checkpoint(

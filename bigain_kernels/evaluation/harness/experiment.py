@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from ...methods import CompressionConfig
 from ...methods.registry import make_config, options_of
+from .rule_options import RuleOptions
 
 
 class _Strict(BaseModel):
@@ -68,7 +69,9 @@ class Classification(_Strict):
 
     Attributes:
         protocol: "paper" or "ours".
-        stages: (samples, keep) pairs.
+        stages: (samples, keep) pairs, scored as the protocol does.
+        rule: in the place of stages: "stages", "halving", "racing" or "groups" as its `kind`, with its parameters, see
+            `rule_options`.
         timesteps: of the samples in turn.
         seeds: of the noise; every method runs once with each.
         shard: images that a process does between two writes.
@@ -78,11 +81,18 @@ class Classification(_Strict):
 
     protocol: Literal["paper", "ours"] = "paper"
     stages: tuple[tuple[int, int], ...] | None = None
+    rule: RuleOptions | None = None
     timesteps: tuple[int, ...] | None = None
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     shard: int = Field(16, ge=1)
     batch_size: int | None = Field(None, ge=1)
     half_errors: bool = False
+
+    @model_validator(mode="after")
+    def _has_one_rule(self) -> Classification:
+        if self.stages is not None and self.rule is not None:
+            raise ValueError("stages and rule are both given, expected one of them")
+        return self
 
 
 class Generation(_Strict):

@@ -113,8 +113,6 @@ def not_run(job: Reproduction, drawn: Table | None, missing: Sequence[str]) -> l
         lines.append("generation: the experiment asks for none")
     elif drawn is not None:
         lines += missing
-    if job.images.captions:
-        lines.append("captions: drawings are of the first class of an image, not of its caption")
     return lines
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -90,6 +90,9 @@ class Reproduction:
         self.checkpoint = self._load(data, device)
         self.images, labels = self._bind(data)
         self.labels = tuple(labels)
+        self.drawer, self._captions = self._captioned()
+        # It holds the text encoder, which is done.
+        self.checkpoint, self.drawer = (replace(each, prompted=None) for each in (self.checkpoint, self.drawer))
         chosen = experiment.classify
         classes = len(labels)
         self.compressions = {
@@ -98,12 +101,15 @@ class Reproduction:
             for seed in {*chosen.seeds, *(experiment.generate.seeds if experiment.generate else ())}
         }
         base = protocol(chosen.protocol, classes, half_errors=chosen.half_errors)
-        stages: Rule = base.rule
+        self.timesteps, self.transform = chosen.timesteps or base.timesteps, base.transform
+        self.rule: Rule = base.rule
         if chosen.stages is not None:
             assert isinstance(base.rule, Stages)
-            stages = Stages(chosen.stages, base.rule.score)
-        stages.check(classes)
-        self.rule, self.timesteps, self.transform = stages, chosen.timesteps or base.timesteps, base.transform
+            self.rule = Stages(chosen.stages, base.rule.score)
+        elif chosen.rule is not None:
+            names = [*zip(self.images.classes, getattr(self.images, "keys", None) or self.images.classes, strict=True)]
+            self.rule = chosen.rule.make(names, len(self.timesteps))
+        self.rule.check(classes)
         self._weights = self.checkpoint.fingerprint()
         self._everywhere = {
             "weights": self._weights,
@@ -120,10 +126,12 @@ class Reproduction:
     def _claim(self, written: dict[str, Any]) -> None:
         """Keeps experiments apart: the folder is new, empty or that of this one."""
         file = self.out / _FILE
+        others = self.out.exists() and any(not path.name.startswith(".") for path in self.out.iterdir())
+        # Looked for after the others: a process that began at the same moment writes it first of all.
         if file.exists():
             if json.loads(file.read_text(encoding="utf-8")) != written:
                 raise ValueError(f"out: got {self.out} with another experiment, expected another folder or the same")
-        elif self.out.exists() and any(self.out.iterdir()):
+        elif others:
             raise ValueError(f"out: got {self.out} with files in it, expected an empty folder or one of this command")
         else:
             write_text(file, json.dumps(written, indent=2) + "\n")
@@ -145,6 +153,7 @@ class Reproduction:
             template="{}",
             device=device,
             dtype=getattr(torch, self.experiment.dtype),
+            prompt_cache=self.out / "prompts",
         )
 
     def _bind(self, data: DataSet | None) -> tuple[Any, Sequence[int]]:
@@ -162,6 +171,20 @@ class Reproduction:
             labels = [self.checkpoint.label_of(key, "data") for key in data.keys]
         transform = protocol(self.experiment.classify.protocol, len(labels)).transform
         return data.first(limit).bound(labels, self.checkpoint.image_shape, transform), labels
+
+    def _captioned(self) -> tuple[Checkpoint, tuple[str, ...]]:
+        """What draws: the model with the captions of the images as its prompts, where both are there, or as it is."""
+        paths = self.images.paths[: self.experiment.generate.limit] if self.experiment.generate else ()
+        captions = self.images.captions
+        if self.checkpoint.prompted is None or not paths or not captions:
+            return self.checkpoint, ()
+        missing = [path for path in paths if path not in captions]
+        if missing:
+            raise ValueError(
+                f"data: got no caption of {missing[0]} and {len(missing) - 1} others, expected one of each"
+            )
+        texts = tuple(dict.fromkeys(captions[path] for path in paths))
+        return self.checkpoint.prompted(texts), texts
 
     def asking(self, method: Method, seed: int) -> Asking:
         chosen = self.experiment.classify
@@ -199,10 +222,12 @@ class Reproduction:
         if chosen is None:
             return []
         found = []
+        weights = self.drawer.fingerprint() if self._captions else self._weights
         for method in self.experiment.methods:
             for seed in chosen.seeds:
                 settings = {
                     **self._everywhere,
+                    "weights": weights,
                     "compression": settings_of(self.compressions[method.title, seed]),
                     **chosen.model_dump(exclude={"seeds", "limit", "protocol"}),
                     "seed": seed,
@@ -214,12 +239,18 @@ class Reproduction:
         return found
 
     def draws(self) -> tuple[tuple[str, ...], list[int]]:
-        """Paths of the drawings and the model's label of each: the first of the image's classes."""
+        """Paths of the drawings and the label that `drawer` has for each: of its caption, or of its first class."""
         limit = self.experiment.generate.limit if self.experiment.generate else 0
-        return self.images.paths[:limit], [labels[0] for labels in self.images.labels[:limit]]
+        paths = self.images.paths[:limit]
+        if self._captions:
+            place = {text: i for i, text in enumerate(self._captions)}
+            return paths, [place[self.images.captions[path]] for path in paths]
+        return paths, [labels[0] for labels in self.images.labels[:limit]]
 
     def texts(self) -> list[str]:
         """What each drawing is of, in words."""
+        if self._captions:
+            return [self._captions[label] for label in self.draws()[1]]
         names = getattr(self.images, "prompts", None) or [f"a photo of a {name}" for name in self.images.classes]
         place = {label: i for i, label in enumerate(self.labels)}
         return [names[place[label]] for label in self.draws()[1]]
@@ -284,7 +315,7 @@ class Reproduction:
                 part.folder,
                 paths,
                 labels,
-                self.checkpoint,
+                self.drawer,
                 config,
                 self.compressions[part.method.title, part.seed],
                 rank=rank,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bigain_kernels.evaluation.harness.experiment import load_experiment, presets
+from bigain_kernels.evaluation.harness.rules import Groups, Racing, SequentialHalving, Stages
 from bigain_kernels.methods import IEKVDConfig, LGTMConfig
 
 PAPER = {
@@ -67,6 +68,52 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, text: str, message: str) -
     with pytest.raises(ValueError, match=f"^config: got .*{message}") as caught:
         load_experiment(str(path))
     assert "\n" not in str(caught.value)
+
+
+RULES = {
+    "{kind: stages, stages: [[2, 2], [4, 1]], metric: l1}": Stages(((2, 2), (4, 1)), "mean", "l1"),
+    "{kind: halving, budget: 200}": SequentialHalving(200, 4),
+    "{kind: racing, most: 9, error: 0.01, unit: 2}": Racing(9, 0.01, 2),
+    "{kind: groups, groups: [[a, n2], [c]], samples: 1, keep: 1, stages: [[4, 1]]}": Groups(
+        (0, 0, 1), 1, 1, 1, Stages(((4, 1),))
+    ),
+}
+
+
+def _with_rule(text: str) -> str:
+    return f"name: x\ncheckpoint: t\ndata: {{kind: digits}}\nmethods: [{{title: a}}]\nclassify: {{rule: {text}}}"
+
+
+@pytest.mark.parametrize("text", RULES)
+def test_rules_are_written_by_name(tmp_path, text: str) -> None:
+    (tmp_path / "x.yaml").write_text(_with_rule(text))
+    options = load_experiment(str(tmp_path / "x.yaml")).classify.rule
+    assert options.make([("a", "n1"), ("b", "n2"), ("c", "n3")], 4) == RULES[text]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{kind: guessing}", "rule.*kind"),
+        ("{kind: racing, most: 9, budget: 3}", "rule.racing.budget: Extra inputs"),
+        ("{kind: halving}", "rule.halving.budget: Field required"),
+        ("{kind: stages, stages: [[1, 1]], metric: l3}", "rule.stages.metric"),
+        ("{kind: racing, most: 9}, stages: [[1, 1]]", "stages and rule are both given"),
+    ],
+)
+def test_rules_that_are_none_are_refused(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(_with_rule(text))
+    with pytest.raises(ValueError, match=f"^config: got .*classify.*{message}"):
+        load_experiment(str(tmp_path / "x.yaml"))
+
+
+@pytest.mark.parametrize("groups", ["[[a]]", "[[a, b], [a]]", "[[a, b, x]]"])
+def test_groups_hold_each_class_once(tmp_path, groups: str) -> None:
+    text = f"{{kind: groups, groups: {groups}, samples: 1, keep: 1, stages: [[4, 1]]}}"
+    (tmp_path / "x.yaml").write_text(_with_rule(text))
+    options = load_experiment(str(tmp_path / "x.yaml")).classify.rule
+    with pytest.raises(ValueError, match=r"^groups: got .*(once|one of the data set)"):
+        options.make([("a",), ("b",)], 4)
 
 
 def test_values_can_be_changed_by_name(tmp_path) -> None:

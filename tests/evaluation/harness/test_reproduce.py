@@ -22,6 +22,7 @@ from bigain_kernels.evaluation.harness.engine import Engine
 from bigain_kernels.evaluation.harness.experiment import load_experiment, presets
 from bigain_kernels.evaluation.harness.report import write_report
 from bigain_kernels.evaluation.harness.reproduce import Reproduction
+from bigain_kernels.evaluation.harness.rows import read_all
 
 from ...compat.test_clients import folder_of_a_pipeline
 from ..toys import save_latent_dit
@@ -118,6 +119,31 @@ def test_an_interrupted_experiment_goes_on_to_the_same_numbers(config, whole, tm
     assert numbers(tmp_path) == numbers(whole)
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"kind": "racing", "most": 3, "error": 0.2},
+        {"kind": "halving", "budget": 160},
+        {
+            **{"kind": "groups", "groups": [["0", "1", "2", "3", "4"], ["5", "6", "7", "8", "9"]]},
+            **{"representatives": 2, "samples": 1, "keep": 1, "stages": [[2, 1]]},
+        },
+    ],
+    ids=lambda rule: rule["kind"],
+)
+def test_experiments_follow_their_rule(tmp_path, rule: dict[str, Any]) -> None:
+    """The rule decides what is asked, and again from the rows on disk."""
+    data = SMALL | {"data": {"kind": "digits", "limit": 4}, "methods": [{"title": "none"}], "generate": None}
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(data | {"classify": {"protocol": "ours", "rule": rule}}))
+    job = Reproduction(load_experiment(str(tmp_path / "x.yaml")), tmp_path / "out", torch.device("cpu"))
+    job.run()
+    assert f"kind: {type(job.rule).__name__}" in write_report(job).read_text()
+    # Whoever is behind is asked no more: fewer rows than all classes at the most samples that anyone got.
+    for _, _, errors, _ in read_all([job.classified[0].folder.path]):
+        assert job.rule.standing(errors).question is None
+        assert 0 < errors.asked.sum() < errors.samples * 10
+
+
 def test_ctrl_c_reports_on_what_is_finished(config, tmp_path, monkeypatch, capsys) -> None:
     """In the second method: of the first there is a report. In the first: there is none, and nothing breaks."""
     engine_ask, left = Engine.ask, [4]
@@ -147,7 +173,13 @@ def test_clip_and_inception_are_looked_for_before_the_work(config, tmp_path, cap
     assert not list((tmp_path / "out").glob("classify/*/rows/*"))
 
 
-def _start(rank: int, port: int, config: Path, out: Path) -> subprocess.Popen[bytes]:
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def start_member(rank: int, port: int, config: Path | str, out: Path) -> subprocess.Popen[bytes]:
     environment = os.environ | {
         **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"},
         **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
@@ -158,13 +190,9 @@ def _start(rank: int, port: int, config: Path, out: Path) -> subprocess.Popen[by
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_two_processes_have_the_numbers_of_one(config, whole, tmp_path, killed: bool) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     out = tmp_path / "out"
-    # Each finds a folder that the other has begun.
-    Reproduction(load_experiment(str(config)), out, torch.device("cpu"))
-    workers = [_start(rank, port, config, out) for rank in range(2)]
+    workers = [start_member(rank, port, config, out) for rank in range(2)]
     try:
         if killed:
             deadline = time.monotonic() + 200
@@ -234,5 +262,11 @@ def test_random_pipelines_go_through_every_preset(name: str, pipelines, tmp_path
         for value in method.paper.values():
             assert f"| {value:.2f} |" in text
     assert ("mAP" in text) == (name == "sd2-coco")
+    if name == "sd2-coco":
+        # Drawn from the caption, and classified by the names of the classes.
+        assert job.texts() == ["A dog."]
+        assert job.drawer.class_names == ("A dog.",)
+        assert job.checkpoint.denoiser.num_classes == 3
+        assert "caption" not in text
     # Encoded once for all methods.
     assert len(list((tmp_path / "out" / "latents").rglob("*.safetensors"))) == 1
