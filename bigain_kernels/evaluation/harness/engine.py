@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from types import TracebackType
 from typing import NamedTuple
@@ -62,6 +63,7 @@ class Asking:
         classes: labels that are asked about; None is all.
         plans: where merge plans come from, see `kept_plans.PLANS`.
         half_errors: round each error to 11 bits, as a mean in float16 is.
+        half_schedule: round the noise schedule to 11 bits, as the published code does with its float16 models.
     """
 
     rule: Rule
@@ -71,6 +73,7 @@ class Asking:
     classes: tuple[int, ...] | None = None
     plans: str = "own"
     half_errors: bool = False
+    half_schedule: bool = False
 
 
 def check_timesteps(timesteps: Sequence[int], steps: int | None = None) -> None:
@@ -106,6 +109,10 @@ class Engine:
         asking.rule.check(len(self.classes))
         self.denoiser, self.asking = denoiser, asking
         self.batch_size = asking.batch_size or default_batch(denoiser.sample_shape)
+        self._scheduler = denoiser.scheduler
+        if asking.half_schedule:
+            self._scheduler = copy(denoiser.scheduler)
+            self._scheduler.alphas_cumprod = denoiser.scheduler.alphas_cumprod.half().float()
         self._book = PlanBook()
         self._compression = with_kept_plans(compression, asking.plans, self._book)
         if asking.plans == "mean" and self.batch_size < len(self.classes):
@@ -146,6 +153,7 @@ class Engine:
         self.check_images(clean)
         if len(keys) != len(clean):
             raise ValueError(f"indices: got {len(keys)}, expected one for each of the {len(clean)} images")
+        self._book.restart((self.asking.seed, *keys[:1]))
         found = [ImageErrors.empty(self.classes) for _ in keys]
         open_images = list(range(len(keys)))
         while open_images:
@@ -189,7 +197,7 @@ class Engine:
         """(3, P, k) errors of the classes `labels` (P, k) for `clean` (P, C, H, W) and `noise`."""
         self._book.rows = rows = len(labels)
         t = torch.full((rows,), timestep, device=clean.device)
-        noisy, target = diffuse(self.denoiser.scheduler, clean, noise, t)
+        noisy, target = diffuse(self._scheduler, clean, noise, t)
         if self.asking.plans == "null":
             with self._book.recording():
                 self.denoiser(noisy, t, torch.full_like(t, self.denoiser.num_classes))

@@ -53,7 +53,7 @@ class Method(_Strict):
     title: str = Field(min_length=1)
     method: str = "none"
     options: dict[str, Any] = Field(default_factory=dict)
-    plans: Literal["own", "mean", "null"] | None = None
+    plans: Literal["own", "mean", "null", "published"] | None = None
     paper: dict[Literal["top-1", "FID"], float] = Field(default_factory=dict)
 
     def compression(self, seed: int) -> CompressionConfig | None:
@@ -77,6 +77,7 @@ class Classification(_Strict):
         shard: images that a process does between two writes.
         batch_size: rows of a forward pass.
         half_errors: round errors to float16, as the published code does.
+        half_schedule: round the noise schedule to float16, as it does too.
     """
 
     protocol: Literal["paper", "ours"] = "paper"
@@ -87,6 +88,7 @@ class Classification(_Strict):
     shard: int = Field(16, ge=1)
     batch_size: int | None = Field(None, ge=1)
     half_errors: bool = False
+    half_schedule: bool = False
 
     @model_validator(mode="after")
     def _has_one_rule(self) -> Classification:

@@ -11,8 +11,11 @@ from contextlib import contextmanager
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
 
+from ...compat.published import published_lgtm_plan, published_tome_plan
 from ...methods import MergeConfig
 from ...methods.mixed import Compression
 from ...plan import MergePlan
@@ -20,7 +23,8 @@ from ..compression import each_merging
 
 # own: every row plans for itself. mean: the classes of a batch plan from their mean. null: what the null prompt plans
 # is used by all classes, in as many batches as they need.
-PLANS = ("own", "mean", "null")
+# published: by the rules of the published code, ToMe's random pattern once for a batch from a generator that moves on.
+PLANS = ("own", "mean", "null", "published")
 
 
 class PlanBook:
@@ -28,10 +32,12 @@ class PlanBook:
 
     Attributes:
         rows: P, rows of images and noise samples in a batch of k * P rows, class by class.
+        generator: of random plans that are drawn call by call, see `restart`.
     """
 
     def __init__(self) -> None:
         self.rows: int | None = None
+        self.generator = torch.Generator()
         self._plans: list[MergePlan] = []
         self._next: int | None = None
 
@@ -41,6 +47,10 @@ class PlanBook:
         self._plans, self._next = [], None
         yield
         self._next = 0
+
+    def restart(self, key: tuple[int, ...]) -> None:
+        """Random plans begin anew, with those of `key`: what is asked next depends on nothing that was asked before."""
+        self.generator.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
 
     def rewind(self) -> None:
         """The next forward pass uses the plans from the first on."""
@@ -85,7 +95,38 @@ def with_kept_plans(compression: Compression | None, plans: str, book: PlanBook)
         raise ValueError(f"plans: got {plans!r}, expected one of {list(PLANS)}")
     if plans == "own":
         return compression
+    if plans == "published":
+        return each_merging(compression, lambda part: _published(part, book))
     return each_merging(compression, lambda part: _kept(part, plans, book))
+
+
+def _published(config: MergeConfig, book: PlanBook) -> MergeConfig:
+    """`config` with the plans of the published code, which knows no window and no shared plans."""
+    if (
+        config.method not in ("tome", "lgtm")
+        or config.share_plan is not None
+        or getattr(config, "window", None) is not None
+    ):
+        raise ValueError(
+            f"plans: got 'published' with {config}, expected tome or lgtm with no window and no share_plan"
+        )
+
+    def plan(self: Any, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None = None) -> MergePlan:
+        if config.method == "lgtm":
+            return published_lgtm_plan(x, grid, ratio, self.stride)
+        return published_tome_plan(x, grid, ratio, self.stride, book.generator)
+
+    return _with_plan(config, plan)
+
+
+def _with_plan(config: MergeConfig, plan: Any) -> MergeConfig:
+    """A copy of `config` with another `plan`."""
+    # A class of its own, not a function in its place: configs are frozen, and are copied by their class.
+    base: type[MergeConfig] = type(config)
+    kept: Any = type(base.__name__, (base,), {"plan": plan})
+    options = {name: getattr(config, name) for name in (field.name for field in fields(config))}
+    made: MergeConfig = kept(**{**options, "share_plan": None})
+    return made
 
 
 def _kept(config: MergeConfig, plans: str, book: PlanBook) -> MergeConfig:
@@ -100,8 +141,4 @@ def _kept(config: MergeConfig, plans: str, book: PlanBook) -> MergeConfig:
         assert book.rows is not None
         return base.plan(replace(self, share_plan=x.shape[0] // book.rows), x, grid, ratio, timestep)
 
-    # A class of its own, not a function in its place: configs are frozen, and are copied by their class.
-    kept: Any = type(base.__name__, (base,), {"plan": plan})
-    options = {name: getattr(config, name) for name in (field.name for field in fields(config))}
-    made: MergeConfig = kept(**{**options, "share_plan": None})
-    return made
+    return _with_plan(config, plan)

@@ -198,6 +198,7 @@ class Reproduction:
             self.labels,
             method.plans or base.plans,
             base.half_errors,
+            chosen.half_schedule,
         )
 
     def _classification(self, method: Method, seed: int) -> Part:
@@ -211,6 +212,7 @@ class Reproduction:
             "seed": seed,
             "plans": asking.plans,
             "half_errors": asking.half_errors,
+            "half_schedule": asking.half_schedule,
             "batch_size": chosen.batch_size,
             "shard": chosen.shard,
         }

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from bigain_kernels.diffusers import LGTMConfig, ToMeConfig
+from bigain_kernels.compat import published
+from bigain_kernels.diffusers import ABMConfig, LGTMConfig, ToMeConfig
 from bigain_kernels.evaluation.classify import Classifier, ClassifierConfig, classify
 from bigain_kernels.evaluation.harness import engine as engine_module
 from bigain_kernels.evaluation.harness.engine import Asking, Engine, default_batch
 from bigain_kernels.evaluation.harness.rules import Stages
+from bigain_kernels.evaluation.noise import seeded_noise
 from bigain_kernels.methods import lgtm
 
 from ..toys import SHAPE, PrototypeDenoiser
@@ -111,6 +113,53 @@ def test_the_default_batch_fits_the_size_of_samples() -> None:
     assert default_batch((4, 64, 64)) == 20
     assert default_batch((4, 128, 128)) == 5
     assert default_batch((4, 1024, 1024)) == 1
+
+
+def test_published_plans_are_one_pattern_for_a_batch_and_begin_anew(monkeypatch, tiny, digits) -> None:
+    original, patterns = published.pattern_destinations, []
+
+    def looking(x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        found = original(x, *rest)
+        assert torch.equal(found, found[:1].expand_as(found))
+        patterns.append(found[0].tolist())
+        return found
+
+    monkeypatch.setattr(published, "pattern_destinations", looking)
+    config, clean = ToMeConfig(ratio=0.5), digits.images[:2]
+    first = ask(tiny.denoiser, clean, config, plans="published")
+    assert len({tuple(pattern) for pattern in patterns}) > len(patterns) / 2
+    once = list(patterns)
+    patterns.clear()
+    with Engine(tiny.denoiser, Asking(RULE, (350, 150), plans="published"), config) as engine:
+        for _ in range(2):
+            again = np.stack([found.values for found in engine.ask(clean, range(2))])
+            np.testing.assert_array_equal(again, first)
+    assert patterns == 2 * once
+    assert not np.array_equal(first, ask(tiny.denoiser, clean, config), equal_nan=True)
+
+
+def test_published_lgtm_has_the_destinations_of_its_code(tiny, digits) -> None:
+    config, clean = LGTMConfig(ratio=0.5), digits.images[:2]
+    assert not np.array_equal(
+        ask(tiny.denoiser, clean, config, plans="published"), ask(tiny.denoiser, clean, config), equal_nan=True
+    )
+    for wrong in (LGTMConfig(ratio=0.5, window=1), ABMConfig(ratio=0.5)):
+        with pytest.raises(ValueError, match=r"^plans: got 'published'"):
+            ask(tiny.denoiser, clean, wrong, plans="published")
+
+
+def test_half_schedule_has_eleven_bits() -> None:
+    denoiser = PrototypeDenoiser(4)
+    clean = torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(0))
+    exact = denoiser.scheduler.alphas_cumprod.clone()
+    ask(denoiser, clean, half_schedule=True)
+    noisy, t, _ = denoiser.calls[0]
+    alpha = exact[t[0]].half().float()
+    assert alpha != exact[t[0]]
+    noise = seeded_noise([(0, 0, 0)], SHAPE)
+    assert torch.equal(noisy[:1], alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
+    # The model keeps the schedule that it has.
+    assert torch.equal(denoiser.scheduler.alphas_cumprod, exact)
 
 
 def test_half_errors_have_eleven_bits() -> None:
