@@ -344,7 +344,7 @@ def _of_pipeline(
     return replace(loaded, prompted=prompted)
 
 
-def _prompt_denoiser(pipe: Any, scheduler: Any, prompts: list[str], cache: Path | None) -> PromptDenoiser:
+def _prompt_denoiser(pipe: Any, scheduler: Any, prompts: list[str], cache: Path | None = None) -> PromptDenoiser:
     encoded = encode_prompts(pipe, [*prompts, ""], cache)
     if "pooled" not in encoded:
         return PromptDenoiser(pipe.unet.eval(), scheduler, encoded["embeddings"])
