@@ -88,6 +88,15 @@ def test_the_ptx_runs_on_all_that_comes_later(archs, ptx):
     assert found == " ".join([*expected, *([f"-gencode arch=compute_{ptx},code=compute_{ptx}"] if ptx else [])])
 
 
+@pytest.mark.parametrize("device", [80, 86, 87, 89, 90, 100, 103, 110, 120, 121])
+def test_the_default_build_runs_on_every_gpu_from_sm_80_on(device):
+    """Code runs within its major version, from its minor one on, PTX on whatever is not older than it."""
+    found = build_cuda.targets(build_cuda.architectures(build_cuda.DEFAULT_ARCHS))
+    code = [int(arch) for arch in re.findall(r"code=sm_(\d+)\b", found)]
+    ptx = [int(arch) for arch in re.findall(r"code=compute_(\d+)\b", found)]
+    assert any(arch // 10 == device // 10 and arch <= device for arch in code) or min(ptx) <= device
+
+
 @pytest.mark.parametrize(
     ("compiler", "expected"),
     [
