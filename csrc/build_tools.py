@@ -105,7 +105,14 @@ def torch_of(python: str) -> str:
     visible = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONNOUSERSITE")}
     try:
         done = subprocess.run(
-            [python, "-I", "-c", FIND_TORCH], env=visible, capture_output=True, text=True, timeout=60, check=False
+            # Not in this folder, which Python would look through first.
+            [python, "-c", FIND_TORCH],
+            cwd=os.sep,
+            env=visible,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
     except (OSError, subprocess.TimeoutExpired):
         return ""

@@ -152,12 +152,13 @@ def isolated(monkeypatch, tmp_path):
 
 def python_with_torch(path: Path, folder: Path) -> Path:
     """What answers as a Python does that is started by itself, and not as one that the variables of a build mislead."""
-    return script(path, f'[ -n "$PYTHONPATH" ] || [ "$1" != -I ] || echo "{folder}"')
+    return script(path, f'[ -n "$PYTHONPATH$PYTHONNOUSERSITE" ] || echo "{folder}"')
 
 
 def test_an_isolated_build_finds_the_torch_of_the_active_environment(isolated, monkeypatch, tmp_path):
     """uv and `python -m build` put their own Python in front of PATH, pip runs that of the environment."""
     monkeypatch.setenv("PYTHONPATH", "/what/isolates/the/build")
+    monkeypatch.setenv("PYTHONNOUSERSITE", "1")
     assert build_tools.locate_torch() == ""
     python_with_torch(isolated / "python3", tmp_path / "its torch")
     assert build_tools.locate_torch() == str(tmp_path / "its torch")
