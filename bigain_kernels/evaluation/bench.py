@@ -121,7 +121,7 @@ def bench(
             errors[title] = statistics.fmean(float((mine - target).square().mean()) for mine, (_, target, _) in pairs)
             memory[title] = _peak(step, device)
     plain = predictions[next(iter(methods))]
-    times = _times(denoiser, methods, step, turns, device)
+    times = times_in_turns(denoiser, methods, step, turns, device)
 
     def row(title: str) -> BenchRow:
         took, base = times[title], times[next(iter(methods))]
@@ -140,10 +140,10 @@ def bench(
     return [row(title) for title in methods]
 
 
-def _times(
+def times_in_turns(
     denoiser: Any, methods: Mapping[str, Compression | None], step: Any, turns: int, device: torch.device
 ) -> dict[str, list[float]]:
-    """Seconds of each turn by method."""
+    """Seconds of each turn by method; a disturbance of the machine hits all methods of a turn alike."""
     times: dict[str, list[float]] = {title: [] for title in methods}
     for turn in range(turns + 1):
         for title, config in methods.items():

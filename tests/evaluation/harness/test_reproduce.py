@@ -18,6 +18,7 @@ import torch
 import yaml
 
 from bigain_kernels.cli.main import main
+from bigain_kernels.evaluation.harness import report as report_module
 from bigain_kernels.evaluation.harness.engine import Engine
 from bigain_kernels.evaluation.harness.experiment import load_experiment, presets
 from bigain_kernels.evaluation.harness.report import write_report
@@ -144,6 +145,16 @@ def test_experiments_follow_their_rule(tmp_path, rule: dict[str, Any]) -> None:
         assert job.rule.standing(errors).question is None
         asked, most = asked + int(errors.asked.sum()), most + errors.samples * 10
     assert 0 < asked < most
+
+
+def test_speed_is_that_of_turns_and_not_of_the_rows_on_disk(config, tmp_path, monkeypatch) -> None:
+    """A machine that is ten times slower in every other turn slows all methods of that turn alike."""
+    job = Reproduction(load_experiment(str(config)), tmp_path / "out", torch.device("cpu"))
+    took = {"none": [0.8, 8.0, 0.8, 8.0], "L-GTM": [0.4, 4.0, 0.4, 4.0]}
+    monkeypatch.setattr(report_module, "times_in_turns", lambda *arguments: took)
+    found = report_module.row_times(job, job.experiment.methods)
+    assert found["L-GTM"] == pytest.approx((1000 * 2.2 / 8, 2.0))
+    assert found["none"] == pytest.approx((1000 * 4.4 / 8, 1.0))
 
 
 def test_ctrl_c_reports_on_what_is_finished(config, tmp_path, monkeypatch, capsys) -> None:
