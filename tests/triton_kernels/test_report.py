@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("triton")
@@ -108,3 +111,24 @@ def test_copies_come_no_faster_than_the_share_of_l2():
     walk.time(code)
     # A hundred of 16 bytes by 128 threads, 16 bytes a cycle, and the way of the last one.
     assert walk.now == pytest.approx(100 * 16 * 128 / 16 + model.FROM_L2, rel=0.05)
+
+
+def test_bodies_of_ifs_run_as_often_as_their_statements():
+    """What is jumped over bears the line of the `if`, which runs in each round; its body runs in one of four."""
+    name, lines = "match_tiles.py", (Path(trips.__file__).parents[1] / "match_tiles.py").read_text().splitlines()
+    at = 1 + next(i for i, line in enumerate(lines) if line.strip() == "if i_k % PART == 0:")
+    assert trips.first_of_body(name, at) == at + 1
+    assert trips.first_of_body(name, at + 1) is None
+
+    head, body = ((name, at),), ((name, at + 1),)
+    jump = sass.Instruction(0, "@P0", "BRA", "", place=head, target=48)
+    lost, told = sass.Instruction(16, "", "FADD", "", place=head), sass.Instruction(32, "", "FADD", "", place=body)
+    after = sass.Instruction(48, "", "FADD", "", place=head)
+    counted = trips.Trips(Counter({head: 4, body: 1}), Counter(), Counter(), {}, set())
+    walk = model.Walk(sass.Function("kernel", [jump, lost, told, after]), counted, 4)
+    shares = [walk.share(each, 4.0) for each in (jump, lost, told, after)]
+    assert shares == [1.0, 0.25, 0.25, 1.0]
+    # A branch that stands elsewhere does not tell that the line of the `if` is that of its body.
+    jump.place = ((name, 1),)
+    walk = model.Walk(sass.Function("kernel", [jump, lost, told, after]), counted, 4)
+    assert walk.share(lost, 4.0) == 1.0
