@@ -12,6 +12,7 @@ from . import kv_downsample_attention as attention
 from . import pooled_kv_projection as projection
 from . import token_merge as merging
 from .block_merge_plan import launch_block_merge_plan
+from .match_near import launch_match_near
 from .token_merge_norm import launch_token_merge_norm
 from .token_unmerge import launch_token_unmerge
 
@@ -39,7 +40,7 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
     # Wide enough that sums are promoted, and no multiple of a step of channels.
     wide = torch.empty((batch, n, 648), dtype=dtype, device="meta")
     match_op, wide_op, window_op = (
-        bipartite_match.config_op(dtype, *case) for case in ((channels, None), (648, None), (648, 1))
+        bipartite_match.config_op(dtype, *case) for case in ((channels, None), (648, None), (648, 2))
     )
 
     def match(window: int | None, split: int, x: torch.Tensor = x) -> Callable[[dict[str, Any] | None], Any]:
@@ -55,6 +56,16 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
         )
         sources, packed = destinations.new_empty((batch, n - d)), words.new_empty((batch, n))
         bipartite_match.launch_match(x, norm, sources, words, 333, None, None, None, packed, config)
+
+    def near(tokens: torch.Tensor | None) -> Callable[[dict[str, Any] | None], Any]:
+        """Of any list, or as L-GTM lists what it matches."""
+        if tokens is None:
+            return lambda config: bipartite_match.launch_bipartite_match(x, destinations, 1, GRID, (2, 2), config)
+        norm, words = torch.empty((batch, n), device="meta"), torch.empty_like(destinations, dtype=torch.int64)
+        sources, packed = destinations.new_empty((batch, n - n // 4)), words.new_empty((batch, n))
+        return lambda config: launch_match_near(
+            tokens, norm, sources, words, None, GRID[1] // 2, GRID, (2, 2), 1, packed, config
+        )
 
     return [
         (
@@ -82,7 +93,10 @@ def recipes(dtype: torch.dtype) -> list[Recipe]:
         ("bipartite_match", "split", match_op, match(None, 4)),
         ("bipartite_match", "destinations out of order", match_op, match_out_of_order),
         ("bipartite_match", "split, C=648", wide_op, match(None, 4, wide)),
-        ("bipartite_match", "window, C=648", window_op, match(1, 1, wide)),
+        ("bipartite_match", "window, C=648", window_op, match(2, 1, wide)),
+        ("match_near", "list", "match_near", near(None)),
+        ("match_near", "by tile", "match_near", near(x)),
+        ("match_near", "by tile, C=648", "match_near", near(wide)),
         ("token_merge", "mean", "token_merge", lambda c: merging.launch_token_merge(x, **tables, config=c)),
         (
             "token_merge",

@@ -61,6 +61,7 @@ from ._common import (
 )
 from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
+from .match_near import is_near, launch_match_near, lower_bounds, order_by_tile, tiles_of
 from .match_tiles import best_kept, best_read
 
 # 128 bytes of a row: the width of a shared-memory swizzle atom.
@@ -97,25 +98,32 @@ def _lower_bound(p_list, count, value):
     return low
 
 
-@triton.jit(do_not_specialize=["n", "num_destinations", "s_xb", "s_db"])
+@triton.jit(do_not_specialize=["n", "num_destinations", "height", "width", "s_xb", "s_db"])
 def match_prepare_kernel(
     p_x,
     p_destinations,
     p_inverse_norm,
     p_sources,
     p_words,
+    p_starts,
     p_packed,
     n,
     units,
     num_destinations,
+    height,
+    width,
     s_xb,
     s_xn,
     s_db,
     UNIT: tl.constexpr,
+    NEAR: tl.constexpr,
+    SY: tl.constexpr,
+    SX: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """Inverse norms, the list of sources, and the results at destinations, when no score pass has made them."""
+    """Inverse norms, the lists, and the results at destinations, when no score pass has made them. With NEAR, the lists
+    are in the order of the tiles, and p_starts says where the destinations of each begin."""
     wait_for_predecessor(EARLY)
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -131,23 +139,23 @@ def match_prepare_kernel(
     b_inverse_norm = inverse_norm(tree_sum(b_squares, LOG2_CHANNELS))
     tl.store(p_inverse_norm + o_out, b_inverse_norm, mask=m_t)
 
-    # Binary search of every token in the ascending list: how many destinations come before it.
     p_list = p_destinations + i_b * s_db
-    b_low = tl.zeros((BLOCK_T,), tl.int32)
-    b_high = tl.zeros((BLOCK_T,), tl.int32) + num_destinations
-    length = num_destinations
-    while length > 0:
-        m_open = b_low < b_high
-        b_middle = (b_low + b_high) // 2
-        m_below = tl.load(p_list + b_middle, mask=m_open, other=0) < o_t
-        b_low = tl.where(m_open & m_below, b_middle + 1, b_low)
-        b_high = tl.where(m_open & ~m_below, b_middle, b_high)
-        length = length // 2
-    m_found = b_low < num_destinations
-    m_destination = m_found & (tl.load(p_list + b_low, mask=m_found, other=-1) == o_t)
+    p_own = p_sources + i_b * (n - num_destinations)
+    if NEAR:
+        # There is at least one destination.
+        p_tiles = p_starts + i_b * (tl.maximum(height // SY, 1) * tl.maximum(width // SX, 1) + 1)
+        m_destination, b_low, b_place = order_by_tile(
+            p_list, p_tiles, i_t, height, width, num_destinations, SY, SX, BLOCK_T
+        )
+    else:
+        # How many destinations come before each token.
+        b_low = lower_bounds(p_list, o_t, num_destinations)
+        m_found = b_low < num_destinations
+        m_destination = m_found & (tl.load(p_list + b_low, mask=m_found, other=-1) == o_t)
+        b_place = o_t - b_low
     # Without destinations every token is its own match.
     m_done = m_destination | (b_low + num_destinations == 0)
-    tl.store(p_sources + i_b * (n - num_destinations) + o_t - b_low, o_t, mask=m_t & ~m_destination)
+    tl.store(p_own + b_place, o_t, mask=m_t & ~m_destination)
     b_word = destination_word(o_t, b_inverse_norm)
     tl.store(p_words + i_b * num_destinations + b_low, b_word, mask=m_t & m_destination)
     b_key = tl.where(m_done, ordered_key(tl.full((BLOCK_T,), float("-inf"), tl.float32)), INT_MIN)
@@ -399,10 +407,17 @@ def launch_bipartite_match(
     match = torch.empty((rows, n), dtype=torch.int32, device=x.device)
     if rows * n == 0:
         return similarity, match
+    # What a call without a window does not look at.
+    grid, stride = grid or (1, n), stride or (1, 1)
+    near = 0 < d < n and is_near(window, grid, stride, d)
     inverse_norm = torch.empty_like(similarity)
     sources = torch.empty((rows, n - d), dtype=torch.int32, device=x.device)
     words = torch.empty((rows, d), dtype=torch.int64, device=x.device)
     packed = torch.empty((rows, n), dtype=torch.int64, device=x.device)
+    starts = sources
+    if near:
+        starts = torch.empty((rows, tiles_of(grid, stride) + 1), dtype=torch.int32, device=x.device)
+    (height, width), (sy, sx) = (grid, stride) if near else ((1, n), (1, 1))
     prepare = configs.pick("match_prepare", x.device, max(1, rows // 16) * x[0].numel() * x.element_size())
     programs(match_prepare_kernel, cdiv(n, prepare["BLOCK_T"]), rows)(
         p_x=x,
@@ -410,16 +425,24 @@ def launch_bipartite_match(
         p_inverse_norm=inverse_norm,
         p_sources=sources,
         p_words=words,
+        p_starts=starts,
         p_packed=packed,
         n=n,
         num_destinations=d,
+        height=height,
+        width=width,
         s_db=destinations.stride(0),
+        NEAR=near,
+        SY=sy,
+        SX=sx,
         **layout_arguments(x),
         **prepare,
         **EXACT,
         **early(x.device),
     )
-    if 0 < d < n:
+    if near and window is not None:
+        launch_match_near(x, inverse_norm, sources, words, starts, d, grid, stride, window, packed, config)
+    elif 0 < d < n:
         launch_match(x, inverse_norm, sources, words, 1, grid, stride, window, packed, config)
     programs(match_unpack_kernel, cdiv(rows * n, 1024))(
         p_packed=packed,

@@ -8,6 +8,7 @@ from bigain_kernels.declaration import Tables
 
 from .bipartite_match import launch_match
 from .laplacian_score import launch_score_and_select
+from .match_near import is_near, launch_match_near
 from .merge_plan import launch_merge_plan_packed
 
 
@@ -23,16 +24,10 @@ def launch_lgtm_plan(
     scored = launch_score_and_select(x, grid, stride, share)
     packed, words, sources = scored["packed"], scored["words"], scored["sources"]
     if words.shape[1] and sources.numel():
-        launch_match(
-            scored["mean"],
-            scored["inverse_norm"],
-            sources,
-            words,
-            grid[1] // stride[1],
-            grid,
-            stride,
-            window,
-            packed,
-        )
+        lists = scored["mean"], scored["inverse_norm"], sources, words
+        if window is not None and is_near(window, grid, stride, words.shape[1]):
+            launch_match_near(*lists, None, grid[1] // stride[1], grid, stride, window, packed)
+        else:
+            launch_match(*lists, grid[1] // stride[1], grid, stride, window, packed)
     # Without destinations, or without sources, the score pass has left every token as its own match.
     return launch_merge_plan_packed(packed, r)

@@ -24,7 +24,10 @@ SHARED_LIMIT = {
     "gfx942": 65_536,
 }
 # Kernels that move data: the width of their accesses is their speed.
-STREAMS_IN = ("laplacian_score", "row_stats", "match_prepare", "token_merge", "token_unmerge", "kv_downsample")
+STREAMS_IN = (
+    *("laplacian_score", "row_stats", "match_prepare", "match_near"),
+    *("token_merge", "token_unmerge", "kv_downsample"),
+)
 MULTIPLIES = ("bipartite_match", "kv_downsample_attention", "pooled_kv_projection")
 STREAMS_OUT = ("token_merge", "token_unmerge", "kv_downsample")
 TYPES = {

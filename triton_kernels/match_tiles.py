@@ -13,7 +13,7 @@ import triton.language as tl
 from ._common import INT_MAX, destination_scale, destination_token
 
 # The word of no destination: its scale is NaN.
-_NOTHING = tl.constexpr(0x7FC00000 << 32)
+NOTHING = tl.constexpr(0x7FC00000 << 32)
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def load_words(p_list, i_n, o_j, limit, FULL: tl.constexpr):
     upon a destination twice changes nothing, and a mask would cost instructions."""
     if FULL:
         return tl.load(p_list + tl.minimum(i_n, limit - o_j.shape[0]) + o_j)
-    return tl.load(p_list + i_n + o_j, mask=i_n + o_j < limit, other=_NOTHING)
+    return tl.load(p_list + i_n + o_j, mask=i_n + o_j < limit, other=NOTHING)
 
 
 @triton.jit

@@ -81,15 +81,16 @@ def calls(x: Tensor, grid: tuple[int, int], heads: int) -> dict[str, Call]:
     def matched() -> Any:
         return bipartite_match.launch_bipartite_match(x, destinations)
 
-    def matched_window() -> Any:
-        return bipartite_match.launch_bipartite_match(x, destinations, 1, grid, STRIDE)
+    def matched_within(window: int) -> Any:
+        return bipartite_match.launch_bipartite_match(x, destinations, window, grid, STRIDE)
 
     return {
         "laplacian_score": lambda: laplacian_score.launch_score_and_select(x, grid, STRIDE),
         "row_stats": lambda: row_stats.launch_row_stats(x, "layernorm", 1e-5),
         "match_prepare": matched,
         bipartite_match.config_op(x.dtype, x.shape[2], None): matched,
-        **({} if is_fp32 else {"bipartite_match_window": matched_window}),
+        **({} if is_fp32 else {"bipartite_match_window": lambda: matched_within(2)}),
+        "match_near": lambda: matched_within(1),
         "merge_plan": lambda: merge_plan.launch_merge_plan(similarity, match, destinations, r),
         "token_merge": lambda: launch_token_merge(x, *tables),
         "token_unmerge": lambda: launch_token_unmerge(merged, *tables, x, x[:, 0]),

@@ -97,6 +97,27 @@ def test_window_with_any_list_of_destinations(backend, window):
     assert_agrees(result, x, destinations, window, grid, stride)
 
 
+@pytest.mark.parametrize("window", [0, 1])
+@pytest.mark.dtypes(*HALVES_AND_FLOAT)
+def test_window_with_a_crowd_of_destinations(backend, dtype, window):
+    """As many as there are tiles, but most of them in two, and large tiles with many sources each."""
+    grid, stride = (9, 14), (4, 4)
+    x = odd_tokens(2, 126, 24, dtype)
+    crowds = [[0, 1, 2, 14, 15, 16], [20, 21, 22, 23, 34, 125]]
+    destinations = torch.tensor(crowds, dtype=torch.int32)
+    result = backend.bipartite_match(x, destinations, window, grid, stride)
+    assert_agrees(result, x, destinations, window, grid, stride)
+
+
+@pytest.mark.parametrize("window", [0, 1])
+def test_equal_tokens_within_a_window_match_the_lowest_destination_of_it(backend, dtype, window):
+    grid, stride = (6, 8), (2, 2)
+    x = torch.full((1, 48, 16), 0.3, dtype=dtype)
+    destinations = torch.tensor([[1, 2, 4, 14, 17, 19, 20, 30, 32, 43, 44, 46]], dtype=torch.int32)
+    expected = reference.bipartite_match(x, destinations, window, grid, stride)[1]
+    assert torch.equal(backend.bipartite_match(x, destinations, window, grid, stride)[1], expected)
+
+
 @pytest.mark.parametrize("n", [64, 300])
 def test_equal_tokens_match_the_lowest_destination(backend, dtype, n):
     x = torch.full((2, n, 64), 0.3, dtype=dtype)

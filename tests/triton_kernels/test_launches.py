@@ -44,7 +44,8 @@ def run_lgtm(window=-1, share=1):
 @pytest.mark.parametrize("window", [-1, 1])
 def test_lgtm_is_five_launches(window, share):
     names = [launch.name for launch in run_lgtm(window, share)]
-    assert names == ["laplacian_score", "bipartite_match", "merge_plan", "token_merge", "token_unmerge"]
+    match = "bipartite_match" if window < 0 else "match_near"
+    assert names == ["laplacian_score", match, "merge_plan", "token_merge", "token_unmerge"]
 
 
 def test_splitting_the_match_adds_no_launch(monkeypatch):

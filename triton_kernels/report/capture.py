@@ -42,6 +42,8 @@ SHAPES = (
     Shape("video_32760", 1, (630, 52), 1536, 12),
 )
 RATIO, STRIDE, FACTOR, ALPHA = 0.7, (2, 2), (2, 2), 0.9
+# In tiles: what sources are compared with where matching is kept to their neighbourhood.
+WINDOW = 1
 # An H100 and an H200 have as many.
 MULTIPROCESSORS = 132
 
@@ -54,7 +56,7 @@ class OnPaper(configs.Chooser):
 
 
 def calls(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callable[[], Any]]:
-    """The calls of a layer, by op: L-GTM, a merged LayerNorm, and pooling of two tensors."""
+    """The calls of a layer, by op: L-GTM, its plan within a window, a merged LayerNorm, and pooling of two tensors."""
 
     def meta(*size: int, of: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=of, device="meta")
@@ -65,6 +67,7 @@ def calls(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> dict[str, Callab
     run = IMPLEMENTATIONS
     return {
         "lgtm_plan": lambda: run["lgtm_plan"](x, *shape.grid, *STRIDE, shape.removed, -1, 1),
+        "lgtm_plan_window": lambda: run["lgtm_plan"](x, *shape.grid, *STRIDE, shape.removed, WINDOW, 1),
         "token_merge": lambda: run["token_merge"](x, *tables, "mean", None),
         "token_unmerge": lambda: run["token_unmerge"](y, *tables, x, None),
         "token_merge_norm": lambda: run["token_merge_norm"](x, *tables, None, 1e-6, None, None, row, row),

@@ -16,7 +16,7 @@ from .table import ARCHITECTURE, Compiler
 
 # What the calls of the report pick a config for.
 OPS = (
-    *("laplacian_score", "bipartite_match", "bipartite_match_narrow", "merge_plan"),
+    *("laplacian_score", "bipartite_match", "bipartite_match_narrow", "match_near", "merge_plan"),
     *("row_stats", "token_merge", "token_unmerge", "kv_downsample"),
 )
 # Predictions this close to one another are equal.
@@ -53,10 +53,12 @@ class Promise(NamedTuple):
     filled: float
 
 
-def predictions(op: str, compiler: Compiler, shapes: Iterable[Shape] = SHAPES) -> dict[str, list[Promise]]:
-    """By size class, what each candidate promises."""
+def predictions(
+    op: str, compiler: Compiler, shapes: Iterable[Shape] = SHAPES, candidates: list[configs.Config] | None = None
+) -> dict[str, list[Promise]]:
+    """By size class, what each candidate promises; those that are shipped, where none are given."""
     found: dict[str, list[list[Facts]]] = {}
-    candidates = configs.candidates(op, ARCHITECTURE)
+    candidates = configs.candidates(op, ARCHITECTURE) if candidates is None else candidates
     for i, config in enumerate(candidates):
         for shape in shapes:
             for call in calls(shape).values():

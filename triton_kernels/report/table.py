@@ -19,6 +19,7 @@ from .sass import disassemble
 ARCHITECTURE = "sm_90"
 # What L-GTM launches around an attention layer.
 LGTM = ("lgtm_plan", "token_merge", "token_unmerge")
+LGTM_WINDOW = ("lgtm_plan_window", *LGTM[1:])
 Row = dict[str, Any]
 
 
@@ -84,11 +85,11 @@ def rows(shapes: tuple[Shape, ...] = SHAPES, compiler: Compiler | None = None) -
         yield row(captured, compiler.facts(captured.launch))
 
 
-def sums(found: Iterable[Row]) -> dict[str, float]:
-    """Predicted microseconds of L-GTM by shape."""
+def sums(found: Iterable[Row], ops: tuple[str, ...] = LGTM) -> dict[str, float]:
+    """Predicted microseconds of some ops by shape."""
     total: dict[str, float] = {}
     for each in found:
-        if each["op"] in LGTM:
+        if each["op"] in ops:
             total[each["shape"]] = total.get(each["shape"], 0.0) + each["predicted"]
     return total
 
@@ -126,7 +127,10 @@ def markdown(found: list[Row]) -> Iterator[str]:
             f" {each['depth']} | {each['barriers']:.0f} | {sizes} | {'; '.join(map(_loop, each['loops']))} |"
         )
     yield ""
-    yield "predicted us of L-GTM: " + ", ".join(f"{name} {value:.1f}" for name, value in sums(found).items())
+    for kind, ops in (("", LGTM), (" within a window", LGTM_WINDOW)):
+        texts = (f"{name} {value:.1f}" for name, value in sums(found, ops).items())
+        if any(each["op"] == ops[0] for each in found):
+            yield f"predicted us of L-GTM{kind}: " + ", ".join(texts)
 
 
 def _terms(each: Row) -> str:

@@ -46,7 +46,8 @@ def test_planning(monkeypatch, batch, grid, stride, channels, strided):
         for split in (1, 2):
             launch_bipartite_match(x, destinations, config={**MATCH, "SPLIT": split})
             launch_bipartite_match(x.bfloat16(), destinations, config={**MATCH, "SPLIT": split, "KEEP": True})
-        launch_bipartite_match(x, destinations, 1, grid, stride, MATCH)
+        launch_bipartite_match(x, destinations, 2, grid, stride, MATCH)
+        launch_bipartite_match(x, destinations, 1, grid, stride)
         for window in (None, 1):
             launch_lgtm_plan(x, grid, stride, (n - destinations.shape[1]) // 2 if destinations.numel() else 0, window)
 
