@@ -105,6 +105,7 @@ def segment_mean(
     p_members,
     b_begin,
     b_size,
+    most,
     o_c,
     channels,
     s_xn,
@@ -116,7 +117,8 @@ def segment_mean(
 ):
     """Means over the members of each of BLOCK_M slots in channels o_c, and with BLOCKS = 2 in those that follow.
 
-    Two tensors (BLOCK_M, C) float32, of which the second counts with BLOCKS = 2 only; anything where b_size is 0.
+    Two tensors (BLOCK_M, C) float32, of which the second counts with BLOCKS = 2 only; anything where b_size is 0 or
+    above LONG. No slot of up to LONG members has more than `most`.
     A thread that has the channels of two blocks needs the tables and addresses of its slot once. UNROLL members are on
     their way before the first is added.
     """
@@ -127,10 +129,9 @@ def segment_mean(
     b_subtracted = tl.zeros((BLOCK_M,), tl.float32)
     m_c, m_next = o_c < channels, o_c + C < channels
     b_short = tl.where(b_size <= LONG, b_size, 0)
-    longest = tl.max(b_size, 0)
     # What is left of the slots, so that masks and addresses within a step differ by constants.
     b_left, p_left = b_short, p_members + b_begin
-    for _ in range(0, tl.minimum(longest, LONG), UNROLL):
+    for _ in range(0, most, UNROLL):
         for j in tl.static_range(UNROLL):
             m_m = j < b_left
             b_token = tl.load(p_left + j, mask=m_m)
@@ -159,24 +160,36 @@ def segment_mean(
             divide(b_next, b_count[:, None], b_inverse_count),
         )
 
-    if longest > LONG:
+    return b_sum, b_next
+
+
+@triton.jit
+def long_mean(
+    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr, NORM: tl.constexpr
+):
+    """Mean (C,) float32 of one slot of more than LONG members."""
+    return _lane_mean(
+        p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM, LOG2_LANES, LOG2_STEPS
+    )
+
+
+@triton.jit
+def add_long_means(
+    b_sum, p_x, p_weights, p_mean, p_inverse, p_members, b_begin, b_size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr,
+    NORM: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Means (BLOCK_M, C) of slots, with those of more than LONG members in their places."""
+    if tl.max(b_size, 0) > LONG:
         o_m = tl.arange(0, BLOCK_M)
         for i_m in range(0, BLOCK_M):
             size = tl.sum(tl.where(o_m == i_m, b_size, 0), 0)
             if size > LONG:
                 begin = tl.sum(tl.where(o_m == i_m, b_begin, 0), 0)
-                b_long = _lane_mean(
-                    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn,
-                    WEIGHTS, NORM, LOG2_LANES, LOG2_STEPS,
-                )  # fmt: skip
+                b_long = long_mean(
+                    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM
+                )
                 b_sum = tl.where((o_m == i_m)[:, None], b_long[None, :], b_sum)
-                if BLOCKS == 2:
-                    b_long = _lane_mean(
-                        p_x + C, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_next, s_xn,
-                        WEIGHTS, NORM, LOG2_LANES, LOG2_STEPS,
-                    )  # fmt: skip
-                    b_next = tl.where((o_m == i_m)[:, None], b_long[None, :], b_next)
-    return b_sum, b_next
+    return b_sum
 
 
 @triton.jit

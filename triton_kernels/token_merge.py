@@ -20,8 +20,21 @@ from ._common import CHANNELS, EXACT, LOG2_CHANNELS, to_float32, tree_sum, unit_
 from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
 from .row_stats import launch_row_stats
-from .segment_mean import HUGE, HUGE_CHANNELS, POSITIONS, huge_mean, huge_slots, largest_norm, segment_mean
+from .segment_mean import (
+    HUGE,
+    HUGE_CHANNELS,
+    LONG,
+    POSITIONS,
+    add_long_means,
+    huge_mean,
+    huge_slots,
+    largest_norm,
+    long_mean,
+    segment_mean,
+)
 
+# More than a short slot has members.
+ANY_LONG = tl.constexpr(1 << 16)
 # Programs that share CHANNELS channels of a huge slot.
 PARTS = tl.constexpr(CHANNELS.value // HUGE_CHANNELS.value)
 _INTEGERS = ["n", "num_slots", "units", "plan_rows", "spread", "s_xb", "s_xn", "s_ab"]
@@ -36,9 +49,10 @@ def _row(units, UNIT: tl.constexpr, FAR: tl.constexpr):
 @triton.jit
 def _scale_and_shift(b_y, p_scale, p_shift, more, o_c, m_c):
     """b_y * (scale + more) + shift."""
-    b_scale = to_float32(tl.load(p_scale + o_c, mask=m_c, other=0.0)) + more
-    b_shift = to_float32(tl.load(p_shift + o_c, mask=m_c, other=0.0))
-    return tl.fma(b_y, tl.broadcast_to(b_scale[None, :], b_y.shape), tl.broadcast_to(b_shift[None, :], b_y.shape))
+    # Of every row, though all are the same: so a thread reads 16 bytes where it has the values, and from the L1 cache.
+    o_y, m_y = tl.broadcast_to(o_c[None, :], b_y.shape), tl.broadcast_to(m_c[None, :], b_y.shape)
+    b_scale = to_float32(tl.load(p_scale + o_y, mask=m_y, other=0.0)) + more
+    return tl.fma(b_y, b_scale, to_float32(tl.load(p_shift + o_y, mask=m_y, other=0.0)))
 
 
 @triton.jit
@@ -54,18 +68,25 @@ def _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE:
 @triton.jit
 def _mean_slots(
     p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
-    num_slots, channels, s_xn, s_yn, o_m, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
-    MODULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
+    num_slots, channels, s_xn, s_yn, i_m, o_m, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr,
+    AFFINE: tl.constexpr, MODULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
-    """Means of slots o_m (BLOCK_M,) in BLOCKS blocks of channels from o_c on, but for huge slots."""
+    """Means of slots o_m (BLOCK_M,) of up to LONG members, in BLOCKS blocks of channels from o_c on, and of as many
+    slots from all over the row (`far_slots`), those of more."""
     m_m = o_m < num_slots
     b_begin = tl.load(p_offsets + o_m, mask=m_m, other=0)
     b_size = tl.load(p_offsets + o_m + 1, mask=m_m, other=0) - b_begin
-    m_m = m_m & (b_size < HUGE)
+    o_far = far_slots(i_m, num_slots, BLOCK_M)
+    b_far_begin = tl.load(p_offsets + o_far, mask=o_far < num_slots, other=0)
+    b_far_size = tl.load(p_offsets + o_far + 1, mask=o_far < num_slots, other=0) - b_far_begin
+    m_m = m_m & (b_size <= LONG)
+    # One maximum tells both: how many members the short slots have, and whether there is a long one.
+    most = tl.max(tl.where(m_m, b_size, 0) + tl.where(b_far_size > LONG, ANY_LONG, 0), 0)
     b_y, b_next = segment_mean(
-        p_x, p_weights, p_mean, p_inverse, p_members, b_begin, tl.where(m_m, b_size, 0), o_c, channels, s_xn,
+        p_x, p_weights, p_mean, p_inverse, p_members, b_begin, b_size, tl.minimum(most, LONG), o_c, channels, s_xn,
         WEIGHTS, NORM, BLOCK_M, BLOCKS, UNROLL,
     )  # fmt: skip
+    o_first = o_c
     for i in tl.static_range(BLOCKS):
         if i == 1:
             b_y = b_next
@@ -74,6 +95,53 @@ def _mean_slots(
         b_y = _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
         p_out = p_y + (o_m[:, None] * s_yn + o_c[None, :])
         tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+    if most >= ANY_LONG:
+        _long_slots(
+            p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_members, p_y,
+            b_far_begin, b_far_size, o_far, channels, s_xn, s_yn, o_first, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M,
+            BLOCKS,
+        )  # fmt: skip
+
+
+@triton.jit
+def far_slots(i_m, num_slots, BLOCK_M: tl.constexpr):
+    """Slots from all over the row, for block i_m of them; at or beyond num_slots where there are none.
+
+    Each slot is in the list of one block. Where a picture is flat, long slots lie together; so a block has one slot of
+    every stretch of as many as there are blocks: neighbours come to other blocks. So do slots a stretch apart, or at
+    any even distance, as what lies below one another: stretches begin at another block each, by triangular numbers,
+    which are all different modulo a power of two, and in no line.
+    """
+    stretch = tl.cdiv(num_slots, BLOCK_M)
+    o_stretch = tl.arange(0, BLOCK_M)
+    o_place = i_m + o_stretch * (o_stretch + 1) // 2 % BLOCK_M * (stretch // BLOCK_M)
+    return o_stretch * stretch + tl.where(o_place < stretch, o_place, o_place - stretch)
+
+
+@triton.jit
+def _long_slots(
+    p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_members, p_y, b_begin, b_size,
+    o_far, channels, s_xn, s_yn, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
+    MODULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Means of those of slots o_far (BLOCK_M,) that have more than LONG members, but for huge ones."""
+    o_m = tl.arange(0, BLOCK_M)
+    m_long = (b_size > LONG) & (b_size < HUGE)
+    for i in range(0, BLOCK_M):
+        size = tl.sum(tl.where(m_long & (o_m == i), b_size, 0), 0)
+        if size > 0:
+            begin = tl.sum(tl.where(o_m == i, b_begin, 0), 0)
+            p_row = p_y + tl.sum(tl.where(o_m == i, o_far, 0), 0) * s_yn
+            for j in range(0, BLOCKS):
+                o_own = o_c + j * CHANNELS
+                m_c = o_own < channels
+                b_mean = long_mean(
+                    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_own, m_c, s_xn, WEIGHTS, NORM
+                )
+                b_y = _affine(
+                    b_mean[None, :], p_norm_weight, p_norm_bias, p_scale, p_shift, o_own, m_c, AFFINE, MODULATE
+                )
+                tl.store(p_row + o_own[None, :], b_y.to(p_y.dtype.element_ty), mask=m_c[None, :])
 
 
 @triton.jit
@@ -86,6 +154,7 @@ def _mlerp_slots(
     b_begin = tl.load(p_offsets + o_m, mask=m_m, other=0)
     b_size = tl.load(p_offsets + o_m + 1, mask=m_m, other=0) - b_begin
     m_huge = b_size >= HUGE
+    most = tl.max(tl.where(b_size <= LONG, b_size, 0), 0)
     p_own_huge = p_huge + tl.cdiv(b_begin, HUGE)[:, None] * s_yn + o_c[None, :]
     p_out = p_y + (o_m[:, None] * s_yn + o_c[None, :])
     b_squares = tl.zeros((BLOCK_M, CHANNELS), tl.float32)
@@ -95,8 +164,12 @@ def _mlerp_slots(
         for i in range(0, channels, CHANNELS):
             m_c = i + o_c < channels
             b_mean, _ = segment_mean(
-                p_x, p_weights, p_mean, p_norm, p_members, b_begin, tl.where(m_huge, 0, b_size), i + o_c, channels,
-                s_xn, WEIGHTS, False, BLOCK_M, 1, UNROLL,
+                p_x, p_weights, p_mean, p_norm, p_members, b_begin, b_size, most, i + o_c, channels, s_xn,
+                WEIGHTS, False, BLOCK_M, 1, UNROLL,
+            )  # fmt: skip
+            b_mean = add_long_means(
+                b_mean, p_x, p_weights, p_mean, p_norm, p_members, b_begin, tl.where(m_huge, 0, b_size), i + o_c, m_c,
+                s_xn, WEIGHTS, False, BLOCK_M,
             )  # fmt: skip
             b_huge = tl.load(p_own_huge + i, mask=m_huge[:, None] & m_c[None, :], other=0.0)
             b_mean = tl.where(m_huge[:, None], b_huge, b_mean)
@@ -218,7 +291,7 @@ def token_merge_kernel(
     else:
         _mean_slots(
             p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
-            num_slots, channels, s_xn, s_yn, o_m, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M, BLOCKS, UNROLL,
+            num_slots, channels, s_xn, s_yn, i_m, o_m, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M, BLOCKS, UNROLL,
         )  # fmt: skip
 
 

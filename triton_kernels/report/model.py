@@ -210,7 +210,7 @@ class Walk:
         they are of, but not that they are."""
         code = self.function.instructions
         place_of = {each.address: each.place for each in code}
-        ends = [each.address for each in code if each.kind == "EXIT" and not each.predicate]
+        ends = [each.address for each in code if each.kind in ("EXIT", "BRA") and not each.predicate]
         found = {each.address for each in code if ends and each.address > ends[0]}
         bodies = set()
         for each in code:

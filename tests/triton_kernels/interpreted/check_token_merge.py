@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from bigain_kernels import reference
 from bigain_kernels.declaration import tables_of
 from bigain_kernels.plan import MergePlan
 from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
-from bigain_kernels.triton_kernels.token_merge import launch_token_merge
+from bigain_kernels.triton_kernels.token_merge import far_slots, launch_token_merge
 from bigain_kernels.triton_kernels.token_merge_norm import launch_token_merge_norm
 from bigain_kernels.triton_kernels.token_unmerge import launch_token_unmerge
 from tests.contract.inputs import odd_tokens, random_match
 
-from .inputs import DTYPES, candidates, on_device
+from .inputs import DTYPES, ON_GPU, candidates, on_device
 
 launch_token_merge = on_device(launch_token_merge)
 launch_token_merge_norm = on_device(launch_token_merge_norm)
@@ -123,3 +127,50 @@ def test_half_a_pair_is_refused(given):
     x, plan = odd_tokens(1, 9, 64, torch.float32), random_plan(1, 9)
     with pytest.raises(ValueError, match=f"got None, expected a tensor, as {given} is one"):
         merge_norm(x, plan, **{given: x[:, 0]})
+
+
+@triton.jit
+def far_kernel(p_out, num_slots, BLOCK_M: tl.constexpr):
+    i_m = tl.program_id(0)
+    tl.store(p_out + i_m * BLOCK_M + tl.arange(0, BLOCK_M), far_slots(i_m, num_slots, BLOCK_M))
+
+
+def blocks_of(num_slots):
+    """The program of each slot that merges it when it is long, of blocks of 16 slots."""
+    blocks = -(-num_slots // 16)
+    far = torch.zeros(16 * blocks, dtype=torch.int32)
+    far_kernel[(blocks,)](far, num_slots, BLOCK_M=16)
+    own = {slot: i // 16 for i, slot in enumerate(far.tolist()) if slot < num_slots}
+    assert len(own) == sum(slot < num_slots for slot in far.tolist()), "a slot has two programs"
+    assert set(own) == set(range(num_slots))
+    return own
+
+
+@pytest.mark.skipif(ON_GPU, reason="writes to a tensor of the CPU")
+@pytest.mark.parametrize("num_slots", [1, 15, 16, 17, 308, 1229, 2765])
+def test_long_slots_are_spread_over_programs(num_slots):
+    own, blocks = blocks_of(num_slots), -(-num_slots // 16)
+
+    def most(slots):
+        """In one program, above what is fair."""
+        return max(Counter(own[slot] for slot in slots).values()) - -(-len(slots) // blocks)
+
+    for run in (16, blocks):
+        assert all(most(range(at, min(at + run, num_slots))) <= 1 for at in range(0, num_slots, 7))
+    if blocks >= 16:
+        columns = sorted(most(range(0, num_slots, period)) for period in range(2, 2 * blocks))
+        assert columns[-1] <= 6, "a column comes together"
+        assert columns[-3] <= 3, "columns come together"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_many_long_slots(dtype, weighted):
+    """Side by side and alone, at both ends, at the limits of what is short and huge."""
+    plan = plan_of_sizes([33, 40, 1, 64, 32, 65, 40, 40, 2, 255, 40, 8, 1, 1, 1, 34, 40, 3, 100])
+    x = odd_tokens(2, plan.num_tokens, 72, dtype)
+    weights = torch.rand(2, plan.num_tokens, generator=torch.Generator().manual_seed(1)) + 0.1 if weighted else None
+    for mode in ("mean", "mlerp"):
+        y = merge(x, plan, mode, weights)
+        expected = reference.token_merge(x.double(), plan, mode, None if weights is None else weights.double())
+        assert_close(y, expected)
