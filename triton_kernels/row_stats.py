@@ -45,16 +45,19 @@ def row_stats_kernel(
     b_mean = tl.zeros((BLOCK_T,), tl.float32)
     if LAYERNORM:
         b_sum = tl.zeros((BLOCK_T, STEP), tl.float32)
-        for i_c in range(0, channels, STEP):
-            m_x = m_t[:, None] & (i_c + o_c < channels)[None, :]
-            b_sum += to_float32(tl.load(p_rows + i_c, mask=m_x, other=0.0))
+        b_next = tl.load(p_rows, mask=m_t[:, None] & (o_c < channels)[None, :], other=0.0)
+        for i_c in range(STEP, channels + STEP, STEP):
+            b_x = b_next
+            b_next = tl.load(p_rows + i_c, mask=m_t[:, None] & (i_c + o_c < channels)[None, :], other=0.0)
+            b_sum += to_float32(b_x)
         b_mean = tl.div_rn(tree_sum(b_sum, LOG2_STEP), tl.cast(channels, tl.float32))
 
     # The second read of a row comes from the cache. Squares of deviations do not cancel as E[x^2] - E[x]^2 does.
     b_squares = tl.zeros((BLOCK_T, STEP), tl.float32)
+    b_next = tl.load(p_rows, mask=m_t[:, None] & (o_c < channels)[None, :], other=0.0)
     for i_c in range(0, channels, STEP):
-        m_x = m_t[:, None] & (i_c + o_c < channels)[None, :]
-        b_x = to_float32(tl.load(p_rows + i_c, mask=m_x, other=0.0))
+        m_x, b_x = m_t[:, None] & (i_c + o_c < channels)[None, :], to_float32(b_next)
+        b_next = tl.load(p_rows + i_c + STEP, mask=m_t[:, None] & (i_c + STEP + o_c < channels)[None, :], other=0.0)
         b_x = tl.where(m_x, b_x - b_mean[:, None], 0.0)
         b_squares = tl.fma(b_x, b_x, b_squares)
     b_total = tree_sum(b_squares, LOG2_STEP)
