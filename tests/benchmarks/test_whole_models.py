@@ -24,8 +24,14 @@ def test_attention_of_the_cpu_is_counted():
 @pytest.mark.parametrize("model", ["dit_tiny", "unet_tiny"])
 def test_every_method_saves_operations(model):
     pytest.importorskip("tomesd")
-    rows = {method: whole_models.once(model, "float32", method, 0.0, 2) for method in whole_models.METHODS}
+    threads, gradients = torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        rows = whole_models.in_turns(model, "float32", tuple(whole_models.METHODS), 2)
+    finally:
+        torch.set_grad_enabled(gradients)
+    assert torch.get_num_threads() == threads
     assert all(row["calls"] == 2 and 0 < row["least_s"] <= row["median_s"] for row in rows.values())
+    assert rows["none"]["speed"] == 1.0
     gflop = {method: row["gflop"] for method, row in rows.items()}
     # As many tokens are left and as many pairs compared.
     assert gflop["tomesd_0.5"] == gflop["lgtm_0.5"]
@@ -36,17 +42,17 @@ def test_every_method_saves_operations(model):
 @pytest.fixture
 def measure(monkeypatch, tmp_path):
     """Runs the program on two rows without measuring; returns the status and what would have been measured."""
-    row = {"calls": 3, "least_s": 0.5, "median_s": 0.6, "peak_mib": None, "gflop": 2.0}
+    row = {"calls": 3, "speed": 1.0, "least_s": 0.5, "median_s": 0.6, "peak_mib": None, "gflop": 2.0}
     monkeypatch.setattr(machine, "spin", lambda threads: machine.Spin(1.0, 1.0, 0.0))
 
-    def run(*options, fails=()):
+    def run(*options, fails=False):
         asked = []
 
-        def measured(name, dtype, method, seconds, threads):
-            asked.append(method)
-            if method in fails:
-                raise RuntimeError(f"{method}: no memory")
-            return dict(row)
+        def measured(name, dtype, methods, turns, threads):
+            asked.extend(methods)
+            if fails:
+                raise RuntimeError(f"{name}: no memory")
+            return {method: dict(row) for method in methods}
 
         monkeypatch.setattr(whole_models, "measured", measured)
         command = [
@@ -72,18 +78,17 @@ def measure(monkeypatch, tmp_path):
 
 def test_a_run_goes_on_with_the_rows_that_are_missing(measure, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("BIGAIN_COMMIT", "abc1234")
-    assert measure(fails=("lgtm_0.7",)) == (1, ["none", "lgtm_0.7"])
-    assert "FAILED lgtm_0.7: no memory" in capsys.readouterr().out
-    with (tmp_path / "rows.csv").open("a") as file:
-        file.write("dit_tiny,float32,lgtm_0.7,3,0.")  # killed while it wrote
-    assert measure() == (0, ["lgtm_0.7"])
+    assert measure(fails=True) == (1, ["none", "lgtm_0.7"])
+    assert "FAILED dit_tiny: no memory" in capsys.readouterr().out
+    assert measure() == (0, ["none", "lgtm_0.7"])
     assert measure() == (0, [])
+    # A further method is compared with all others again.
+    assert measure("--method", "iekvd_2") == (0, ["none", "lgtm_0.7", "iekvd_2"])
     shown = capsys.readouterr().out
     assert "1.00x  100.0 % of the FLOPs" in shown
     assert "NOISY" not in shown
     with (tmp_path / "rows.csv").open(newline="") as file:
-        whole = [row for row in csv.DictReader(file) if row["commit"]]
-    assert [row["method"] for row in whole] == ["none", "lgtm_0.7"]
+        assert [row["method"] for row in csv.DictReader(file)] == ["none", "lgtm_0.7", "iekvd_2"]
     monkeypatch.setenv("BIGAIN_COMMIT", "def5678")
     assert measure() == (0, ["none", "lgtm_0.7"])
 
