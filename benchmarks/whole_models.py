@@ -115,11 +115,10 @@ def in_turns(name: str, dtype: str, methods: Sequence[str], turns: int) -> dict[
     rows: dict[str, dict[str, Any]] = {}
     for method in methods:
         before = _rest()
-        out, _ = call(method)
+        with counter() as counted:
+            out, _ = call(method)
         peak = None if before is None else resident("VmHWM") - before
         assert out.isfinite().all(), f"{name} {dtype} {method}: not finite"
-        with counter() as counted:
-            call(method)
         rows[method] = {"calls": turns, "peak_mib": peak, "gflop": counted.get_total_flops() / 1e9}
     times: dict[str, list[float]] = {method: [] for method in methods}
     for turn in range(turns):
