@@ -100,6 +100,10 @@ def test_a_file_of_configs_stands_for_the_options(tmp_path: Path) -> None:
         settings = json.loads(written.read_text())
         settings = settings.get("settings", settings)
         assert settings["compression"] == json.loads(json.dumps(two.settings()))
+    files = [str(tmp_path / f"{name}.json") for name in ("one", "two")]
+    given = [part for name in files for part in ("--config", name)]
+    assert _bigain("bench", "--batch-size", 1, "--turns", 1, "--out", tmp_path / "bench", *given) == 0
+    assert [row["method"] for row in json.loads((tmp_path / "bench" / "rows.json").read_text())][-2:] == files
     # Both jobs share plans where there are some.
     for command in (("classify", "--limit", 3, "--plans", "null"), ("generate", "--images", 2, "--share-plan")):
         out = ("--out", tmp_path / command[0])
