@@ -97,7 +97,8 @@ def unfit(graph):
         return "it draws from the random state of the host"
     if any(torch.Tag.data_dependent_output in target.tags for target in ops):
         return "it reads values on the host"
-    if any(torch.Tag.dynamic_output_shape in target.tags for target in ops):
+    results = [node.meta["val"] for node in nodes if torch.is_tensor(node.meta.get("val"))]
+    if not all(isinstance(size, int) for result in results for size in result.shape):
         return "it has shapes that hang on values"
     found = get_first_incompatible_cudagraph_node(graph.graph)
     return None if found is None else f"it has {found.target}"
