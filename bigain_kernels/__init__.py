@@ -26,12 +26,14 @@ from .plan import MergePlan
 
 if TYPE_CHECKING:
     from .methods import abm_plan, alpha_schedule, lgtm_plan, sito_plan, tome_plan
+    from .varlen import PackedPlan, kv_downsample_varlen, token_merge_varlen, token_unmerge_varlen, varlen_plan
     from .warming import WarmedUp, warm_up
 
 __version__ = "0.1.0"
 
 __all__ = [
     "MergePlan",
+    "PackedPlan",
     "WarmedUp",
     "abm_plan",
     "alpha_schedule",
@@ -40,6 +42,7 @@ __all__ = [
     "block_merge_plan",
     "kv_downsample",
     "kv_downsample_attention",
+    "kv_downsample_varlen",
     "laplacian_score",
     "lgtm_plan",
     "max_ratio",
@@ -48,15 +51,21 @@ __all__ = [
     "select_destinations",
     "sito_plan",
     "token_merge",
+    "token_merge_varlen",
     "token_unmerge",
+    "token_unmerge_varlen",
     "tome_plan",
     "use_backend",
+    "varlen_plan",
     "warm_up",
 ]
 
 # Imported when they are asked for: the methods with their configs would take as long to import as all the rest.
 _LATER = {
     **dict.fromkeys(("abm_plan", "alpha_schedule", "lgtm_plan", "sito_plan", "tome_plan"), "methods"),
+    **dict.fromkeys(
+        ("PackedPlan", "kv_downsample_varlen", "token_merge_varlen", "token_unmerge_varlen", "varlen_plan"), "varlen"
+    ),
     **dict.fromkeys(("WarmedUp", "warm_up"), "warming"),
 }
 

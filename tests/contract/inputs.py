@@ -7,9 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from bigain_kernels import MergePlan, reference
+from bigain_kernels import MergePlan, PackedPlan, reference, varlen_plan
 from bigain_kernels.reference.merge_plan import plan_from_assignment
 
+from ..packings import Packing, packing
 from ..shapes import tokens
 
 # (batch, grid, stride, channels, strided): odd grids, leftover strips, single rows and columns, one token, tiles larger
@@ -116,3 +117,13 @@ def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
 def assert_same_plan(actual: MergePlan, expected: MergePlan) -> None:
     for table in ("slot", "offsets", "members", "anchor"):
         assert torch.equal(getattr(actual, table), getattr(expected, table)), table
+
+
+def packed_plan(dtype: torch.dtype) -> tuple[Packing, PackedPlan]:
+    """Packed sequences of 7 channels, and a plan that is `random_plan` of each image."""
+    given = packing(7, dtype=dtype)
+
+    def plan(x: Tensor, grid: tuple[int, int]) -> MergePlan:
+        return random_plan(1, x.shape[1])
+
+    return given, varlen_plan(given.x, given.cu_seqlens, given.grids, plan, given.starts)

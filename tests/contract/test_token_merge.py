@@ -15,6 +15,7 @@ from .inputs import (
     crowded_plan,
     layouts,
     odd_tokens,
+    packed_plan,
     positive_weights,
     random_plan,
     row_of,
@@ -152,3 +153,19 @@ def test_gradients(backend, dtype, mode, weighted):
         inputs["weights"] = positive_weights(4, 20).to(torch.promote_types(dtype, torch.float32))
     plan = random_plan(2, 20)
     assert_gradients(backend, OP, lambda op, x, weights=None: op(x, plan, mode, weights), inputs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_packed_sequences(backend, dtype, mode):
+    """One long row; each image gets the bits that it gets by itself, and text its own."""
+    given, packed = packed_plan(dtype)
+    merged = backend.token_merge(given.x[None], packed.plan, mode)
+    seen = 0
+    for (front, image, behind), grid in zip(given.parts(), given.grids, strict=True):
+        plan = random_plan(1, len(image)) if grid else None
+        alone = image if plan is None else backend.token_merge(image[None], plan, mode)[0]
+        for part, exact in ((front, mode != "mlerp"), (alone, True), (behind, mode != "mlerp")):
+            found = merged[0, seen : seen + len(part)]
+            assert_same_bits(found, part) if exact else assert_close(found, part.double())
+            seen += len(part)
+    assert seen == merged.shape[1]

@@ -10,7 +10,7 @@ from bigain_kernels.testing import assert_close
 
 from ..shapes import GRIDS, tokens
 from .gradients import assert_gradients
-from .inputs import assert_same_bits, layouts, odd_tokens, random_plan, row_of
+from .inputs import assert_same_bits, layouts, odd_tokens, packed_plan, random_plan, row_of
 
 OP = "token_unmerge"
 SHAPES = [(3, 3, 63, 72, True), (4, 2, 64, 64, False), (2, 1, 40, 320, True), (1, 1, 1, 64, False), (3, 1, 9, 1, True),
@@ -89,3 +89,21 @@ def test_gradients(backend, dtype, operands):
     others = {"residual": tokens(4, 20, 7, dtype, 1), "gate": tokens(4, 1, 7, dtype, 2)[:, 0]}
     inputs = {"y": tokens(4, plan.num_slots, 7, dtype, strided=True)} | {name: others[name] for name in operands}
     assert_gradients(backend, OP, lambda op, y, **given: op(y, plan, **given), inputs)
+
+
+def test_packed_sequences(backend, dtype):
+    given, packed = packed_plan(dtype)
+    y = tokens(1, packed.plan.num_slots, given.x.shape[1], dtype)
+    whole = backend.token_unmerge(y, packed.plan, given.x[None])
+    for s, ((begin, end), (first, last)) in enumerate(
+        zip(pairs(given.cu_seqlens), pairs(packed.cu_seqlens), strict=True)
+    ):
+        front, image, behind = given.parts()[s]
+        parts = y[:, first:last].split([len(front), last - first - len(front) - len(behind), len(behind)], dim=1)
+        middle = parts[1] if given.grids[s] is None else reference.token_unmerge(parts[1], random_plan(1, len(image)))
+        expected = torch.cat([parts[0], middle, parts[2]], 1).double() + given.x[begin:end].double()
+        assert_close(whole[:, begin:end], expected)
+
+
+def pairs(table):
+    return zip(table.tolist(), table.tolist()[1:], strict=False)
