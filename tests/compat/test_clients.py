@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,30 @@ from bigain_kernels.compat import tomesd
 from tests.tiny_pipeline import tiny_pipeline
 
 FASTSDCPU = os.environ.get("FASTSDCPU_PATH")
+# Modules of the source, src/backend, and of the package fastsdcpu-pip: what makes pictures, its settings, what asks for
+# the device, and what needs OpenVINO or GGUF.
+SOURCE = (
+    "backend.lcm_text_to_image",
+    "backend.models.lcmdiffusion_setting",
+    "backend.device",
+    (
+        "backend.openvino.pipelines",
+        "backend.openvino.ov_hc_stablediffusion_pipeline",
+        "openvino",
+        "backend.gguf.gguf_diffusion",
+    ),
+)
+PACKAGE = (
+    "fastsdcpu.pipelines.lcm.text_to_image",
+    "fastsdcpu.models.lcmdiffusion_setting",
+    "fastsdcpu.utils.device",
+    (
+        "fastsdcpu.pipelines.openvino",
+        "fastsdcpu.pipelines.openvino.ov_hc_stablediffusion_pipeline",
+        "openvino",
+        "fastsdcpu.gguf_diffusion",
+    ),
+)
 
 
 def test_two_pipelines_around_one_model():
@@ -69,9 +94,13 @@ def folder_of_a_pipeline(folder):
 
 @pytest.fixture
 def fastsdcpu(monkeypatch):
-    """The module of fastsdcpu that makes pictures, with compat.tomesd as tomesd, and without OpenVINO and GGUF."""
+    """The modules of fastsdcpu that make pictures and hold settings, with compat.tomesd as tomesd, and without OpenVINO
+    and GGUF."""
     if not FASTSDCPU:
-        pytest.skip("FASTSDCPU_PATH is not set to the folder src of fastsdcpu")
+        pytest.skip(
+            "FASTSDCPU_PATH is not set to the folder src of fastsdcpu, or to that where fastsdcpu-pip is installed"
+        )
+    program, settings, asks, absent = PACKAGE if (Path(FASTSDCPU) / "fastsdcpu").is_dir() else SOURCE
     before = set(sys.modules)
     monkeypatch.syspath_prepend(FASTSDCPU)
     monkeypatch.setitem(sys.modules, "tomesd", tomesd)
@@ -82,13 +111,12 @@ def fastsdcpu(monkeypatch):
                 raise AttributeError(name)
             return type(name, (), {})
 
-    absent = ("backend.openvino.pipelines", "backend.openvino.ov_hc_stablediffusion_pipeline", "openvino")
-    for name in (*absent, "backend.gguf.gguf_diffusion"):
+    for name in absent:
         monkeypatch.setitem(sys.modules, name, Absent(name))
-    device = types.ModuleType("backend.device")
+    device = types.ModuleType(asks)
     device.is_openvino_device = lambda: False
-    monkeypatch.setitem(sys.modules, "backend.device", device)
-    yield importlib.import_module("backend.lcm_text_to_image")
+    monkeypatch.setitem(sys.modules, asks, device)
+    yield importlib.import_module(program), importlib.import_module(settings)
     for name in set(sys.modules) - before:
         if (getattr(sys.modules[name], "__file__", None) or "").startswith(FASTSDCPU):
             del sys.modules[name]
@@ -97,9 +125,9 @@ def fastsdcpu(monkeypatch):
 def test_fastsdcpu(fastsdcpu, tmp_path):
     pytest.importorskip("peft")  # it asks the pipeline for its adapters
     folder_of_a_pipeline(tmp_path)
-    settings = importlib.import_module("backend.models.lcmdiffusion_setting")
+    module, settings = fastsdcpu
     made = {}
-    program = fastsdcpu.LCMTextToImage()
+    program = module.LCMTextToImage()
     program.torch_data_type = torch.float32
     for merging in (0.0, 0.5):
         wanted = settings.LCMDiffusionSetting(
