@@ -36,6 +36,19 @@ def test_blocks_are_found():
         assert block.kind in ("python", "shell", "json", "text") or block.why, f"{block.name}: a {block.kind!r} block"
 
 
+def test_no_block_is_missed():
+    """Fences of another kind or inside lists, and indented lines that no block has, would never be looked at."""
+    for path in PAGES:
+        text, page = path.read_text(encoding="utf-8"), str(path.relative_to(ROOT))
+        of_page = [block for block in BLOCKS if block.page == page]
+        inside = {line for block in of_page for line in range(block.line, block.line + block.code.count("\n"))}
+        for number, line in enumerate(text.splitlines(), 1):
+            if re.match(r"\s*(```|~~~)", line):
+                assert {number - 1, number + 1} & inside, f"{page}:{number}: a fence of no block"
+            elif re.match(r"(    |\t)\S", line):
+                assert number in inside, f"{page}:{number}: code of no block"
+
+
 @pytest.fixture
 def pipe(monkeypatch):
     """A tiny pipeline that takes a prompt, and is what every pipeline loads."""
