@@ -66,7 +66,8 @@ class JobRow:
         consistency: fraction of the samples that the small classifier takes for the digit asked for.
         psnr: decibels to the uncompressed samples from the same noise; NaN for no compression.
         seconds: of classifying, as median time of a chunk times the chunks: what else the machine did falls away.
-        speed: median over the chunks of both jobs of the time that no compression took over the time this point took.
+        speed: the time that no compression took over the time this point took, the median over the chunks of a job; of
+            the two jobs, which differ, the geometric mean.
         seeds: of those that are finished.
     """
 
@@ -162,11 +163,12 @@ class _Judged:
         return statistics.median(chunks) * len(chunks) if chunks else math.nan
 
     def _speed(self, key: str) -> float:
-        ratios = []
+        speeds = []
         for job in ("classify", "generate"):
             mine, none = (self.jobs.outcomes[k].seconds[job] for k in (key, NONE.key))
-            ratios += [base / own for base, own in zip(none, mine, strict=False)]
-        return statistics.median(ratios) if ratios else math.nan
+            ratios = [base / own for base, own in zip(none, mine, strict=False)]
+            speeds += [statistics.median(ratios)] if ratios else []
+        return statistics.geometric_mean(speeds) if speeds else math.nan
 
     def compare(self, first: Point, second: Point) -> list[Comparison]:
         """All that is compared of two points, with p-values of each comparison alone."""

@@ -85,6 +85,14 @@ def test_every_point_does_both_jobs_on_the_same_items(run) -> None:
     assert model.jobs[1].point.ours is not model.jobs[2].point.ours
 
 
+def test_the_speeds_of_two_jobs_are_not_mixed(run, monkeypatch) -> None:
+    """The median of each job, so that the job with more chunks does not decide alone."""
+    jobs = run[0].parts[0].jobs
+    monkeypatch.setattr(jobs.outcomes["none"], "seconds", {"classify": [4.0, 4.0, 4.0], "generate": [9.0]})
+    monkeypatch.setattr(jobs.outcomes["lgtm_0.7"], "seconds", {"classify": [2.0, 2.0, 8.0], "generate": [1.0]})
+    assert _Judged(jobs)._speed("lgtm_0.7") == pytest.approx(math.sqrt(2 * 9))
+
+
 def test_every_seed_has_images_and_noise_of_its_own(run, tmp_path: Path) -> None:
     demo = Demo(replace(TINY, seeds=2, images=3, frontier_images=2))
     demo.run()
