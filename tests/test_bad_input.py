@@ -21,6 +21,9 @@ DST = bk.select_destinations(SCORE, GRID, (2, 2))
 SIM, MATCH = bk.bipartite_match(X, DST)
 PLAN = bk.lgtm_plan(X, GRID, 0.5)
 Y = bk.token_merge(X, PLAN)
+# A packing of two images.
+FLAT, CU = X.flatten(0, 1), torch.tensor([0, 24, 48], dtype=torch.int32)
+PACKED = bk.varlen_plan(FLAT, CU, [GRID, GRID], lambda x, grid: bk.lgtm_plan(x, grid, 0.5))
 Q = tokens(2, 24, 8).unflatten(2, (2, 4)).transpose(1, 2)
 META = torch.empty(2, 24, 8, device="meta")
 
@@ -201,6 +204,18 @@ WRONG_CALLS = [
     ("residual shape", lambda: bk.token_unmerge(Y, PLAN, residual=Y), ValueError, "residual: got shape (2, 12, 8)"),
     ("residual dtype", lambda: bk.token_unmerge(Y, PLAN, residual=X.int()), TypeError, "residual: got dtype int32"),
     ("gate shape", lambda: bk.token_unmerge(Y, PLAN, gate=X[:, :2, 0]), ValueError, "gate: got shape (2, 2)"),
+    # packed sequences
+    ("seqlens int64", lambda: bk.varlen_plan(FLAT, CU.long(), [GRID, GRID], None), TypeError, "cu_seqlens: got dtype"),
+    ("grids", lambda: bk.varlen_plan(FLAT, CU, [GRID], None), ValueError, "grids: got 1, expected 2"),
+    (
+        "large grid",
+        lambda: bk.varlen_plan(FLAT, CU, [GRID, (5, 6)], None),
+        ValueError,
+        "grids: got images of 54 tokens",
+    ),
+    ("packed", lambda: bk.token_merge_varlen(FLAT, PLAN), TypeError, "packed: got MergePlan, expected a PackedPlan"),
+    ("unpacked", lambda: bk.token_unmerge_varlen(FLAT, None), TypeError, "packed: got NoneType, expected a PackedPlan"),
+    ("pool", lambda: bk.kv_downsample_varlen(FLAT, CU, [GRID], 2, 0.9), ValueError, "grids: got 1, expected 2"),
     # kv_downsample and attention
     ("a number", lambda: bk.kv_downsample(5, GRID, 2, 0.9), TypeError, "x: got int, expected a torch.Tensor or a"),
     ("no tensors", lambda: bk.kv_downsample([], GRID, 2, 0.9), ValueError, "x: got an empty sequence"),
@@ -409,7 +424,14 @@ def test_wrong_calls_say_what_is_wrong(call, exception, message):
 
 def test_the_table_covers_every_public_function():
     source = " ".join(name for case in WRONG_CALLS for name in case[1].__code__.co_names)
-    others = {"MergePlan", "WarmedUp", "backends", "use_backend", "warm_up"}  # these have tests of their own
+    others = {
+        "MergePlan",
+        "PackedPlan",
+        "WarmedUp",
+        "backends",
+        "use_backend",
+        "warm_up",
+    }  # these have tests of their own
     functions = set(bk.__all__) - others
     assert {name for name in functions if name not in source.split()} == set()
     assert len(WRONG_CALLS) >= 40

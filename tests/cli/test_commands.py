@@ -398,6 +398,26 @@ def _started(command: list[str]) -> subprocess.Popen[str]:
     )
 
 
+def test_what_an_interrupted_import_raises_is_an_interrupt(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Libraries that Ctrl-C hits while they are imported end in errors of their own."""
+    from bigain_kernels.cli import main as module
+
+    def broken(**_: object) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+        except KeyboardInterrupt:
+            raise RecursionError("half an import") from None
+        return 0
+
+    monkeypatch.setattr(module, "make_app", lambda: broken)
+    assert module.main([]) == 130
+    assert capsys.readouterr().err == "bigain: interrupted\n"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
 @pytest.mark.parametrize("seconds", [0.05, 0.4, 1.2])
 def test_ctrl_c_while_it_starts(seconds: float, tmp_path: Path) -> None:
     """The first seconds go into imports."""

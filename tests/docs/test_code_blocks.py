@@ -69,7 +69,7 @@ def test_python(block, pipe, capsys):
 
 def commands(block):
     """The commands of a block, as words, without comments, assignments, pipes and what follows them."""
-    for line in block.code.splitlines():
+    for line in block.code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         while words and _ASSIGNMENT.match(words[0]):
             words = words[1:]
