@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+from types import FrameType
+
+BAD_INPUT, INTERRUPTED = 2, 130
 
 
 def main() -> int:
-    """`bigain_kernels.cli.main.main`; 130 when Ctrl-C comes before that could be imported."""
+    """`bigain_kernels.cli.main.main`; 130 when Ctrl-C comes before that could be imported.
+
+    Libraries that Ctrl-C hits while they are imported may swallow it and end in errors of their own, at once or later:
+    once it has come, all that is an interrupt.
+    """
+    seen = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        seen.append(number)
+        signal.default_int_handler(number, frame)
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         from bigain_kernels.cli.main import main as run
-    except KeyboardInterrupt:
+
+        code = run()
+    except (Exception, KeyboardInterrupt) as error:
+        if not seen and not isinstance(error, KeyboardInterrupt):
+            raise
         print("bigain: interrupted", file=sys.stderr)
-        return 130
-    return run()
+        return INTERRUPTED
+    finally:
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
+    return INTERRUPTED if seen and code == BAD_INPUT else code
 
 
 if __name__ == "__main__":

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from types import FrameType
+from collections.abc import Sequence
 from typing import Annotated
 
 from ..backends import BackendUnavailable
@@ -86,39 +82,13 @@ def make_app() -> typer.Typer:
     return app
 
 
-@contextmanager
-def _answered_interrupts() -> Iterator[None]:
-    """Whatever ends the block after Ctrl-C is KeyboardInterrupt: libraries raise other things if it hits an import."""
-    # Somebody else's handler stays, and no thread but the main one is interrupted.
-    ours = signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    if not ours or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    seen = []
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        seen.append(number)
-        signal.default_int_handler(number, frame)
-
-    signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    except Exception as error:
-        if seen:
-            raise KeyboardInterrupt from error
-        raise
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line `argv` (default: that of the process) and return its exit code.
 
     0 is success, 2 bad input (one line on stderr says what), 130 Ctrl-C, with finished results on disk.
     """
     try:
-        with _answered_interrupts():
-            return make_app()(args=argv, prog_name="bigain", standalone_mode=False) or 0
+        return make_app()(args=argv, prog_name="bigain", standalone_mode=False) or 0
     except TyperException as error:
         message = error.format_message()
     # Our own checks raise ValueError and TypeError; OSError is a file or hub id that cannot be read, ImportError an
