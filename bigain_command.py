@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from types import FrameType
@@ -15,9 +16,14 @@ def main() -> int:
     Libraries that Ctrl-C hits while they are imported may swallow it and end in errors of their own, at once or later:
     once it has come, all that is an interrupt.
     """
-    seen = []
+    seen: list[int] = []
+    imported = False
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        if not imported:
+            # torch goes on without NumPy if that is interrupted; here there is nothing yet that could be lost.
+            os.write(2, b"bigain: interrupted\n")
+            os._exit(INTERRUPTED)
         seen.append(number)
         signal.default_int_handler(number, frame)
 
@@ -27,6 +33,7 @@ def main() -> int:
     try:
         from bigain_kernels.cli.main import main as run
 
+        imported = True
         code = run()
     except (Exception, KeyboardInterrupt) as error:
         if not seen and not isinstance(error, KeyboardInterrupt):
