@@ -241,36 +241,11 @@ def _sources_of_tile(
 
 @triton.jit(do_not_specialize=["n", "num_destinations", "num_sources", "num_first", "height", "width", "s_xb"])
 def match_near_kernel(
-    p_x,
-    p_inverse_norm,
-    p_sources,
-    p_words,
-    p_starts,
-    p_packed,
-    n,
-    units,
-    num_destinations,
-    num_sources,
-    num_first,
-    height,
-    width,
-    s_xb,
-    s_xn,
-    UNIT: tl.constexpr,
-    FAR: tl.constexpr,
-    EVEN: tl.constexpr,
-    STEP: tl.constexpr,
-    LOG2_LANES: tl.constexpr,
-    LOG2_VECTOR: tl.constexpr,
-    LOG2_PLACES: tl.constexpr,
-    SY: tl.constexpr,
-    SX: tl.constexpr,
-    WINDOW: tl.constexpr,
-    LISTED: tl.constexpr,
-    SOURCES: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    EARLY: tl.constexpr,
-):
+    p_x, p_inverse_norm, p_sources, p_words, p_starts, p_packed, n, units, num_destinations, num_sources, num_first,
+    height, width, s_xb, s_xn, UNIT: tl.constexpr, FAR: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
+    LOG2_LANES: tl.constexpr, LOG2_VECTOR: tl.constexpr, LOG2_PLACES: tl.constexpr, SY: tl.constexpr, SX: tl.constexpr,
+    WINDOW: tl.constexpr, LISTED: tl.constexpr, SOURCES: tl.constexpr, BLOCK_T: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
     """Program (block of BLOCK_T tiles, batch row), SOURCES sources of each at a time.
 
     Channels and strides count UNIT elements; FAR says that offsets within a row of the batch need 64 bits; EVEN that
