@@ -11,16 +11,6 @@ constexpr int64_t kNoWindow = -1;
 // threads.
 constexpr int64_t kPackedBytes = int64_t{4} << 20;
 
-// Norms of the tokens of rows first_row, ..., last_row - 1.
-template <typename T>
-void find_norms(const Matching<T>& m, int64_t first_row, int64_t last_row) {
-  for_each_task((last_row - first_row) * m.tokens, m.channels, [&](int64_t begin, int64_t end) {
-    for (int64_t i = first_row * m.tokens + begin; i < first_row * m.tokens + end; ++i) {
-      m.norm[i] = m.length(m.x.row(i / m.tokens, i % m.tokens));
-    }
-  });
-}
-
 // Unit destinations of one panel, transposed; the bias keeps out those without a direction and the empty columns.
 template <typename T>
 void pack_panel(const Matching<T>& m, int64_t b, int64_t first, accumulate_t<T>* unit, accumulate_t<T>* panel,
@@ -31,13 +21,16 @@ void pack_panel(const Matching<T>& m, int64_t b, int64_t first, accumulate_t<T>*
   for (int64_t j = 0; j < kernel.panel_width; ++j) {
     bias[j] = -std::numeric_limits<A>::infinity();
     if (j >= count) continue;
-    const A norm = m.unit_destination(b, first + j, unit + j * m.channels);
-    if (norm > 0) bias[j] = 0;
+    const T* const token = m.x.row(b, m.destinations[b * m.count + first + j]);
+    const A length = m.length(token);
+    m.unit_token(token, length, unit + j * m.channels);
+    if (length > 0) bias[j] = 0;
   }
   kernel.pack(unit, count, m.channels, panel);
 }
 
-// All sources of rows first_row, ..., last_row - 1 against all destinations.
+// All sources of rows first_row, ..., last_row - 1 against all destinations. Norms are found on the way, so that tokens
+// are read from memory once.
 template <typename T>
 void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
   using A = accumulate_t<T>;
@@ -45,7 +38,6 @@ void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
   const int64_t num_rows = last_row - first_row, width = kernel.panel_width;
   const int64_t num_panels = (m.count + width - 1) / width;
   const ScalarType type = std::is_same_v<A, double> ? ScalarType::Double : ScalarType::Float;
-  find_norms(m, first_row, last_row);
   const Tensor packed = new_tensor({num_rows, num_panels, m.channels, width}, type);
   const Tensor biases = new_tensor({num_rows, num_panels * width}, type);
   A *const panels = packed.mutable_data_ptr<A>(), *const bias = biases.mutable_data_ptr<A>();
@@ -67,6 +59,7 @@ void match_rows(const Matching<T>& m, int64_t first_row, int64_t last_row) {
       const SourceChunks::Chunk chunk = chunks[task];
       for (int64_t i = 0; i < chunk.count; ++i) {
         const T* const source = m.x.row(chunk.row, chunk.sources[i]);
+        m.norm[chunk.row * m.tokens + chunk.sources[i]] = m.length(source);
         if constexpr (std::is_same_v<A, T>) {
           rows[i] = source;
         } else {
@@ -121,7 +114,9 @@ std::tuple<Tensor, Tensor> bipartite_match(const Tensor& input, const Tensor& de
     for (int64_t i = 0; i < batch * tokens; ++i) m.match[i] = static_cast<int32_t>(i % tokens);
     if (count == 0) return;
     if (window != kNoWindow && !grid.window_is_everything()) {
-      find_norms(m, 0, batch);
+      for_each_task(batch * tokens, m.channels, [&](int64_t begin, int64_t end) {
+        for (int64_t i = begin; i < end; ++i) norm[i] = m.length(m.x.row(i / tokens, i % tokens));
+      });
       match_in_window(m, grid);
       return;
     }

@@ -41,7 +41,8 @@ void match_in_window(const Matching<T>& m, const TileGrid& grid) {
     }
     for_each_task(m.count, m.channels, [&](int64_t begin, int64_t end) {
       for (int64_t d = begin; d < end; ++d) {
-        m.unit_destination(b, d, unit.data() + d * m.channels);
+        const int64_t n = m.destinations[b * m.count + d];
+        m.unit_token(m.x.row(b, n), m.norm[b * m.tokens + n], unit.data() + d * m.channels);
       }
     });
 

@@ -15,7 +15,7 @@ struct Matching {
   int64_t count;  // D, destinations in each row
   const RowKernels<T>* rows;
   const int32_t* destinations;    // (B, D)
-  A* norm;                        // (B, N), see `length`
+  A* norm;                        // (B, N), see `length`: of the sources at least, before `store`
   const uint8_t* is_destination;  // (B, N)
   float* similarity;              // (B, N)
   int32_t* match;                 // (B, N)
@@ -27,16 +27,13 @@ struct Matching {
     return norm > 0 && norm <= std::numeric_limits<A>::max() ? norm : 0;
   }
 
-  // Writes destination d of row b, scaled to norm one, to `unit` (C); returns its norm. Zeros if it has no direction.
-  A unit_destination(int64_t b, int64_t d, A* unit) const {
-    const int64_t n = destinations[b * count + d];
-    const A length = norm[b * tokens + n];
+  // Writes a token, whose `length` is given, to `unit` (C), scaled to norm one. Zeros if it has no direction.
+  void unit_token(const T* token, A length, A* unit) const {
     if (length > 0) {
-      rows->divide(x.row(b, n), length, channels, unit);
+      rows->divide(token, length, channels, unit);
     } else {
       std::fill_n(unit, channels, A(0));
     }
-    return length;
   }
 
   // The best destination of source n: `product` is the largest product of the token with a unit destination, -inf when
