@@ -47,8 +47,16 @@ def compressed(denoiser: Denoiser, compression: Compression | None) -> AbstractC
     return token_compression(denoiser.model, compression)
 
 
-def tokens_kept(compression: CompressionConfig | None, grid: tuple[int, int]) -> str:
-    """How many tokens attention sees on a grid of (H, W) tokens, in words: "20 of 64", or "16 of 64 keys"."""
+def tokens_kept(compression: Compression | None, grid: tuple[int, int]) -> str:
+    """How many tokens attention sees on a grid of (H, W) tokens, in words: "20 of 64", or "16 of 64 keys".
+
+    Of several configs, each once.
+    """
+    parts = (None,) if compression is None else parts_of(compression)
+    return ", ".join(dict.fromkeys(_tokens_kept(part, grid) for part in parts))
+
+
+def _tokens_kept(compression: CompressionConfig | None, grid: tuple[int, int]) -> str:
     tokens = grid[0] * grid[1]
     if isinstance(compression, MergeConfig):
         return f"{compression.tokens_kept(grid)} of {tokens}"

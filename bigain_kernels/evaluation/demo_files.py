@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..methods.mixed import parts_of
 from .data import PHOTOGRAPHS
 from .demo import Demo, Part
 from .demo_pictures import draw_accuracy, draw_frontier, draw_merge_maps, draw_real_size, draw_samples
@@ -18,7 +20,7 @@ from .frontier import BUDGET, FrontierRow
 from .metrics import Fraction, Measured
 from .output import OutputFolder, json_text, replacing
 from .pictures import PictureConfig, draw_photograph
-from .points import BY_KEY, NONE, STRESS
+from .points import BY_KEY, NONE, SEARCHED, STRESS
 
 Table = tuple[list[str], list[list[str]]]
 _ROLES = {"none": "", "chosen": "chosen", "rival": "rival", "stress": "stress"}
@@ -109,8 +111,23 @@ def frontier_caption(demo: Demo) -> str:
         f"error: rise of the denoising error over no compression, on {demo.config.frontier_images} validation images "
         f"({where}), with the label and without, mean ± one standard error. speed: median over forward passes of "
         f"{demo.config.threads} threads, the methods in turns. “proportional”: attention weighs a merged key by its "
-        "number of tokens. “shared”: one plan for rows that belong together."
+        "number of tokens. “shared”: one plan for rows that belong together." + "".join(map(_searched, demo.parts))
     )
+
+
+def _searched(part: Part) -> str:
+    """What a search gave each block."""
+    config = part.subject.searched
+    if config is None:
+        return ""
+    given = (f"`{each.brief()}` in {_blocks(each.blocks)}" for each in parts_of(config))
+    return f" “{SEARCHED}”: what `bigain search` gives the {part.subject.settings.title}, {'; '.join(given)}."
+
+
+def _blocks(blocks: Sequence[int] | None) -> str:
+    if blocks is None:
+        return "all blocks"
+    return f"block{'s' if len(blocks) > 1 else ''} {' and '.join(map(str, blocks))}"
 
 
 def _seeds(demo: Demo) -> str:

@@ -29,6 +29,7 @@ _COLOURS = {
     "todo": "#CC79A7",
     "avgpool": "#999999",
     "iekvd": "#009E73",
+    "searched": "#D55E00",
 }
 _NAMES = {
     "tome": "ToMe",
@@ -37,6 +38,7 @@ _NAMES = {
     "todo": "ToDo",
     "avgpool": "average pooling",
     "iekvd": "IE-KVD",
+    "searched": "several, found by search",
 }
 _STRIP = 10
 _MAP_TIMESTEPS = (250, 650)
@@ -57,7 +59,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def _marker(point: Point) -> str:
-    if point.options.get("blocks"):
+    if point.options.get("blocks") or point.config is not None:
         return "D"
     if point.shared:
         return "*"
@@ -82,7 +84,8 @@ def draw_frontier(model: ModelResult, chosen: Point | None, path: Path) -> None:
             linewidth=0.8,
         )
         size = point.options.get("ratio", point.options.get("factor"))
-        axes.annotate(f"{size:g}", (row.speed, row.rise.value), xytext=(5, 3), textcoords="offset points", fontsize=7)
+        label = "search" if size is None else f"{size:g}"
+        axes.annotate(label, (row.speed, row.rise.value), xytext=(5, 3), textcoords="offset points", fontsize=7)
         if point == chosen:
             axes.plot(row.speed, row.rise.value, "o", markersize=19, markerfacecolor="none", color="#D55E00")
     axes.axhline(BUDGET, color="#D55E00", linewidth=0.8, linestyle=":")
@@ -92,7 +95,8 @@ def draw_frontier(model: ModelResult, chosen: Point | None, path: Path) -> None:
     axes.set_xlabel("speed against no compression")
     axes.set_ylabel("rise of the denoising error, %")
     axes.set_title(f"{model.title}: cost and gain of compression (circled: chosen, dotted: {BUDGET:g} %)", fontsize=10)
-    for method, name in _NAMES.items():
+    methods = {row.point.method for row in model.frontier}
+    for method, name in ((key, name) for key, name in _NAMES.items() if key in methods):
         axes.plot([], [], "o", color=_COLOURS[method], label=name)
     shapes = {"o": "as published", "^": "proportional", "*": "proportional, shared plan", "D": "in some blocks alone"}
     used = {_marker(row.point) for row in model.frontier}

@@ -59,7 +59,7 @@ class Frontier:
         self, subject: Subject, images: int, chunk: int = 8, seed: int = 0, points: Sequence[Point] | None = None
     ) -> None:
         self.subject, self.images, self.chunk, self.seed = subject, images, chunk, seed
-        self.points = points_of(subject.settings.blocks) if points is None else tuple(points)
+        self.points = points_of(subject.settings.blocks, subject.searched) if points is None else tuple(points)
         self.measured = {point.key: Measurements() for point in self.points}
 
     @property

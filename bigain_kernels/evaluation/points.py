@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..methods import CompressionConfig, MergeConfig
+from ..methods import MergeConfig
+from ..methods.mixed import Compression
 from ..methods.registry import make_config
 
 RATIOS = (0.3, 0.5, 0.7)
+# Where only blocks are compressed that bear it.
+_RATIOS_IN_BLOCKS = (0.5, 0.6, 0.7)
+SEARCHED = "found by search"
 # The ratio of the paper's tables, where merging is to hurt.
 STRESS = 0.7
 
@@ -22,6 +27,7 @@ class Point:
         method, options: of `make_config`; "none" is no compression.
         shared: one plan for the rows that belong together: all classes of an image, or a pair of guidance.
         ours: proposed by BiGain or added by this project, as opposed to what was there before.
+        config: what `bigain search` found, in place of `method` and `options`.
     """
 
     title: str
@@ -29,6 +35,7 @@ class Point:
     options: dict[str, Any] = field(default_factory=dict)
     shared: bool = False
     ours: bool = False
+    config: Compression | None = None
 
     @property
     def key(self) -> str:
@@ -41,8 +48,10 @@ class Point:
                 parts.append(name if value is True else f"{value:g}")
         return "_".join([*parts, *(["shared"] if self.shared else [])])
 
-    def compression(self, rows: int = 0) -> CompressionConfig | None:
+    def compression(self, rows: int = 0) -> Compression | None:
         """The config of it; `rows`: how many rows belong together, where there are any."""
+        if self.config is not None:
+            return self.config
         if self.method == "none":
             return None
         config = make_config(self.method, self.options)
@@ -63,18 +72,12 @@ class Point:
 NONE = Point("none")
 
 
-def points_of(blocks: tuple[int, ...] = ()) -> tuple[Point, ...]:
-    """All points, first none; with `blocks`, also those that compress these blocks alone."""
+def points_of(blocks: tuple[int, ...] = (), searched: Compression | None = None) -> tuple[Point, ...]:
+    """All points, first none; with `blocks`, also those that compress these blocks alone; last, what a search found."""
     found = [NONE]
     for title, method, ours in (("ToMe", "tome", False), ("L-GTM", "lgtm", True)):
         found += [Point(f"{title} {ratio:g}", method, {"ratio": ratio}, ours=ours) for ratio in RATIOS]
-        weighed = [
-            Point(f"{title} {ratio:g}, proportional", method, {"ratio": ratio, "proportional": True}, ours=ours)
-            for ratio in RATIOS
-        ]
-        found += weighed
-        if ours:
-            found += [replace(point, title=f"{point.title}, shared", shared=True) for point in weighed]
+        found += _weighed(title, method, ours, RATIOS)
     found += [Point(f"ABM {ratio:g}", "abm", {"ratio": ratio}, ours=True) for ratio in (0.5, STRESS)]
     found += [
         Point("ToDo 2", "todo", {"factor": 2}),
@@ -83,9 +86,23 @@ def points_of(blocks: tuple[int, ...] = ()) -> tuple[Point, ...]:
     ]
     if blocks:
         where = f", blocks {' and '.join(map(str, blocks))}"
-        some = [p for p in found if p.options.get("proportional", p.options.get("factor") == 2)]
+        some = _weighed("ToMe", "tome", False, _RATIOS_IN_BLOCKS) + _weighed("L-GTM", "lgtm", True, _RATIOS_IN_BLOCKS)
+        some += [p for p in found if p.options.get("factor") == 2]
         found += [replace(p, title=p.title + where, options={**p.options, "blocks": blocks}) for p in some]
+    if searched is not None:
+        found.append(Point(SEARCHED, "searched", ours=True, config=searched))
     return tuple(found)
+
+
+def _weighed(title: str, method: str, ours: bool, ratios: Sequence[float]) -> list[Point]:
+    """Proportional at each ratio; of ours also with shared plans."""
+    found = [
+        Point(f"{title} {ratio:g}, proportional", method, {"ratio": ratio, "proportional": True}, ours=ours)
+        for ratio in ratios
+    ]
+    if ours:
+        found += [replace(point, title=f"{point.title}, shared", shared=True) for point in found]
+    return found
 
 
 BY_KEY = {point.key: point for point in points_of()}

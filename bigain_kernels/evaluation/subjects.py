@@ -8,10 +8,15 @@ from typing import Any
 
 import torch
 
+from ..methods.files import load_config
+from ..methods.mixed import Compression
 from .checkpoints import SHIPPED, Checkpoint, load_checkpoint, load_classifier
 from .data import DIGITS_SIZE, Digits, load_digits, load_mnist
 from .mnist_models import resized
 from .tiny_models import DigitClassifier
+
+# In the folder of a checkpoint: a config that is shown beside the others.
+SEARCHED_FILE = "searched.json"
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Subject:
         classifier: names digits of 16 x 16 pixels; its features carry the kernel distance.
         validation, test: images as the model sees them; what is chosen is chosen on the first, what is reported is of
             the second.
+        searched: the config that `bigain search` found for the model, where `SEARCHED_FILE` lies beside it.
     """
 
     key: str
@@ -60,6 +66,7 @@ class Subject:
     classifier: DigitClassifier
     validation: Digits
     test: Digits
+    searched: Compression | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -93,4 +100,6 @@ def load_subject(key: str, folder: Path | None = None) -> Subject:
         digits = load_mnist(split)
         return Digits(resized(key, digits.images, checkpoint.denoiser.sample_shape[-1]), digits.labels)
 
-    return Subject(key, SETTINGS[key], checkpoint, load_classifier(folder), images("validation"), images("test"))
+    searched = load_config(folder / SEARCHED_FILE) if (folder / SEARCHED_FILE).is_file() else None
+    classifier = load_classifier(folder)
+    return Subject(key, SETTINGS[key], checkpoint, classifier, images("validation"), images("test"), searched)

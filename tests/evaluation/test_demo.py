@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bigain_kernels.evaluation.compression import compressed
+from bigain_kernels.evaluation.checkpoints import SHIPPED
+from bigain_kernels.evaluation.compression import compressed, tokens_kept
 from bigain_kernels.evaluation.demo import FULL, Demo, DemoConfig
 from bigain_kernels.evaluation.demo_files import frontier_cells, job_cells, write_all
 from bigain_kernels.evaluation.demo_results import (
@@ -32,9 +34,12 @@ from bigain_kernels.evaluation.metrics import Measured, holm, psnr
 from bigain_kernels.evaluation.noise import seeded_noise
 from bigain_kernels.evaluation.output import OutputFolder
 from bigain_kernels.evaluation.pictures import PictureConfig, draw_photograph, merge_pictures, patch_tokens
-from bigain_kernels.evaluation.points import BY_KEY, NONE, points_of
+from bigain_kernels.evaluation.points import BY_KEY, NONE, SEARCHED, points_of
 from bigain_kernels.evaluation.real_size import RealSize
-from bigain_kernels.evaluation.subjects import Subject, load_subject
+from bigain_kernels.evaluation.subjects import SEARCHED_FILE, Subject, load_subject
+from bigain_kernels.methods import IEKVDConfig, LGTMConfig
+from bigain_kernels.methods.files import save_config
+from bigain_kernels.methods.mixed import MixedConfig
 
 TINY = DemoConfig(
     models=("digits",),
@@ -171,6 +176,26 @@ def test_points_have_names_and_apply() -> None:
     assert (config.blocks, config.proportional, config.share_plan, config.ratio) == ((0, 3), True, 2, 0.5)
     assert BY_KEY["lgtm_0.5"].compression(2).share_plan is None
     assert NONE.compression() is None
+
+
+def test_what_a_search_found_is_a_point_of_its_own(tmp_path: Path) -> None:
+    """From the file beside the checkpoint, first to last: frontier, both jobs, tables and pictures."""
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED["tiny-dit"], folder)
+    found = MixedConfig((IEKVDConfig(factor=2, alpha=0.0, blocks=(0,)), LGTMConfig(ratio=0.5, blocks=(1, 2))))
+    save_config(folder / SEARCHED_FILE, found)
+    demo = Demo(TINY, folder)
+    demo.run()
+    (part,), (model,) = demo.parts, summarise(demo).models
+    point = model.frontier[-1].point
+    assert (point.title, point.config, point.ours) == (SEARCHED, found, True)
+    assert part.jobs is not None
+    assert model.frontier[-1].rise.value != 0.0
+    assert tokens_kept(point.compression(2), part.subject.grid) == "16 of 64 keys, 32 of 64"
+    with OutputFolder(tmp_path / "out", (), again=False) as output:
+        page = write_all(demo, summarise(demo), output).read_text()
+    assert f"| {SEARCHED} |" in page
+    assert "`iekvd factor=2x2 alpha=0` in block 0; `lgtm ratio=0.5` in blocks 1 and 2." in page
 
 
 def test_all_files_are_written(run, tmp_path: Path) -> None:
