@@ -1,11 +1,16 @@
 """What the kernels share: constants, helpers for device code, and helpers for launchers.
 
 Every kernel gives the same bits under every config. Sums therefore never use `tl.sum` on floats, whose order follows
-the register layout: they accumulate elementwise over channel blocks of the constant width CHANNELS, and the block is
-folded by `tree_sum`, whose order is written down. (Attention does sum rows of scores with `tl.sum`; attention.py says
+the register layout: they accumulate elementwise over channel blocks of one width, and the block is folded by
+`tree_sum`, whose order is written down; or each lane adds up the channels of 16 bytes, in an order that is written down
+(`elements`), and `tree_sum` folds the lanes. (Attention does sum rows of scores with `tl.sum`; attention.py says
 why that is one order.) Kernels are launched with EXACT, which keeps the compiler from contracting a multiplication and
 an addition in one config and not in another.
 """
+
+# Triton does not unpack tuples into others.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 from __future__ import annotations
 
@@ -48,6 +53,33 @@ def tree_sum(b_x, LEVELS: tl.constexpr):
         b_even, b_odd = tl.split(tl.reshape(b_x, (ROWS, b_x.shape[1] // 2, 2)))
         b_x = b_even + b_odd
     return tl.reshape(b_x, (ROWS,))
+
+
+@triton.jit
+def elements(b_x, ROWS: tl.constexpr, LANES: tl.constexpr, LEVELS: tl.constexpr):
+    """The 2 ** LEVELS channels of every lane apart: a tuple of tensors (ROWS, LANES)."""
+    b_parts = (b_x,)
+    for i in tl.static_range(LEVELS):
+        b_more = ()
+        for j in tl.static_range(2**i):
+            b_even, b_odd = tl.split(tl.reshape(b_parts[j], (ROWS, LANES, 2 ** (LEVELS - i - 1), 2)))
+            b_more = b_more + (b_even, b_odd)
+        b_parts = b_more
+    b_flat = ()
+    for j in tl.static_range(2**LEVELS):
+        b_flat = b_flat + (tl.reshape(b_parts[j], (ROWS, LANES)),)
+    return b_flat
+
+
+@triton.jit
+def side_by_side(b_parts, LEVELS: tl.constexpr):
+    """2 ** LEVELS tensors (ROWS, LANES) as one, (ROWS, LANES, 2, ..., 2), the first of all at the first place."""
+    for i in tl.static_range(LEVELS):
+        b_more = ()
+        for j in tl.static_range(2 ** (LEVELS - i - 1)):
+            b_more = b_more + (tl.join(b_parts[j], b_parts[j + 2 ** (LEVELS - i - 1)]),)
+        b_parts = b_more
+    return b_parts[0]
 
 
 @triton.jit

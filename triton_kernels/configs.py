@@ -2,7 +2,8 @@
 
 A file holds, per op, the candidate configs (all of them correct, all of them bitwise equal) and the index of the
 candidate for each size class. Upper-case entries are constants of the kernel, the others options of its compilation;
-"maxnreg" keeps ptxas from spilling a few registers for the sake of one more program per multiprocessor.
+"maxnreg" keeps ptxas from spilling a few registers for the sake of one more program per multiprocessor, or from putting
+off loads to do with fewer.
 
 "tuned" says whether a measurement chose; until one did, the choice is a rule of thumb, and `pick` logs that once per op
 and architecture.

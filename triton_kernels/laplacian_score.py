@@ -1,5 +1,9 @@
 """Laplacian scores, inverse norms and the smoothest token of each tile, in one pass over the tokens (L-GTM)."""
 
+# Triton does not unpack tuples into others.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
+
 from __future__ import annotations
 
 import torch
@@ -11,12 +15,13 @@ from . import configs
 from ._common import (
     EXACT,
     INT_MIN,
-    UNIT,
     destination_word,
     divide_by_constant,
+    elements,
     inverse_norm,
     ordered_key,
     pack,
+    side_by_side,
     step_of,
     to_float32,
     tree_sum,
@@ -27,22 +32,48 @@ from ._common import (
 from .early import early, wait_for_predecessor
 from .launching import cdiv, power_of_2, programs, workspace
 
-# What a token counts in the measure of configs.pick: a launch is "large" from 16,384 tokens on.
-_WORK = configs.LARGE >> 14
+# What a byte of tokens counts in the measure of configs.pick: a launch is "large" from 8 MiB on, where there are enough
+# threads to hide what they wait for although each has more to do.
+_WORK = configs.LARGE >> 23
 _WIDEST = 256
+
+
+@triton.jit
+def _load(p_x, m_x):
+    """Values as float32, 0 where they are masked; m_x may be None."""
+    return to_float32(tl.load(p_x, mask=m_x, other=None if m_x is None else 0.0))
 
 
 @triton.jit
 def _load_mean(p_x, o_x, m_x, s_share, SHARE: tl.constexpr):
     """Values at o_x, averaged over the SHARE rows that lie s_share apart and rounded to the dtype of x, as float32."""
-    b_sum = to_float32(tl.load(p_x + o_x, mask=m_x, other=0.0))
+    b_sum = _load(p_x + o_x, m_x)
     if SHARE == 1:
         return b_sum
     for _ in tl.static_range(1, SHARE):
         # One step after the other: a multiple of s_share may pass 2^31.
         p_x += s_share
-        b_sum += to_float32(tl.load(p_x + o_x, mask=m_x, other=0.0))
+        b_sum += _load(p_x + o_x, m_x)
     return divide_by_constant(b_sum, SHARE).to(p_x.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def _both(m_first, m_second):
+    """Both masks; the second may be None."""
+    return m_first if m_second is None else m_first & m_second
+
+
+@triton.jit
+def _add_norm(b_sum, b_x, LANES: tl.constexpr, LOG2_VECTOR: tl.constexpr, L2: tl.constexpr):
+    """b_sum (ROWS, LANES) plus what b_x (ROWS, STEP) adds to a squared L2 norm, or to an L1 norm."""
+    ROWS: tl.constexpr = b_x.shape[0]
+    if L2:
+        b_parts = elements(b_x, ROWS, LANES, LOG2_VECTOR)
+        for i in tl.static_range(2**LOG2_VECTOR):
+            b_sum = tl.fma(b_parts[i], b_parts[i], b_sum)
+        return b_sum
+    b_own = tree_sum(tl.reshape(tl.abs(b_x), (ROWS * LANES, 2**LOG2_VECTOR)), LOG2_VECTOR)
+    return b_sum + tl.reshape(b_own, (ROWS, LANES))
 
 
 @triton.jit(do_not_specialize=["height", "width", "frames", "units", "s_xb", "s_xn", "s_share"])
@@ -64,8 +95,12 @@ def laplacian_score_kernel(
     s_share,
     UNIT: tl.constexpr,
     FAR: tl.constexpr,
-    STEP: tl.constexpr,
-    LOG2_STEP: tl.constexpr,
+    EVEN: tl.constexpr,
+    LOG2_LANES: tl.constexpr,
+    LOG2_VECTOR: tl.constexpr,
+    LOG2_TOKENS: tl.constexpr,
+    PATCH_Y: tl.constexpr,
+    PATCH_X: tl.constexpr,
     SY: tl.constexpr,
     SX: tl.constexpr,
     TILE: tl.constexpr,
@@ -79,26 +114,36 @@ def laplacian_score_kernel(
 ):
     """A program owns TILES_Y x TILES_X tiles of SY x SX tokens; TILE is SY * SX rounded up to a power of two.
 
-    Each step is STEP channels. Channels and strides count UNIT elements; FAR says that offsets need 64 bits. With
-    TIMES a row of the grid of programs is one of several frames, and their neighbours in time count too.
+    A thread has 16 bytes of the channels of PATCH_Y x PATCH_X tokens, which divide tiles and grid: it reads each token
+    once that several of them need, 12 instead of 20 for 2 x 2. Channels and strides count UNIT elements; FAR says that
+    offsets need 64 bits; EVEN that a step of channels divides them. With TIMES a row of the grid of programs is one of
+    several frames, and their neighbours in time count too.
+
+    A lane adds up its channels in one order, whatever the patch, and `tree_sum` the lanes.
     """
     wait_for_predecessor(EARLY)
     i_x, i_y, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     n = height * width
     channels = units * UNIT
-    real_y, real_x = height // SY, width // SX
-    # Tokens of the program, tile by tile; the tiles at the far edges may be cut or lie outside.
-    o_t = tl.arange(0, TILES_Y * TILES_X * TILE)
-    o_tile, o_in = o_t // TILE, o_t % TILE
-    o_tile_y = i_y * TILES_Y + o_tile // TILES_X
-    o_tile_x = i_x * TILES_X + o_tile % TILES_X
-    o_row = o_tile_y * SY + o_in // SX
-    o_column = o_tile_x * SX + o_in % SX
-    m_t = (o_in < SY * SX) & (o_row < height) & (o_column < width)
-    o_n = o_row * width + o_column
+    TILES: tl.constexpr = TILES_Y * TILES_X
+    TOKENS: tl.constexpr = PATCH_Y * PATCH_X
+    PATCHES: tl.constexpr = TILES * TILE // TOKENS
+    STATS: tl.constexpr = 2 if SELECT else 1
+    LANES: tl.constexpr = 2**LOG2_LANES
+    STEP: tl.constexpr = 2 ** (LOG2_LANES + LOG2_VECTOR)
+    WIDE: tl.constexpr = PATCH_X + 2
+    ACROSS: tl.constexpr = SX // PATCH_X
+
+    # Patches of the program, tile by tile; those outside of the grid read its last ones, so that no mask is needed.
+    o_p = tl.arange(0, PATCHES)
+    o_tile, o_in = o_p // (TILE // TOKENS), o_p % (TILE // TOKENS)
+    o_row = (i_y * TILES_Y + o_tile // TILES_X) * SY + o_in // ACROSS * PATCH_Y
+    o_column = (i_x * TILES_X + o_tile % TILES_X) * SX + o_in % ACROSS * PATCH_X
+    m_own = ((o_in < SY * SX // TOKENS) & (o_row < height) & (o_column < width))[:, None]
+    o_row, o_column = tl.minimum(o_row, height - PATCH_Y), tl.minimum(o_column, width - PATCH_X)
     o_c = tl.arange(0, STEP)
     s_n = tl.cast(s_xn, tl.int64 if FAR else tl.int32) * UNIT
-    o_x = o_n[:, None] * s_n + o_c[None, :]
+    o_x = (o_row * width + o_column)[:, None] * s_n + o_c[None, :]
     if TIMES:
         i_frame = i_b % frames
         s_frame = n * s_n.to(tl.int64)
@@ -108,38 +153,85 @@ def laplacian_score_kernel(
     else:
         p_x += i_b * s_xb * UNIT
     s_share = tl.cast(s_share, tl.int64) * UNIT
-    m_up, m_down = m_t & (o_row > 0), m_t & (o_row + 1 < height)
-    m_left, m_right = m_t & (o_column > 0), m_t & (o_column + 1 < width)
+    m_up, m_down = (o_row > 0)[:, None], (o_row + PATCH_Y < height)[:, None]
+    m_left, m_right = (o_column > 0)[:, None], (o_column + PATCH_X < width)[:, None]
     s_n = s_n.to(tl.int64)
     s_row = width * s_n
 
-    b_response_sum = tl.zeros((TILES_Y * TILES_X * TILE, STEP), tl.float32)
-    b_squares = tl.zeros((TILES_Y * TILES_X * TILE, STEP), tl.float32)
+    b_sums = ()
+    for _ in tl.static_range(STATS * TOKENS):
+        b_sums = b_sums + (tl.zeros((PATCHES, LANES), tl.float32),)
     for i_c in range(0, channels, STEP):
-        m_c = (i_c + o_c < channels)[None, :]
+        m_c = None if EVEN else (i_c + o_c < channels)[None, :]
         p_c = p_x + i_c
-        b_x = _load_mean(p_c, o_x, m_t[:, None] & m_c, s_share, SHARE)
-        b_response = tl.fma(b_x, 4.0, -_load_mean(p_c - s_row, o_x, m_up[:, None] & m_c, s_share, SHARE))
-        b_response -= _load_mean(p_c + s_row, o_x, m_down[:, None] & m_c, s_share, SHARE)
-        b_response -= _load_mean(p_c - s_n, o_x, m_left[:, None] & m_c, s_share, SHARE)
-        b_response -= _load_mean(p_c + s_n, o_x, m_right[:, None] & m_c, s_share, SHARE)
-        if TIMES:
-            b_response += b_x - _load_mean(p_c - s_before, o_x, m_t[:, None] & m_c, s_share, SHARE)
-            b_response += b_x - _load_mean(p_c + s_after, o_x, m_t[:, None] & m_c, s_share, SHARE)
-        b_response_sum += b_response * b_response if L2 else tl.abs(b_response)
-        if SELECT:
-            b_squares = tl.fma(b_x, b_x, b_squares)
-            if SHARE > 1:
-                o_mean = (i_b * n + o_n)[:, None] * channels + i_c + o_c[None, :]
-                tl.store(p_mean + o_mean, b_x.to(p_mean.dtype.element_ty), mask=m_t[:, None] & m_c)
-    b_score = tree_sum(b_response_sum, LOG2_STEP)
+        # The patch, with the row above and the one below and the tokens at its sides; nothing reads the corners. All
+        # loads first.
+        b_x = (o_c,)
+        for j in tl.static_range(PATCH_X):
+            b_x = b_x + (_load_mean(p_c - s_row + j * s_n, o_x, _both(m_up, m_c), s_share, SHARE),)
+        b_x = b_x + (o_c,)
+        for i in tl.static_range(PATCH_Y):
+            p_i = p_c + i * s_row
+            b_x = b_x + (_load_mean(p_i - s_n, o_x, _both(m_left, m_c), s_share, SHARE),)
+            for j in tl.static_range(PATCH_X):
+                b_x = b_x + (_load_mean(p_i + j * s_n, o_x, m_c, s_share, SHARE),)
+            b_x = b_x + (_load_mean(p_i + PATCH_X * s_n, o_x, _both(m_right, m_c), s_share, SHARE),)
+        b_x = b_x + (o_c,)
+        for j in tl.static_range(PATCH_X):
+            p_j = p_c + PATCH_Y * s_row + j * s_n
+            b_x = b_x + (_load_mean(p_j, o_x, _both(m_down, m_c), s_share, SHARE),)
+        b_more = ()
+        for i in tl.static_range(PATCH_Y):
+            for j in tl.static_range(PATCH_X):
+                # Two neighbours and two: a pair that two tokens of the patch have in common is added up once.
+                b_here = b_x[(i + 1) * WIDE + j + 1]
+                b_before = b_x[i * WIDE + j + 1] + b_x[(i + 1) * WIDE + j]
+                b_after = b_x[(i + 1) * WIDE + j + 2] + b_x[(i + 2) * WIDE + j + 1]
+                b_response = tl.fma(b_here, 4.0, -b_before) - b_after
+                if TIMES:
+                    p_t = p_c + i * s_row + j * s_n
+                    b_response += b_here - _load_mean(p_t - s_before, o_x, m_c, s_share, SHARE)
+                    b_response += b_here - _load_mean(p_t + s_after, o_x, m_c, s_share, SHARE)
+                b_own = _add_norm(b_sums[STATS * (i * PATCH_X + j)], b_response, LANES, LOG2_VECTOR, L2)
+                b_more = b_more + (b_own,)
+                if SELECT:
+                    b_own = _add_norm(b_sums[STATS * (i * PATCH_X + j) + 1], b_here, LANES, LOG2_VECTOR, True)
+                    b_more = b_more + (b_own,)
+                    if SHARE > 1:
+                        o_mean = (i_b * n + (o_row + i) * width + o_column + j)[:, None] * channels
+                        tl.store(
+                            p_mean + o_mean + i_c + o_c[None, :],
+                            b_here.to(p_mean.dtype.element_ty),
+                            mask=_both(m_own, m_c),
+                        )
+        b_sums = b_more
+    # By token: the score, and the square of the norm.
+    b_all = tl.reshape(side_by_side(b_sums, LOG2_TOKENS + STATS - 1), (PATCHES, LANES, STATS * TOKENS))
+    b_all = tree_sum(tl.reshape(tl.permute(b_all, (0, 2, 1)), (PATCHES * STATS * TOKENS, LANES)), LOG2_LANES)
+    if SELECT:
+        b_score, b_squares = tl.split(tl.reshape(b_all, (TILES * TILE, 2)))
+    else:
+        b_score = b_all
+
+    # Tokens of the program, tile by tile; the tiles at the far edges may be cut or lie outside.
+    real_y, real_x = height // SY, width // SX
+    o_t = tl.arange(0, TILES * TILE)
+    o_tile, o_in = o_t // TILE, o_t % TILE // TOKENS
+    o_tile_y = i_y * TILES_Y + o_tile // TILES_X
+    o_tile_x = i_x * TILES_X + o_tile % TILES_X
+    o_in_y = o_in // ACROSS * PATCH_Y + o_t % TOKENS // PATCH_X
+    o_in_x = o_in % ACROSS * PATCH_X + o_t % PATCH_X
+    o_in = o_in_y * SX + o_in_x
+    o_row, o_column = o_tile_y * SY + o_in_y, o_tile_x * SX + o_in_x
+    m_t = (o_in < SY * SX) & (o_row < height) & (o_column < width)
+    o_n = o_row * width + o_column
     if L2:
         b_score = tl.sqrt_rn(b_score)
     if not SELECT:
         tl.store(p_score + i_b * n + o_n, b_score, mask=m_t)
 
     if SELECT:
-        b_inverse_norm = inverse_norm(tree_sum(b_squares, LOG2_STEP))
+        b_inverse_norm = inverse_norm(b_squares)
         tl.store(p_inverse_norm + i_b * n + o_n, b_inverse_norm, mask=m_t)
         # The lowest (score, position): the highest (-score, lowest position). NaN counts as +inf.
         b_key = ordered_key(-tl.where(b_score == b_score, b_score, float("inf")))
@@ -187,12 +279,14 @@ def _launch(
     rows, channels = x.shape[0] // share * frames, x.shape[2]
     if rows * x.shape[1] == 0:
         return
-    # How many programs there are depends on the tokens, not on their bytes.
-    config = config or configs.pick("laplacian_score", x.device, rows // frames * x.shape[1] * _WORK)
+    config = config or configs.pick("laplacian_score", x.device, x.numel() // share * x.element_size() * _WORK)
     (height, width), (sy, sx) = grid, stride
     tile, step = power_of_2(sy * sx), step_of(channels, _WIDEST)
+    vector, patch = 16 // x.element_size(), config["PATCH"]
+    patch_y = patch if height % patch == 0 and sy % patch == 0 else 1
+    patch_x = patch if width % patch == 0 and sx % patch == 0 else 1
     # Large tiles leave room for fewer of them in a program, wide steps too.
-    tiles = max(config["VECTORS"] * UNIT // (tile * step), 1).bit_length() - 1
+    tiles = max(config["VECTORS"] * vector // (tile * step), 1).bit_length() - 1
     tiles_y, tiles_x = 1 << tiles // 2, 1 << (tiles + 1) // 2
     blocks = (cdiv(cdiv(width, sx), tiles_x), cdiv(cdiv(height, sy), tiles_y), rows)
     unit = unit_of(channels, x.stride(0), x.stride(1))
@@ -208,8 +302,12 @@ def _launch(
         s_share=rows * x.stride(0) // unit if share > 1 else 0,
         UNIT=unit,
         FAR=x.shape[1] * x.stride(1) >= 2**31,
-        STEP=step,
-        LOG2_STEP=step.bit_length() - 1,
+        EVEN=channels % step == 0,
+        LOG2_LANES=(step // vector).bit_length() - 1,
+        LOG2_VECTOR=vector.bit_length() - 1,
+        LOG2_TOKENS=(patch_y * patch_x).bit_length() - 1,
+        PATCH_Y=patch_y,
+        PATCH_X=patch_x,
         SY=sy,
         SX=sx,
         TILE=tile,
@@ -219,7 +317,7 @@ def _launch(
         TIMES=frames > 1,
         TILES_Y=tiles_y,
         TILES_X=tiles_x,
-        **{name: value for name, value in config.items() if name != "VECTORS"},
+        **{name: value for name, value in config.items() if name not in ("VECTORS", "PATCH")},
         **early(x.device),
         **EXACT,
     )

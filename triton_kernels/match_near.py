@@ -29,8 +29,10 @@ from ._common import (
     INT_MAX,
     destination_scale,
     destination_token,
+    elements,
     ordered_key,
     pack,
+    side_by_side,
     step_of,
     to_float32,
     tree_sum,
@@ -45,33 +47,6 @@ WIDEST, _WIDEST_STEP = 1, 256
 # Sources of a tile that are matched side by side: those of a tile of 2 x 2 tokens.
 SOURCES = 3
 _LEAST = tl.constexpr(-(1 << 63))
-
-
-@triton.jit
-def _elements(b_x, ROWS: tl.constexpr, LANES: tl.constexpr, LEVELS: tl.constexpr):
-    """The 2 ** LEVELS channels of every lane apart: a tuple of tensors (ROWS, LANES)."""
-    b_parts = (b_x,)
-    for i in tl.static_range(LEVELS):
-        b_more = ()
-        for j in tl.static_range(2**i):
-            b_even, b_odd = tl.split(tl.reshape(b_parts[j], (ROWS, LANES, 2 ** (LEVELS - i - 1), 2)))
-            b_more = b_more + (b_even, b_odd)
-        b_parts = b_more
-    b_flat = ()
-    for j in tl.static_range(2**LEVELS):
-        b_flat = b_flat + (tl.reshape(b_parts[j], (ROWS, LANES)),)
-    return b_flat
-
-
-@triton.jit
-def _side_by_side(b_parts, LEVELS: tl.constexpr):
-    """2 ** LEVELS tensors (ROWS, LANES) as one, (ROWS, LANES, 2, ..., 2), the first of all at the first place."""
-    for i in tl.static_range(LEVELS):
-        b_more = ()
-        for j in tl.static_range(2 ** (LEVELS - i - 1)):
-            b_more = b_more + (tl.join(b_parts[j], b_parts[j + 2 ** (LEVELS - i - 1)]),)
-        b_parts = b_more
-    return b_parts[0]
 
 
 @triton.jit
@@ -107,10 +82,10 @@ def _dots(
             b_rows = b_rows + (b_row,)
         b_x = ()
         for i in tl.static_range(SOURCES):
-            b_x = b_x + _elements(to_float32(b_rows[i]), BLOCK_T, LANES, LOG2_VECTOR)
+            b_x = b_x + elements(to_float32(b_rows[i]), BLOCK_T, LANES, LOG2_VECTOR)
         b_more = ()
         for j in tl.static_range(NEAR):
-            b_y = _elements(to_float32(b_rows[SOURCES + j]), BLOCK_T, LANES, LOG2_VECTOR)
+            b_y = elements(to_float32(b_rows[SOURCES + j]), BLOCK_T, LANES, LOG2_VECTOR)
             for i in tl.static_range(SOURCES):
                 b_sum = b_sums[j * SOURCES + i]
                 for e in tl.static_range(VECTOR):
@@ -119,7 +94,7 @@ def _dots(
         for i in tl.static_range(2**LOG2_PLACES - SOURCES * NEAR):
             b_more = b_more + (b_sums[SOURCES * NEAR + i],)
         b_sums = b_more
-    b_all = tl.reshape(_side_by_side(b_sums, LOG2_PLACES), (BLOCK_T, LANES, 2**LOG2_PLACES))
+    b_all = tl.reshape(side_by_side(b_sums, LOG2_PLACES), (BLOCK_T, LANES, 2**LOG2_PLACES))
     b_all = tl.reshape(tl.permute(b_all, (0, 2, 1)), (BLOCK_T * 2**LOG2_PLACES, LANES))
     return tl.reshape(tree_sum(b_all, LOG2_LANES), (BLOCK_T, 2**LOG2_PLACES))
 
