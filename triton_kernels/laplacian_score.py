@@ -41,7 +41,14 @@ _WIDEST = 256
 @triton.jit
 def _load(p_x, m_x):
     """Values as float32, 0 where they are masked; m_x may be None."""
-    return to_float32(tl.load(p_x, mask=m_x, other=None if m_x is None else 0.0))
+    # LLVM takes the lines of a load's assembly, five where there is no mask, for lines of the source. The statement has
+    # as many, so that the report finds it there.
+    b_x = tl.load(
+        p_x,
+        mask=m_x,
+        other=None if m_x is None else 0.0,
+    )
+    return to_float32(b_x)
 
 
 @triton.jit

@@ -21,7 +21,6 @@ STREAMS = ("laplacian_score", "row_stats", "token_merge", "token_unmerge", "kv_d
 KERNELS = (*STREAMS, "bipartite_match", "match_near", "merge_plan")
 # (rule, kernel): what is wrong.
 BROKEN: dict[tuple[str, str], str] = {
-    ("issue per byte", "laplacian_score"): "16 instructions an element",
     ("issue per byte", "token_merge"): "statistics of each member besides, where a LayerNorm is merged",
 }
 COMPILER = table.Compiler()

@@ -274,10 +274,6 @@ class Walk:
             place = ((place[0][0], line), *place[1:])
         # Triton 3.6 forgets who called, of loads that it moves ahead.
         ran = self.trips.statements[place] or (self.heads[place[0]] if len(place) == 1 else 0)
-        if not ran and each.kind in _LOADS:
-            # LLVM takes the lines of a load's assembly for lines of the source: one a word, and then the load.
-            (file, line), *calls = each.place
-            ran = self.trips.statements[statement(((file, line - width(each) // 4), *calls))]
         return min(ran / times, 1.0)
 
     def time(self, code: Code, times: float = 1.0) -> None:
