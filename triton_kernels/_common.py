@@ -155,6 +155,23 @@ def destination_scale(b_word):
     return (b_word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def norm_word(b_inverse, b_shift):
+    """What a LayerNorm makes of a token, x * inverse - shift, as one int64, which is one load."""
+    b_high, b_low = b_inverse.to(tl.int32, bitcast=True), b_shift.to(tl.uint32, bitcast=True)
+    return (b_high.to(tl.int64) << 32) | b_low.to(tl.int64)
+
+
+@triton.jit
+def norm_inverse(b_word):
+    return (b_word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def norm_shift(b_word):
+    return b_word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
 def step_of(channels: int, most: int) -> int:
     """Channels that a program sums side by side: CHANNELS, or twice that and so on up to `most`, where over 8 steps
     are left otherwise and no step is half empty. It depends on the number of channels alone, so that every config adds

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import configs
-from ._common import EXACT, UNIT, step_of, to_float32, tree_sum, unit_of
+from ._common import EXACT, UNIT, norm_word, step_of, to_float32, tree_sum, unit_of
 from .early import early, wait_for_predecessor
 from .launching import cdiv, programs
 
@@ -19,8 +19,7 @@ _WIDEST = 128
 @triton.jit(do_not_specialize=["n", "units", "s_xb", "s_xn"])
 def row_stats_kernel(
     p_x,
-    p_first,
-    p_second,
+    p_stats,
     n,
     units,
     s_xb,
@@ -65,15 +64,13 @@ def row_stats_kernel(
     o_out = i_b * n + o_t
     if LAYERNORM:
         b_variance = tl.div_rn(b_total, tl.cast(channels, tl.float32))
-        tl.store(p_first + o_out, b_mean, mask=m_t)
-        tl.store(p_second + o_out, tl.div_rn(1.0, tl.sqrt_rn(b_variance + eps)), mask=m_t)
+        b_inverse = tl.div_rn(1.0, tl.sqrt_rn(b_variance + eps))
+        tl.store(p_stats + o_out, norm_word(b_inverse, b_mean * b_inverse), mask=m_t)
     else:
-        tl.store(p_first + o_out, tl.sqrt_rn(b_total), mask=m_t)
+        tl.store(p_stats + o_out, tl.sqrt_rn(b_total), mask=m_t)
 
 
-def launch_row_stats(
-    x: Tensor, stats: str, eps: float = 0.0, config: configs.Config | None = None
-) -> tuple[Tensor, Tensor]:
+def launch_row_stats(x: Tensor, stats: str, eps: float = 0.0, config: configs.Config | None = None) -> Tensor:
     """Per-token statistics of x (B, N, C), unit last stride.
 
     Args:
@@ -83,20 +80,19 @@ def launch_row_stats(
         config: a candidate of `row_stats`.
 
     Returns:
-        "norm": the L2 norms (B, N) float32, twice; "layernorm": mean and 1 / standard deviation, (B, N) float32 each.
+        "norm": the L2 norms (B, N) float32; "layernorm": (B, N) int64, the words of `norm_word`.
     """
     batch, n, channels = x.shape
-    first = torch.empty((batch, n), dtype=torch.float32, device=x.device)
-    second = torch.empty_like(first) if stats == "layernorm" else first
-    if first.numel() == 0:
-        return first, second
+    dtype = torch.int64 if stats == "layernorm" else torch.float32
+    found = torch.empty((batch, n), dtype=dtype, device=x.device)
+    if found.numel() == 0:
+        return found
     config = config or configs.pick("row_stats", x.device, x.numel() * x.element_size())
     step, unit = step_of(channels, _WIDEST), unit_of(channels, x.stride(0), x.stride(1))
     block = max(config["VECTORS"] * UNIT // step, 1)
     programs(row_stats_kernel, cdiv(n, block), batch)(
         p_x=x,
-        p_first=first,
-        p_second=second,
+        p_stats=found,
         n=n,
         units=channels // unit,
         s_xb=x.stride(0) // unit,
@@ -111,4 +107,4 @@ def launch_row_stats(
         **early(x.device),
         **EXACT,
     )
-    return first, second
+    return found

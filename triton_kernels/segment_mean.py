@@ -2,9 +2,9 @@
 
 A slot of up to LONG members is summed in ascending token order, as the reference does, to the bit. A longer one is
 read STEPS * LANES members at a time, all loads before the first sum: `tree_sum` folds the STEPS of each lane, the lane
-accumulates over the reads in order, and `tree_sum` folds the lanes. A slot of HUGE members or more is left to programs
-of its own, a program for every HUGE_CHANNELS of its channels: a 32-byte sector of a 16-bit row, so that nothing is read
-twice.
+accumulates over the reads in order, and `tree_sum` folds the lanes. A slot of HUGE members or more is left to
+`huge_mean`, a program for every HUGE_CHANNELS of its channels: a 32-byte sector of a 16-bit row, so that nothing is
+read twice.
 
 What that is for: all tokens alike, 2,867 of them in one slot of 320 channels. One program for 64 channels with 64 rows
 in flight takes 45 round trips to memory (twice that, since a row's address is read first), on five multiprocessors.
@@ -12,16 +12,25 @@ Twenty programs with 512 rows (16 KiB) in flight each take six, on twenty; more 
 other programs. Counted, not measured.
 """
 
+# Triton does not unpack tuples into others.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,misc,var-annotated"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from ._common import INT_MAX, divide, to_float32, tree_sum
+from ._common import INT_MAX, divide, norm_inverse, norm_shift, to_float32, tree_sum
 
 LONG = tl.constexpr(32)
 LOG2_LANES = tl.constexpr(5)
 LOG2_STEPS = tl.constexpr(1)
+
+# How many members of a short slot have their shifts summed before all channels lose them; a power of two. A sum of all
+# shifts, carried from step to step beside those of the channels, has a layout of its own in Triton, in which tokens and
+# words are loaded again.
+TOGETHER = tl.constexpr(4)
 
 HUGE = tl.constexpr(256)
 HUGE_CHANNELS = tl.constexpr(16)
@@ -34,14 +43,14 @@ POSITIONS = tl.constexpr(16)
 
 @triton.jit
 def _load_channels(p_x, b_token, m_token, o_c, m_c, s_xn):
-    """Channels o_c of tokens, (T, C) float32, zero where masked."""
+    """Channels o_c of tokens, (T, C), zero where masked."""
     # In the type of s_xn: int64 only where a row of the batch is as long as that.
     o_x = b_token[:, None] * s_xn + o_c[None, :]
-    return to_float32(tl.load(p_x + o_x, mask=m_token[:, None] & m_c[None, :], other=0.0))
+    return tl.load(p_x + o_x, mask=m_token[:, None] & m_c[None, :], other=0.0)
 
 
 @triton.jit
-def _load_factors(p_weights, p_mean, p_inverse, b_token, m_token, WEIGHTS: tl.constexpr, NORM: tl.constexpr):
+def _load_factors(p_weights, p_words, b_token, m_token, WEIGHTS: tl.constexpr, NORM: tl.constexpr):
     """Weights (T,) of tokens, the factor of their channels, and what is to be subtracted from each product.
 
     The normalized token, x * inverse - mean * inverse, takes one instruction a channel where it is summed.
@@ -51,10 +60,10 @@ def _load_factors(p_weights, p_mean, p_inverse, b_token, m_token, WEIGHTS: tl.co
         b_weight = tl.load(p_weights + b_token, mask=m_token, other=0.0).to(tl.float32)
     b_factor, b_less = b_weight, b_weight
     if NORM:
-        b_factor = tl.load(p_inverse + b_token, mask=m_token, other=0.0)
+        b_word = tl.load(p_words + b_token, mask=m_token, other=0)
+        b_factor, b_less = norm_inverse(b_word), norm_shift(b_word)
         if WEIGHTS:
-            b_factor *= b_weight
-        b_less = tl.load(p_mean + b_token, mask=m_token, other=0.0) * b_factor
+            b_factor, b_less = b_factor * b_weight, b_less * b_weight
     return b_weight, b_factor, b_less
 
 
@@ -65,7 +74,7 @@ def _add(b_sum, b_x, b_factor, SCALED: tl.constexpr):
 
 @triton.jit
 def _lane_mean(
-    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr,
+    p_x, p_weights, p_words, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr,
     NORM: tl.constexpr, LOG2_OF_LANES: tl.constexpr, LOG2_OF_STEPS: tl.constexpr,
 ):  # fmt: skip
     """Mean (C,) float32 over members[begin : begin + size], size > 0."""
@@ -78,8 +87,8 @@ def _lane_mean(
     for i in range(0, size, NUM_STEPS * NUM_LANES):
         m_j = i + o_j < size
         b_token = tl.load(p_members + begin + i + o_j, mask=m_j, other=0)
-        b_weight, b_factor, b_less = _load_factors(p_weights, p_mean, p_inverse, b_token, m_j, WEIGHTS, NORM)
-        b_x = _load_channels(p_x, b_token, m_j, o_c, m_c, s_xn)
+        b_weight, b_factor, b_less = _load_factors(p_weights, p_words, b_token, m_j, WEIGHTS, NORM)
+        b_x = to_float32(_load_channels(p_x, b_token, m_j, o_c, m_c, s_xn))
         if WEIGHTS or NORM:
             b_x = b_x * b_factor[:, None]
         if NORM:
@@ -100,8 +109,7 @@ def _lane_mean(
 def segment_mean(
     p_x,
     p_weights,
-    p_mean,
-    p_inverse,
+    p_words,
     p_members,
     b_begin,
     b_size,
@@ -115,67 +123,75 @@ def segment_mean(
     BLOCKS: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
-    """Means over the members of each of BLOCK_M slots in channels o_c, and with BLOCKS = 2 in those that follow.
+    """Means over the members of each of BLOCK_M slots in channels o_c and in those that follow, BLOCKS times as many.
 
-    Two tensors (BLOCK_M, C) float32, of which the second counts with BLOCKS = 2 only; anything where b_size is 0 or
-    above LONG. No slot of up to LONG members has more than `most`.
-    A thread that has the channels of two blocks needs the tables and addresses of its slot once. UNROLL members are on
-    their way before the first is added.
+    A tensor (BLOCK_M, C) float32 for each block; anything where b_size is 0 or above LONG. No slot of up to LONG
+    members has more than `most`.
+    A thread that has the channels of several blocks needs the tables and addresses of its slot once. UNROLL members,
+    a multiple of TOGETHER, are on their way before the first is added.
     """
     C: tl.constexpr = o_c.shape[0]
-    b_sum = tl.zeros((BLOCK_M, C), tl.float32)
-    b_next = tl.zeros((BLOCK_M, C), tl.float32)
+    b_sums = ()
+    for _ in tl.static_range(BLOCKS):
+        b_sums = b_sums + (tl.zeros((BLOCK_M, C), tl.float32),)
     b_total = tl.zeros((BLOCK_M,), tl.float32)
-    b_subtracted = tl.zeros((BLOCK_M,), tl.float32)
-    m_c, m_next = o_c < channels, o_c + C < channels
     b_short = tl.where(b_size <= LONG, b_size, 0)
     # What is left of the slots, so that masks and addresses within a step differ by constants.
     b_left, p_left = b_short, p_members + b_begin
     for _ in range(0, most, UNROLL):
+        # All loads first.
+        b_factors, b_rows = (), ()
         for j in tl.static_range(UNROLL):
             m_m = j < b_left
             b_token = tl.load(p_left + j, mask=m_m)
-            b_weight, b_factor, b_less = _load_factors(p_weights, p_mean, p_inverse, b_token, m_m, WEIGHTS, NORM)
-            b_x = _load_channels(p_x, b_token, m_m, o_c, m_c, s_xn)
-            # What is masked is zero, and a sum is never -0, which adding 0 would change.
-            b_sum = _add(b_sum, b_x, b_factor, WEIGHTS or NORM)
-            if BLOCKS == 2:
-                b_x = _load_channels(p_x + C, b_token, m_m, o_c, m_next, s_xn)
-                b_next = _add(b_next, b_x, b_factor, WEIGHTS or NORM)
+            b_factors = b_factors + (_load_factors(p_weights, p_words, b_token, m_m, WEIGHTS, NORM),)
+            for i in tl.static_range(BLOCKS):
+                b_row = _load_channels(p_x + i * C, b_token, m_m, o_c, o_c + i * C < channels, s_xn)
+                b_rows = b_rows + (b_row,)
+        b_less = tl.zeros((BLOCK_M,), tl.float32)
+        for j in tl.static_range(UNROLL):
+            b_weight, b_factor, b_own_less = b_factors[j]
+            b_less = b_own_less if ((TOGETHER - 1) & j) == 0 else b_less + b_own_less
+            b_more = ()
+            for i in tl.static_range(BLOCKS):
+                # What is masked is zero, and a sum is never -0, which adding 0 would change.
+                b_sum = _add(b_sums[i], to_float32(b_rows[j * BLOCKS + i]), b_factor, WEIGHTS or NORM)
+                if NORM and ((TOGETHER - 1) & (j + 1)) == 0:
+                    b_sum = b_sum - b_less[:, None]
+                b_more = b_more + (b_sum,)
+            b_sums = b_more
             b_total += b_weight
-            if NORM:
-                b_subtracted += b_less
         b_left -= UNROLL
         p_left += UNROLL
-    if NORM:
-        b_sum, b_next = b_sum - b_subtracted[:, None], b_next - b_subtracted[:, None]
-    if WEIGHTS:
-        b_total = tl.broadcast_to(b_total[:, None], b_sum.shape)
-        b_sum, b_next = tl.div_rn(b_sum, b_total), tl.div_rn(b_next, b_total)
-    else:
-        b_count = tl.maximum(b_short, 1).to(tl.float32)
-        b_inverse_count = tl.div_rn(1.0, b_count)[:, None]
-        b_sum, b_next = (
-            divide(b_sum, b_count[:, None], b_inverse_count),
-            divide(b_next, b_count[:, None], b_inverse_count),
-        )
-
-    return b_sum, b_next
+    if not WEIGHTS:
+        b_total = tl.maximum(b_short, 1).to(tl.float32)
+    b_inverse = tl.div_rn(1.0, b_total)[:, None]
+    b_means = ()
+    for i in tl.static_range(BLOCKS):
+        if WEIGHTS:
+            b_mean = tl.div_rn(b_sums[i], tl.broadcast_to(b_total[:, None], (BLOCK_M, C)))
+        elif NORM:
+            # Nothing that this is compared with to the bit: normalized tokens are rounded elsewhere.
+            b_mean = b_sums[i] * b_inverse
+        else:
+            b_mean = divide(b_sums[i], b_total[:, None], b_inverse)
+        b_means = b_means + (b_mean,)
+    return b_means
 
 
 @triton.jit
 def long_mean(
-    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr, NORM: tl.constexpr
+    p_x, p_weights, p_words, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr, NORM: tl.constexpr
 ):
     """Mean (C,) float32 of one slot of more than LONG members."""
     return _lane_mean(
-        p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM, LOG2_LANES, LOG2_STEPS
+        p_x, p_weights, p_words, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM, LOG2_LANES, LOG2_STEPS
     )
 
 
 @triton.jit
 def add_long_means(
-    b_sum, p_x, p_weights, p_mean, p_inverse, p_members, b_begin, b_size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr,
+    b_sum, p_x, p_weights, p_words, p_members, b_begin, b_size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr,
     NORM: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """Means (BLOCK_M, C) of slots, with those of more than LONG members in their places."""
@@ -185,9 +201,7 @@ def add_long_means(
             size = tl.sum(tl.where(o_m == i_m, b_size, 0), 0)
             if size > LONG:
                 begin = tl.sum(tl.where(o_m == i_m, b_begin, 0), 0)
-                b_long = long_mean(
-                    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM
-                )
+                b_long = long_mean(p_x, p_weights, p_words, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM)
                 b_sum = tl.where((o_m == i_m)[:, None], b_long[None, :], b_sum)
     return b_sum
 
@@ -209,14 +223,14 @@ def huge_slots(p_slot, p_offsets, p_members, n, i_g):
 
 @triton.jit
 def huge_mean(
-    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr, NORM: tl.constexpr
+    p_x, p_weights, p_words, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS: tl.constexpr, NORM: tl.constexpr
 ):
     """Mean (HUGE_CHANNELS,) float32 of one huge slot."""
     LOG2_ITEM: tl.constexpr = 1 if p_x.dtype.element_ty.primitive_bitwidth == 16 else 2
     # The statistics of a row take registers too.
     LOG2_STEPS_HERE: tl.constexpr = LOG2_HUGE_BYTES - LOG2_ITEM - (1 if NORM else 0)
     return _lane_mean(
-        p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn,
+        p_x, p_weights, p_words, p_members, begin, size, o_c, m_c, s_xn,
         WEIGHTS, NORM, LOG2_HUGE_LANES, LOG2_STEPS_HERE,
     )  # fmt: skip
 

@@ -1,12 +1,16 @@
 """Merging tokens by a plan.
 
 The order of every sum is fixed, and no program waits for another or accumulates in memory: see `segment_mean`. Slots of
-HUGE members or more are done by programs of their own, in the same launch, before all others.
+HUGE members or more are done in small parts by the first programs of the launch, before these merge slots of their own.
 
 Programs own a few slots and CHANNELS channels. A whole row is needed only for the length of a mean ("mlerp"); the
 statistics that mlerp and a fused LayerNorm need of the tokens come from `row_stats`, one launch before. LayerNorm is
 linear in the normalized token, so its affine part (norm_weight, norm_bias, scale, shift) is applied once to the mean.
 """
+
+# Triton does not unpack tuples into others.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment,var-annotated"
 
 from __future__ import annotations
 
@@ -67,7 +71,7 @@ def _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE:
 
 @triton.jit
 def _mean_slots(
-    p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
+    p_x, p_weights, p_words, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
     num_slots, channels, s_xn, s_yn, i_m, o_m, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr,
     AFFINE: tl.constexpr, MODULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
@@ -82,23 +86,26 @@ def _mean_slots(
     m_m = m_m & (b_size <= LONG)
     # One maximum tells both: how many members the short slots have, and whether there is a long one.
     most = tl.max(tl.where(m_m, b_size, 0) + tl.where(b_far_size > LONG, ANY_LONG, 0), 0)
-    b_y, b_next = segment_mean(
-        p_x, p_weights, p_mean, p_inverse, p_members, b_begin, b_size, tl.minimum(most, LONG), o_c, channels, s_xn,
+    b_means = segment_mean(
+        p_x, p_weights, p_words, p_members, b_begin, b_size, tl.minimum(most, LONG), o_c, channels, s_xn,
         WEIGHTS, NORM, BLOCK_M, BLOCKS, UNROLL,
     )  # fmt: skip
-    o_first = o_c
+    # No store before the last load, which could not be asked for early.
+    b_results = ()
     for i in tl.static_range(BLOCKS):
-        if i == 1:
-            b_y = b_next
-            o_c += CHANNELS
-        m_c = o_c < channels
-        b_y = _affine(b_y, p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
-        p_out = p_y + (o_m[:, None] * s_yn + o_c[None, :])
-        tl.store(p_out, b_y.to(p_y.dtype.element_ty), mask=m_m[:, None] & m_c[None, :])
+        o_own = o_c + i * CHANNELS
+        b_y = _affine(
+            b_means[i], p_norm_weight, p_norm_bias, p_scale, p_shift, o_own, o_own < channels, AFFINE, MODULATE
+        )
+        b_results = b_results + (b_y.to(p_y.dtype.element_ty),)
+    for i in tl.static_range(BLOCKS):
+        o_own = o_c + i * CHANNELS
+        p_out = p_y + (o_m[:, None] * s_yn + o_own[None, :])
+        tl.store(p_out, b_results[i], mask=m_m[:, None] & (o_own < channels)[None, :])
     if most >= ANY_LONG:
         _long_slots(
-            p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_members, p_y,
-            b_far_begin, b_far_size, o_far, channels, s_xn, s_yn, o_first, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M,
+            p_x, p_weights, p_words, p_norm_weight, p_norm_bias, p_scale, p_shift, p_members, p_y,
+            b_far_begin, b_far_size, o_far, channels, s_xn, s_yn, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M,
             BLOCKS,
         )  # fmt: skip
 
@@ -120,7 +127,7 @@ def far_slots(i_m, num_slots, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _long_slots(
-    p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_members, p_y, b_begin, b_size,
+    p_x, p_weights, p_words, p_norm_weight, p_norm_bias, p_scale, p_shift, p_members, p_y, b_begin, b_size,
     o_far, channels, s_xn, s_yn, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
     MODULATE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
@@ -135,9 +142,7 @@ def _long_slots(
             for j in range(0, BLOCKS):
                 o_own = o_c + j * CHANNELS
                 m_c = o_own < channels
-                b_mean = long_mean(
-                    p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_own, m_c, s_xn, WEIGHTS, NORM
-                )
+                b_mean = long_mean(p_x, p_weights, p_words, p_members, begin, size, o_own, m_c, s_xn, WEIGHTS, NORM)
                 b_y = _affine(
                     b_mean[None, :], p_norm_weight, p_norm_bias, p_scale, p_shift, o_own, m_c, AFFINE, MODULATE
                 )
@@ -146,7 +151,7 @@ def _long_slots(
 
 @triton.jit
 def _mlerp_slots(
-    p_x, p_weights, p_mean, p_norm, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m, o_c,
+    p_x, p_weights, p_norm, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m, o_c,
     WEIGHTS: tl.constexpr, BLOCK_M: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """Means of slots o_m (BLOCK_M,) in the length of the largest member, a block of channels after the other."""
@@ -163,12 +168,12 @@ def _mlerp_slots(
     for step in range(0, 2):
         for i in range(0, channels, CHANNELS):
             m_c = i + o_c < channels
-            b_mean, _ = segment_mean(
-                p_x, p_weights, p_mean, p_norm, p_members, b_begin, b_size, most, i + o_c, channels, s_xn,
+            b_means = segment_mean(
+                p_x, p_weights, p_norm, p_members, b_begin, b_size, most, i + o_c, channels, s_xn,
                 WEIGHTS, False, BLOCK_M, 1, UNROLL,
             )  # fmt: skip
             b_mean = add_long_means(
-                b_mean, p_x, p_weights, p_mean, p_norm, p_members, b_begin, tl.where(m_huge, 0, b_size), i + o_c, m_c,
+                b_means[0], p_x, p_weights, p_norm, p_members, b_begin, tl.where(m_huge, 0, b_size), i + o_c, m_c,
                 s_xn, WEIGHTS, False, BLOCK_M,
             )  # fmt: skip
             b_huge = tl.load(p_own_huge + i, mask=m_huge[:, None] & m_c[None, :], other=0.0)
@@ -186,7 +191,7 @@ def _mlerp_slots(
 
 @triton.jit
 def _huge_slots(
-    p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_slot, p_offsets, p_members,
+    p_x, p_weights, p_words, p_norm_weight, p_norm_bias, p_scale, p_shift, p_slot, p_offsets, p_members,
     p_y, n, channels, s_xn, s_yn, i_g, o_c, WEIGHTS: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr,
     MODULATE: tl.constexpr, BY_SLOT: tl.constexpr,
 ):  # fmt: skip
@@ -198,7 +203,7 @@ def _huge_slots(
         size = tl.sum(tl.where(m_found & (o_p == i), b_size, 0), 0)
         if size > 0:
             begin = tl.sum(tl.where(o_p == i, b_begin, 0), 0)
-            b_mean = huge_mean(p_x, p_weights, p_mean, p_inverse, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM)
+            b_mean = huge_mean(p_x, p_weights, p_words, p_members, begin, size, o_c, m_c, s_xn, WEIGHTS, NORM)
             b_y = _affine(b_mean[None, :], p_norm_weight, p_norm_bias, p_scale, p_shift, o_c, m_c, AFFINE, MODULATE)
             row = tl.sum(tl.where(o_p == i, b_slot, 0), 0) if BY_SLOT else i_g * POSITIONS + i
             p_out = p_y + row * s_yn + o_c[None, :]
@@ -213,8 +218,7 @@ def token_merge_kernel(
     p_members,
     p_anchor,
     p_weights,
-    p_mean,
-    p_inverse,
+    p_words,
     p_huge,
     p_norm_weight,
     p_norm_bias,
@@ -244,20 +248,22 @@ def token_merge_kernel(
 ):
     """Program (block of channels, block of slots, batch row). "mlerp" has one block of channels and loops over them.
 
-    With "mean", the first `spread` blocks of slots are huge slots instead: see `huge_slots`. With "mlerp" their means
-    are in p_huge already. Channels and the strides of x, scale and shift count UNIT elements; FAR says that offsets
-    within a batch row need 64 bits.
+    With "mean", the programs of the first `spread` blocks of slots look for huge slots besides: see `huge_slots`. With
+    "mlerp" their means are in p_huge already. p_words are `norm_word`s of the tokens with NORM, and their norms with
+    "mlerp". Channels and the strides of x, scale and shift count UNIT elements; FAR says that offsets within a batch
+    row need 64 bits.
     """
     wait_for_predecessor(EARLY)
-    i_c, i_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    i_m = tl.program_id(1) - spread
-    i_p = i_b % plan_rows
+    i_c, i_m, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    i_p = i_b
+    if i_b >= plan_rows:
+        # A division, of some 20 instructions.
+        i_p = i_b % plan_rows
     channels = units * UNIT
     s_xn, s_yn = _row(s_xn, UNIT, FAR), _row(units, UNIT, FAR)
     p_x += i_b * s_xb * UNIT
     p_weights += i_b * s_wb
-    p_mean += i_b * n
-    p_inverse += i_b * n
+    p_words += i_b * n
     p_slot += i_p * n
     p_members += i_p * n
     p_offsets += i_p * (num_slots + 1)
@@ -277,22 +283,24 @@ def token_merge_kernel(
     elif MODE == "mlerp":
         p_huge += i_b * tl.cdiv(n, HUGE) * s_yn
         _mlerp_slots(
-            p_x, p_weights, p_mean, p_inverse, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m,
+            p_x, p_weights, p_words, p_huge, p_offsets, p_members, p_y, num_slots, channels, s_xn, s_yn, o_m,
             o_c, WEIGHTS, BLOCK_M, UNROLL,
         )  # fmt: skip
-    elif i_m < 0:
-        # The programs of one group share its channels.
-        i_part, i_g = (i_m + spread) % (PARTS * BLOCKS), (i_m + spread) // (PARTS * BLOCKS)
-        o_part = i_c * CHANNELS * BLOCKS + i_part * HUGE_CHANNELS + tl.arange(0, HUGE_CHANNELS)
-        _huge_slots(
-            p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_slot, p_offsets,
-            p_members, p_y, n, channels, s_xn, s_yn, i_g, o_part, WEIGHTS, NORM, AFFINE, MODULATE, True,
-        )  # fmt: skip
     else:
-        _mean_slots(
-            p_x, p_weights, p_mean, p_inverse, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
-            num_slots, channels, s_xn, s_yn, i_m, o_m, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M, BLOCKS, UNROLL,
-        )  # fmt: skip
+        if i_m < spread:
+            # The programs of one group share its channels.
+            i_part, i_g = i_m % (PARTS * BLOCKS), i_m // (PARTS * BLOCKS)
+            o_part = i_c * CHANNELS * BLOCKS + i_part * HUGE_CHANNELS + tl.arange(0, HUGE_CHANNELS)
+            _huge_slots(
+                p_x, p_weights, p_words, p_norm_weight, p_norm_bias, p_scale, p_shift, p_slot, p_offsets, p_members,
+                p_y, n, channels, s_xn, s_yn, i_g, o_part, WEIGHTS, NORM, AFFINE, MODULATE, True,
+            )  # fmt: skip
+        if i_m * BLOCK_M < num_slots:
+            _mean_slots(
+                p_x, p_weights, p_words, p_norm_weight, p_norm_bias, p_scale, p_shift, p_offsets, p_members, p_y,
+                num_slots, channels, s_xn, s_yn, i_m, o_m, o_c, WEIGHTS, NORM, AFFINE, MODULATE, BLOCK_M, BLOCKS,
+                UNROLL,
+            )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n", "num_slots", "units", "plan_rows", "s_xb", "s_xn"])
@@ -322,7 +330,9 @@ def huge_mean_kernel(
     """
     wait_for_predecessor(EARLY)
     i_c, i_g, i_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    i_p = i_b % plan_rows
+    i_p = i_b
+    if i_b >= plan_rows:
+        i_p = i_b % plan_rows
     channels = units * UNIT
     s_xn, s_hn = _row(s_xn, UNIT, FAR), _row(units, UNIT, FAR)
     p_x += i_b * s_xb * UNIT
@@ -333,7 +343,7 @@ def huge_mean_kernel(
     p_offsets += i_p * (num_slots + 1)
     o_c = i_c * HUGE_CHANNELS + tl.arange(0, HUGE_CHANNELS)
     _huge_slots(
-        p_x, p_weights, p_x, p_x, p_x, p_x, p_x, p_x, p_slot, p_offsets, p_members, p_huge, n, channels, s_xn, s_hn,
+        p_x, p_weights, p_x, p_x, p_x, p_x, p_x, p_slot, p_offsets, p_members, p_huge, n, channels, s_xn, s_hn,
         i_g, o_c, WEIGHTS, False, False, False, False,
     )  # fmt: skip
 
@@ -346,7 +356,7 @@ def launch(
     anchor: Tensor,
     mode: str,
     weights: Tensor | None,
-    statistics: tuple[Tensor, Tensor] | None = None,
+    statistics: Tensor | None = None,
     affine: tuple[Tensor, Tensor] | None = None,
     modulation: tuple[Tensor, Tensor] | None = None,
     config: configs.Config | None = None,
@@ -355,7 +365,7 @@ def launch(
 
     Args:
         x, slot, offsets, members, anchor, mode, weights, config: of `launch_token_merge`.
-        statistics: what `launch_row_stats` says of x, for "mlerp" and for a norm.
+        statistics: what `launch_row_stats` says of x: norms for "mlerp", words for a norm.
         affine: norm_weight and norm_bias (C,) of a norm.
         modulation: scale and shift (B, C) of a norm.
     """
@@ -363,7 +373,6 @@ def launch(
     num_slots = anchor.shape[1]
     y = torch.empty((batch, num_slots, channels), dtype=x.dtype, device=x.device)
     slot, offsets, members, anchor = (table.contiguous() for table in (slot, offsets, members, anchor))
-    mean, inverse = statistics or (x, x)
     norm_weight, norm_bias = (x, x) if affine is None else (each.contiguous() for each in affine)
     scale, shift = (x, x) if modulation is None else (unit_last_stride(each) for each in modulation)
     if scale.stride(0) != shift.stride(0):
@@ -379,7 +388,7 @@ def launch(
     # The largest slot has at most N - M + 1 members.
     groups = cdiv(n, HUGE.value * POSITIONS.value) if n - num_slots + 1 >= HUGE.value else 0
     spread = groups * PARTS.value * config["BLOCKS"] if mode == "mean" else 0
-    huge = mean
+    huge = x
     if mode == "mlerp" and groups:
         huge = torch.empty((batch, cdiv(n, HUGE.value), channels), dtype=torch.float32, device=x.device)
         programs(huge_mean_kernel, cdiv(channels, HUGE_CHANNELS.value), groups, batch)(
@@ -404,15 +413,14 @@ def launch(
             **EXACT,
         )
     blocks = 1 if mode == "mlerp" else cdiv(channels, CHANNELS.value * config["BLOCKS"])
-    programs(token_merge_kernel, blocks, spread + cdiv(num_slots, config["BLOCK_M"]), batch)(
+    programs(token_merge_kernel, blocks, max(spread, cdiv(num_slots, config["BLOCK_M"])), batch)(
         p_x=x,
         p_slot=slot,
         p_offsets=offsets,
         p_members=members,
         p_anchor=anchor,
         p_weights=weights,
-        p_mean=mean,
-        p_inverse=inverse,
+        p_words=x if statistics is None else statistics,
         p_huge=huge,
         p_norm_weight=norm_weight,
         p_norm_bias=norm_bias,

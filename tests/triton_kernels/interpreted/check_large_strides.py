@@ -59,7 +59,7 @@ def test_every_kernel_that_reads_tokens(batch, n, row, token):
             *launch_score_and_select(x, grid, (2, 2), batch).values(),
             *launch_bipartite_match(x, destinations, config={**MATCH, "SPLIT": 2}),
             *launch_lgtm_plan(x, grid, (1, 2), n // 3, share=share),
-            *launch_row_stats(x, "layernorm", 1e-5),
+            launch_row_stats(x, "layernorm", 1e-5),
             *(launch_token_merge(x, *tables, mode) for mode in ("mean", "mlerp", "prune")),
             launch_token_unmerge(x[:, :3], *tables, x, x[:, 0]),
             *(launch_kv_downsample([x], grid, (1, 2), alpha)[0] for alpha in (0.9, 1.0)),
