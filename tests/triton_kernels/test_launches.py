@@ -220,18 +220,24 @@ def test_a_fused_norm_stores_no_normalized_tokens():
 
 
 def test_programs_for_huge_slots():
-    """One program for 16 channels of 4,096 members, and none where no slot can be huge."""
+    """One for 16 channels of 4,096 members: programs of short slots take them on, unless these are fewer."""
     x, tables = x_and_tables()
     small = [meta(BATCH, width, dtype=torch.int32) for width in (300, 47, 300, 46)]  # slots of up to 255 members
+    # All of 300 tokens in 9 slots.
+    few = [meta(BATCH, width, dtype=torch.int32) for width in (300, 10, 300, 9)]
     with record_launches() as launches:
         IMPLEMENTATIONS["token_merge"](x, *tables, "mean", None)
         IMPLEMENTATIONS["token_merge"](x, *tables, "prune", None)
+        IMPLEMENTATIONS["token_merge"](x[:, :300], *few, "mean", None)
         IMPLEMENTATIONS["token_merge"](x[:, :300], *small, "mlerp", None)
-    mean, prune, *mlerp = launches
+    mean, prune, fewer, *mlerp = launches
     blocks = -(-M // mean.arguments["BLOCK_M"])
     wide = mean.arguments["BLOCKS"]
-    assert mean.grid == (-(-CHANNELS // (64 * wide)), blocks + 4 * wide, BATCH)
-    assert prune.grid == (-(-CHANNELS // (64 * wide)), blocks, BATCH)
+    assert mean.arguments["spread"] == 4 * wide < blocks
+    assert mean.grid == prune.grid == (-(-CHANNELS // (64 * wide)), blocks, BATCH)
+    assert prune.arguments["spread"] == 0
+    assert fewer.grid == (-(-CHANNELS // (64 * wide)), fewer.arguments["spread"], BATCH)
+    assert fewer.arguments["spread"] > -(-9 // fewer.arguments["BLOCK_M"])
     assert [launch.name for launch in mlerp] == ["row_stats", "token_merge"]
 
 
