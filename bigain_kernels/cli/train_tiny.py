@@ -105,7 +105,8 @@ def train_tiny(
 ) -> None:
     """Train one of the shipped models, with the classifier that judges its samples.
 
-    The result is the same for one seed, one thread count and one torch version. Ctrl-C keeps the last saved weights.
+    The result is the same for one seed, one thread count, one torch version and one kind of CPU.
+    Ctrl-C keeps the last saved weights.
     """
     if model not in _FILES:
         raise ValueError(f"model: got {model!r}, expected one of {list(_FILES)}")

@@ -102,6 +102,7 @@ def real_size_cells(result: DemoResult) -> Table:
 
 def frontier_caption(demo: Demo) -> str:
     """What the frontier's numbers are."""
+    threads = f"{demo.config.threads} thread{'s' if demo.config.threads > 1 else ''}"
     where = "; ".join(
         f"{part.subject.settings.title} at timesteps {', '.join(map(str, part.subject.settings.frontier))}, "
         f"{part.subject.grid[0] * part.subject.grid[1]} tokens"
@@ -110,7 +111,7 @@ def frontier_caption(demo: Demo) -> str:
     return (
         f"error: rise of the denoising error over no compression, on {demo.config.frontier_images} validation images "
         f"({where}), with the label and without, mean ± one standard error. speed: median over forward passes of "
-        f"{demo.config.threads} threads, the methods in turns. “proportional”: attention weighs a merged key by its "
+        f"{threads}, the methods in turns. “proportional”: attention weighs a merged key by its "
         "number of tokens. “shared”: one plan for rows that belong together." + "".join(map(_searched, demo.parts))
     )
 

@@ -63,7 +63,9 @@ def pipe(monkeypatch):
 
 
 @of("python")
-def test_python(block, pipe, capsys):
+def test_python(block, pipe, capsys, monkeypatch, tmp_path):
+    # Where a block writes files.
+    monkeypatch.chdir(tmp_path)
     exec(compile(block.code, block.name, "exec"), {"pipe": pipe, "__name__": "block"})
 
 
