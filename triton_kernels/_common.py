@@ -72,6 +72,15 @@ def elements(b_x, ROWS: tl.constexpr, LANES: tl.constexpr, LEVELS: tl.constexpr)
 
 
 @triton.jit
+def add_squares(b_sum, b_x, LANES: tl.constexpr, LOG2_VECTOR: tl.constexpr):
+    """b_sum (ROWS, LANES) plus the squares of what each lane has of b_x (ROWS, LANES * 2 ** LOG2_VECTOR)."""
+    b_parts = elements(b_x, b_x.shape[0], LANES, LOG2_VECTOR)
+    for i in tl.static_range(2**LOG2_VECTOR):
+        b_sum = tl.fma(b_parts[i], b_parts[i], b_sum)
+    return b_sum
+
+
+@triton.jit
 def side_by_side(b_parts, LEVELS: tl.constexpr):
     """2 ** LEVELS tensors (ROWS, LANES) as one, (ROWS, LANES, 2, ..., 2), the first of all at the first place."""
     for i in tl.static_range(LEVELS):
@@ -181,6 +190,11 @@ def step_of(channels: int, most: int) -> int:
     while blocks > _STEPS and blocks % 2 == 0 and step < most:
         blocks, step = blocks // 2, 2 * step
     return step
+
+
+def norm_step(channels: int) -> int:
+    """Channels of a step where the norms are found that matching divides by, whichever kernel finds them."""
+    return step_of(channels, 256)
 
 
 def unit_of(*counts: int) -> int:

@@ -47,11 +47,12 @@ from ._common import (
     EXACT,
     INT_MAX,
     INT_MIN,
-    LOG2_CHANNELS,
+    add_squares,
     destination_token,
     destination_word,
     inverse_norm,
     key_to_float,
+    norm_step,
     ordered_key,
     pack,
     tree_sum,
@@ -119,24 +120,29 @@ def match_prepare_kernel(
     NEAR: tl.constexpr,
     SY: tl.constexpr,
     SX: tl.constexpr,
+    LOG2_LANES: tl.constexpr,
+    LOG2_VECTOR: tl.constexpr,
     BLOCK_T: tl.constexpr,
     EARLY: tl.constexpr,
 ):
     """Inverse norms, the lists, and the results at destinations, when no score pass has made them. With NEAR, the lists
-    are in the order of the tiles, and p_starts says where the destinations of each begin."""
+    are in the order of the tiles, and p_starts says where the destinations of each begin. A lane adds up 16 bytes of
+    channels, in the order of the score pass, so that matches have the same bits after either."""
     wait_for_predecessor(EARLY)
     i_t, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_t = i_t * BLOCK_T + tl.arange(0, BLOCK_T)
-    o_c = tl.arange(0, CHANNELS)
+    LANES: tl.constexpr = 2**LOG2_LANES
+    STEP: tl.constexpr = 2 ** (LOG2_LANES + LOG2_VECTOR)
+    o_c = tl.arange(0, STEP)
     m_t = o_t < n
     channels = units * UNIT
     p_rows = p_x + i_b * s_xb * UNIT + o_t.to(tl.int64)[:, None] * (tl.cast(s_xn, tl.int64) * UNIT) + o_c[None, :]
-    b_squares = tl.zeros((BLOCK_T, CHANNELS), tl.float32)
-    for i_c in range(0, channels, CHANNELS):
+    b_squares = tl.zeros((BLOCK_T, LANES), tl.float32)
+    for i_c in range(0, channels, STEP):
         b_x = tl.load(p_rows + i_c, mask=m_t[:, None] & (i_c + o_c < channels)[None, :], other=0.0).to(tl.float32)
-        b_squares = tl.fma(b_x, b_x, b_squares)
+        b_squares = add_squares(b_squares, b_x, LANES, LOG2_VECTOR)
     o_out = i_b * n + o_t
-    b_inverse_norm = inverse_norm(tree_sum(b_squares, LOG2_CHANNELS))
+    b_inverse_norm = inverse_norm(tree_sum(b_squares, LOG2_LANES))
     tl.store(p_inverse_norm + o_out, b_inverse_norm, mask=m_t)
 
     p_list = p_destinations + i_b * s_db
@@ -419,7 +425,9 @@ def launch_bipartite_match(
         starts = torch.empty((rows, tiles_of(grid, stride) + 1), dtype=torch.int32, device=x.device)
     (height, width), (sy, sx) = (grid, stride) if near else ((1, n), (1, 1))
     prepare = configs.pick("match_prepare", x.device, max(1, rows // 16) * x[0].numel() * x.element_size())
-    programs(match_prepare_kernel, cdiv(n, prepare["BLOCK_T"]), rows)(
+    step, vector = norm_step(x.shape[2]), 16 // x.element_size()
+    block = max(prepare["BLOCK_T"] * CHANNELS.value // step, 1)
+    programs(match_prepare_kernel, cdiv(n, block), rows)(
         p_x=x,
         p_destinations=destinations,
         p_inverse_norm=inverse_norm,
@@ -435,8 +443,10 @@ def launch_bipartite_match(
         NEAR=near,
         SY=sy,
         SX=sx,
+        LOG2_LANES=(step // vector).bit_length() - 1,
+        LOG2_VECTOR=vector.bit_length() - 1,
         **layout_arguments(x),
-        **prepare,
+        **{**prepare, "BLOCK_T": block},
         **EXACT,
         **early(x.device),
     )

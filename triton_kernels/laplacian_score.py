@@ -15,14 +15,14 @@ from . import configs
 from ._common import (
     EXACT,
     INT_MIN,
+    add_squares,
     destination_word,
     divide_by_constant,
-    elements,
     inverse_norm,
+    norm_step,
     ordered_key,
     pack,
     side_by_side,
-    step_of,
     to_float32,
     tree_sum,
     unit_last_stride,
@@ -35,7 +35,6 @@ from .launching import cdiv, power_of_2, programs, workspace
 # What a byte of tokens counts in the measure of configs.pick: a launch is "large" from 8 MiB on, where there are enough
 # threads to hide what they wait for although each has more to do.
 _WORK = configs.LARGE >> 23
-_WIDEST = 256
 
 
 @triton.jit
@@ -73,12 +72,9 @@ def _both(m_first, m_second):
 @triton.jit
 def _add_norm(b_sum, b_x, LANES: tl.constexpr, LOG2_VECTOR: tl.constexpr, L2: tl.constexpr):
     """b_sum (ROWS, LANES) plus what b_x (ROWS, STEP) adds to a squared L2 norm, or to an L1 norm."""
-    ROWS: tl.constexpr = b_x.shape[0]
     if L2:
-        b_parts = elements(b_x, ROWS, LANES, LOG2_VECTOR)
-        for i in tl.static_range(2**LOG2_VECTOR):
-            b_sum = tl.fma(b_parts[i], b_parts[i], b_sum)
-        return b_sum
+        return add_squares(b_sum, b_x, LANES, LOG2_VECTOR)
+    ROWS: tl.constexpr = b_x.shape[0]
     b_own = tree_sum(tl.reshape(tl.abs(b_x), (ROWS * LANES, 2**LOG2_VECTOR)), LOG2_VECTOR)
     return b_sum + tl.reshape(b_own, (ROWS, LANES))
 
@@ -202,7 +198,7 @@ def laplacian_score_kernel(
                 b_own = _add_norm(b_sums[STATS * (i * PATCH_X + j)], b_response, LANES, LOG2_VECTOR, L2)
                 b_more = b_more + (b_own,)
                 if SELECT:
-                    b_own = _add_norm(b_sums[STATS * (i * PATCH_X + j) + 1], b_here, LANES, LOG2_VECTOR, True)
+                    b_own = add_squares(b_sums[STATS * (i * PATCH_X + j) + 1], b_here, LANES, LOG2_VECTOR)
                     b_more = b_more + (b_own,)
                     if SHARE > 1:
                         o_mean = (i_b * n + (o_row + i) * width + o_column + j)[:, None] * channels
@@ -288,7 +284,7 @@ def _launch(
         return
     config = config or configs.pick("laplacian_score", x.device, x.numel() // share * x.element_size() * _WORK)
     (height, width), (sy, sx) = grid, stride
-    tile, step = power_of_2(sy * sx), step_of(channels, _WIDEST)
+    tile, step = power_of_2(sy * sx), norm_step(channels)
     vector, patch = 16 // x.element_size(), config["PATCH"]
     patch_y = patch if height % patch == 0 and sy % patch == 0 else 1
     patch_x = patch if width % patch == 0 and sx % patch == 0 else 1

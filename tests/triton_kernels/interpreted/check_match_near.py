@@ -48,10 +48,13 @@ def test_tensor_cores_decide_the_same(monkeypatch, dtype, window, grid, stride):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("grid", "stride"), [((5, 7), STRIDE), ((7, 8), (3, 2)), ((3, 13), (3, 9))])
-def test_lists_by_tile_and_any_lists_give_the_same_bits(dtype, grid, stride):
-    """What the score pass lists, and what is listed of ascending destinations."""
-    x = odd_tokens(2, grid[0] * grid[1], 24, dtype)
+@pytest.mark.parametrize(
+    ("grid", "stride", "channels"),
+    [((5, 7), STRIDE, 24), ((7, 8), (3, 2), 24), ((3, 13), (3, 9), 24), ((4, 6), STRIDE, 640)],
+)
+def test_lists_by_tile_and_any_lists_give_the_same_bits(dtype, grid, stride, channels):
+    """What the score pass lists, and what is listed of ascending destinations, each with norms of its own."""
+    x = odd_tokens(2, grid[0] * grid[1], channels, dtype)
     scored = launch_score_and_select(x, grid, stride)
     packed, lists = scored["packed"], (scored["inverse_norm"], scored["sources"], scored["words"])
     launch_match_near(x, *lists, None, grid[1] // stride[1], grid, stride, 1, packed)
