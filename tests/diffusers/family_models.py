@@ -10,9 +10,9 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from . import family_inputs
+from .family_inputs import TEXT
 from .models import _strong, dit_inputs, flux_inputs, qwen_inputs, sd3_inputs, tiny_dit, tiny_flux, tiny_qwen, tiny_sd3
-
-TEXT = 5
 
 
 class Case(NamedTuple):
@@ -32,184 +32,6 @@ class Case(NamedTuple):
     make: Callable[[], nn.Module] | None = None
 
 
-def noise(*shape: int, seed: int = 1) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
-
-
-def positions(grid: tuple[int, int, int], columns: int) -> Tensor:
-    axes = [torch.arange(n) for n in grid] + [torch.zeros(1).long()] * (columns - 3)
-    return torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).reshape(-1, columns).float()
-
-
-def _flux2(batch, grid):
-    return {
-        "hidden_states": noise(batch, grid[1] * grid[2], 4),
-        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
-        "timestep": torch.full((batch,), 0.5),
-        "img_ids": positions(grid, 4)[None].expand(batch, -1, -1),
-        "txt_ids": torch.zeros(batch, TEXT, 4),
-        "guidance": torch.ones(batch),
-    }
-
-
-def _chroma(batch, grid):
-    tokens = grid[1] * grid[2]
-    mask = torch.ones(batch, TEXT + tokens)
-    mask[0, 3:TEXT] = 0  # padding of the text
-    return {
-        "hidden_states": noise(batch, tokens, 4),
-        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
-        "timestep": torch.full((batch,), 0.5),
-        "img_ids": positions(grid, 3),
-        "txt_ids": torch.zeros(TEXT, 3),
-        "attention_mask": mask,
-    }
-
-
-def _z_image(batch, grid):
-    return {
-        "x": list(noise(batch, 16, grid[0], 2 * grid[1], 2 * grid[2])),
-        "t": torch.full((batch,), 0.5),
-        "cap_feats": list(noise(batch, TEXT, 16, seed=2)),
-    }
-
-
-def _latent(batch, grid, channels=4, patch=2):
-    return noise(batch, channels, patch * grid[1], patch * grid[2])
-
-
-def _pixart(batch, grid):
-    return {
-        "hidden_states": _latent(batch, grid),
-        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
-        "timestep": torch.full((batch,), 500),
-        "added_cond_kwargs": {"resolution": None, "aspect_ratio": None},
-    }
-
-
-def _hunyuan_dit(batch, grid):
-    tokens = grid[1] * grid[2]
-    angles = noise(tokens, 8, seed=3).repeat_interleave(1, 1)
-    return {
-        "hidden_states": _latent(batch, grid),
-        "timestep": torch.full((batch,), 500.0),
-        "encoder_hidden_states": noise(batch, 4, 8, seed=2),
-        "text_embedding_mask": torch.ones(batch, 4),
-        "encoder_hidden_states_t5": noise(batch, 4, 8, seed=4),
-        "text_embedding_mask_t5": torch.ones(batch, 4),
-        "image_meta_size": torch.ones(batch, 6),
-        "style": torch.zeros(batch, dtype=torch.int64),
-        "image_rotary_emb": [angles.cos(), angles.sin()],
-    }
-
-
-def _lumina2(batch, grid):
-    return {
-        "hidden_states": _latent(batch, grid),
-        "timestep": torch.full((batch,), 0.5),
-        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
-        "encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.bool),
-    }
-
-
-def _aura_flow(batch, grid):
-    return {
-        "hidden_states": _latent(batch, grid),
-        "encoder_hidden_states": noise(batch, TEXT, 32, seed=2),
-        "timestep": torch.full((batch,), 0.5),
-    }
-
-
-def _cogview4(batch, grid):
-    sizes = torch.full((batch, 2), 64)
-    return {
-        "hidden_states": _latent(batch, grid),
-        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
-        "timestep": torch.full((batch,), 500),
-        "original_size": sizes,
-        "target_size": sizes,
-        "crop_coords": torch.zeros(batch, 2, dtype=torch.int64),
-    }
-
-
-def _hidream(batch, grid):
-    return {
-        "hidden_states": _latent(batch, grid),
-        "timesteps": torch.full((batch,), 500),
-        "encoder_hidden_states_t5": noise(batch, TEXT, 8, seed=2),
-        "encoder_hidden_states_llama3": noise(2, batch, TEXT, 4, seed=3),
-        "pooled_embeds": noise(batch, 8, seed=4),
-    }
-
-
-def _wan(batch, grid):
-    return {
-        "hidden_states": noise(batch, 4, grid[0], 2 * grid[1], 2 * grid[2]),
-        "timestep": torch.full((batch,), 500),
-        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
-    }
-
-
-def _ltx(batch, grid):
-    return {
-        "hidden_states": noise(batch, grid[0] * grid[1] * grid[2], 4),
-        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
-        "timestep": torch.full((batch,), 500),
-        "encoder_attention_mask": torch.ones(batch, TEXT, dtype=torch.bool),
-        "num_frames": grid[0],
-        "height": grid[1],
-        "width": grid[2],
-    }
-
-
-def _ltx2(batch, grid):
-    return {
-        **_ltx(batch, grid),
-        "audio_hidden_states": noise(batch, 9, 4, seed=5),
-        "audio_encoder_hidden_states": noise(batch, TEXT, 16, seed=6),
-        "timestep": torch.full((batch,), 500.0),
-        "audio_num_frames": 9,
-        "fps": 25.0,
-    }
-
-
-def _hunyuan_video(batch, grid):
-    mask = torch.ones(batch, TEXT)
-    mask[0, 3:] = 0
-    return {
-        "hidden_states": noise(batch, 4, *grid),
-        "timestep": torch.full((batch,), 500.0),
-        "encoder_hidden_states": noise(batch, TEXT, 16, seed=2),
-        "pooled_projections": noise(batch, 8, seed=3),
-        "encoder_attention_mask": mask,
-        "guidance": torch.full((batch,), 1.0),
-    }
-
-
-def _cogvideox(batch, grid):
-    return {
-        "hidden_states": noise(batch, grid[0], 4, 2 * grid[1], 2 * grid[2]),
-        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
-        "timestep": torch.full((batch,), 500),
-    }
-
-
-def _allegro(batch, grid):
-    return {
-        "hidden_states": noise(batch, 4, grid[0], 2 * grid[1], 2 * grid[2]),
-        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
-        "timestep": torch.full((batch,), 500),
-    }
-
-
-def _latte(batch, grid):
-    return {
-        "hidden_states": noise(batch, 4, grid[0], 2 * grid[1], 2 * grid[2]),
-        "encoder_hidden_states": noise(batch, TEXT, 8, seed=2),
-        "timestep": torch.full((batch,), 500),
-    }
-
-
 def _double(prefix: str = "transformer_blocks") -> Callable[[str], int]:
     """Text is apart in the blocks of two streams."""
     return lambda name: TEXT if name.startswith(prefix) else 0
@@ -222,7 +44,7 @@ CASES = {
     "flux2": Case(
         "Flux2Transformer2DModel",
         {**FLUX, "axes_dims_rope": (4, 4, 4, 4), "timestep_guidance_channels": 32},
-        _flux2,
+        family_inputs.flux2,
         TEXT,
         _double(),
     ),
@@ -235,7 +57,7 @@ CASES = {
             "approximator_hidden_dim": 16,
             "approximator_layers": 1,
         },
-        _chroma,
+        family_inputs.chroma,
         TEXT,
         _double(),
     ),
@@ -252,7 +74,7 @@ CASES = {
             "axes_dims": [8, 4, 4],
             "axes_lens": [256, 64, 64],
         },
-        _z_image,
+        family_inputs.z_image,
     ),
     "pixart": Case(
         "PixArtTransformer2DModel",
@@ -269,7 +91,7 @@ CASES = {
             "norm_type": "ada_norm_single",
             "use_additional_conditions": False,
         },
-        _pixart,
+        family_inputs.pixart,
     ),
     "hunyuan_dit": Case(
         "HunyuanDiT2DModel",
@@ -288,7 +110,7 @@ CASES = {
             "text_len_t5": 4,
             "activation_fn": "gelu-approximate",
         },
-        _hunyuan_dit,
+        family_inputs.hunyuan_dit,
     ),
     "lumina2": Case(
         "Lumina2Transformer2DModel",
@@ -306,7 +128,7 @@ CASES = {
             "axes_lens": (128, 128, 128),
             "cap_feat_dim": 32,
         },
-        _lumina2,
+        family_inputs.lumina2,
         TEXT,
     ),
     "aura_flow": Case(
@@ -324,7 +146,7 @@ CASES = {
             "out_channels": 4,
             "pos_embed_max_size": 256,
         },
-        _aura_flow,
+        family_inputs.aura_flow,
         TEXT + 8,
         lambda name: TEXT + 8 if name.startswith("joint") else 0,
     ),
@@ -341,7 +163,7 @@ CASES = {
             "time_embed_dim": 8,
             "condition_dim": 4,
         },
-        _cogview4,
+        family_inputs.cogview4,
         TEXT,
         _double(),
     ),
@@ -364,7 +186,7 @@ CASES = {
             "llama_layers": (0, 1),
             "force_inference_output": True,
         },
-        _hidream,
+        family_inputs.hidream,
     ),
     "wan": Case(
         "WanTransformer3DModel",
@@ -380,7 +202,7 @@ CASES = {
             "qk_norm": "rms_norm_across_heads",
             "rope_max_seq_len": 32,
         },
-        _wan,
+        family_inputs.wan,
         frames=3,
     ),
     "ltx": Case(
@@ -393,7 +215,7 @@ CASES = {
             "qk_norm": "rms_norm_across_heads",
             "caption_channels": 16,
         },
-        _ltx,
+        family_inputs.ltx,
         frames=3,
     ),
     "ltx2": Case(
@@ -414,7 +236,7 @@ CASES = {
             "caption_channels": 16,
             "rope_double_precision": False,
         },
-        _ltx2,
+        family_inputs.ltx2,
         frames=3,
     ),
     "hunyuan_video": Case(
@@ -432,7 +254,7 @@ CASES = {
             "pooled_projection_dim": 8,
             "rope_axes_dim": (2, 4, 4),
         },
-        _hunyuan_video,
+        family_inputs.hunyuan_video,
         frames=3,
     ),
     "cogvideox": Case(
@@ -450,7 +272,7 @@ CASES = {
             "temporal_compression_ratio": 4,
             "max_text_seq_length": TEXT,
         },
-        _cogvideox,
+        family_inputs.cogvideox,
         TEXT,
         _double(),
         frames=3,
@@ -467,7 +289,7 @@ CASES = {
             "sample_frames": 3,
             "caption_channels": 8,
         },
-        _allegro,
+        family_inputs.allegro,
         frames=3,
     ),
     "latte": Case(
@@ -490,7 +312,7 @@ CASES = {
             "norm_eps": 1e-6,
             "video_length": 3,
         },
-        _latte,
+        family_inputs.latte,
         frames=3,
         batched_frames=True,
     ),
@@ -508,27 +330,11 @@ WRITTEN_OUT = {
     "dit": Case(
         "DiTTransformer2DModel",
         {},
-        lambda b, grid: {**dit_inputs(b), "hidden_states": _latent(b, grid)},
+        lambda b, grid: {**dit_inputs(b), "hidden_states": family_inputs.latent(b, grid)},
         make=tiny_dit,
     ),
     "sd3": Case("SD3Transformer2DModel", {}, lambda b, grid: sd3_inputs(b, (2 * grid[1], 2 * grid[2])), make=tiny_sd3),
 }
-
-
-def _controlled(inputs: dict[str, Any], condition: Tensor) -> dict[str, Any]:
-    return {**inputs, "controlnet_cond": condition}
-
-
-def _sd3_controlnet(batch, grid):
-    inputs = sd3_inputs(batch, (2 * grid[1], 2 * grid[2]))
-    return _controlled(inputs, noise(batch, 4, 2 * grid[1], 2 * grid[2], seed=7))
-
-
-def _tokens_controlnet(make):
-    def inputs(batch, grid):
-        return _controlled(make(batch, grid[1:]), noise(batch, grid[1] * grid[2], 16, seed=7))
-
-    return inputs
 
 
 JOINT = {"num_layers": 2, "joint_attention_dim": 32, **HEADS}
@@ -543,7 +349,7 @@ CONTROLNETS = {
             "pooled_projection_dim": 32,
             "axes_dims_rope": (4, 6, 6),
         },
-        _tokens_controlnet(flux_inputs),
+        family_inputs.tokens_controlnet(flux_inputs),
         TEXT,
         _double(),
     ),
@@ -558,12 +364,12 @@ CONTROLNETS = {
             "pos_embed_max_size": 16,
             "extra_conditioning_channels": 0,
         },
-        _sd3_controlnet,
+        family_inputs.sd3_controlnet,
     ),
     "qwen_controlnet": Case(
         "QwenImageControlNetModel",
         {**JOINT, "in_channels": 16, "out_channels": 4, "axes_dims_rope": (4, 6, 6)},
-        _tokens_controlnet(qwen_inputs),
+        family_inputs.tokens_controlnet(qwen_inputs),
         TEXT,
         _double(),
     ),

@@ -9,7 +9,8 @@ from diffusers import ControlNetModel, FluxControlNetModel, T2IAdapter
 from bigain_kernels import reference
 from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToMeConfig, apply_token_compression, token_compression
 
-from .family_models import CONTROLNETS, build, case_of, noise, outputs
+from .family_inputs import noise
+from .family_models import CONTROLNETS, build, case_of, outputs
 from .models import flux_inputs, run, tiny_flux, tiny_unet, unet_inputs
 from .test_families import expected
 

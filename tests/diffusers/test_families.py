@@ -28,7 +28,8 @@ from bigain_kernels.diffusers import (
 from bigain_kernels.diffusers.families import REFUSED, registered
 from bigain_kernels.methods import PoolConfig
 
-from .family_models import CASES, CONTROLNETS, WRITTEN_OUT, build, case_of, module_of, noise, outputs
+from .family_inputs import noise
+from .family_models import CASES, CONTROLNETS, WRITTEN_OUT, build, case_of, module_of, outputs
 
 SIZES = [(6, 8), (5, 9)]
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}

@@ -11,9 +11,7 @@ import torch
 from diffusers.models.attention_dispatch import attention_backend
 from diffusers.models.attention_processor import FusedJointAttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from torch import nn
 
-from bigain_kernels import reference
 from bigain_kernels.diffusers import (
     IEKVDConfig,
     LGTMConfig,
@@ -27,6 +25,7 @@ from bigain_kernels.diffusers import (
 )
 from bigain_kernels.diffusers.attention import CompressedAttention
 
+from .joint_written_out import merged_layer, pooled_layer, recorded
 from .models import (
     flux_inputs,
     image_ids,
@@ -52,114 +51,9 @@ CONFIGS = [
 CLOSE = {"atol": 2e-5, "rtol": 2e-5}
 
 
-def _attentions(model) -> dict[str, nn.Module]:
-    return {
-        name.removesuffix(".processor"): model.get_submodule(name.removesuffix(".processor"))
-        for name in model.attn_processors
-    }
-
-
 def _kwargs_name(build) -> str:
     """What a model calls the arguments for its processors."""
     return "attention_kwargs" if build is tiny_qwen else "joint_attention_kwargs"
-
-
-def _rms(norm, x):
-    """RMSNorm by its definition."""
-    if norm is None:
-        return x
-    return x / (x.square().mean(-1, keepdim=True) + norm.eps).sqrt() * norm.weight
-
-
-def _rotate(x, rotation):
-    """(B, T, heads, d): pairs of channels as complex numbers, turned."""
-    if rotation is None:
-        return x
-    cos, sin = rotation
-    turn = torch.complex(cos[:, 0::2], sin[:, 0::2])[None, :, None]
-    turned = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)).contiguous()) * turn
-    return torch.view_as_real(turned).flatten(-2)
-
-
-def _pool(x, grid, config, alpha):
-    """(B, N, ...) pooled over its tokens."""
-    shape = x.shape
-    pooled = reference.kv_downsample(x.flatten(2), grid, config.factor, alpha)
-    return pooled.reshape(shape[0], -1, *shape[2:])
-
-
-def _nearest(grid, factor):
-    """Index of the nearest token of each window, by the rule floor((i + 0.5) * H / (H // s))."""
-    rows, columns = ([int((i + 0.5) * n / (n // s)) for i in range(n // s)] for n, s in zip(grid, factor, strict=True))
-    return torch.tensor([row * grid[1] + column for row in rows for column in columns])
-
-
-def _plain(attn, call, grid, window, config, alpha):
-    """What an attention layer should return, from its definition, one explicit softmax.
-
-    `window` is where the image stands in the joint sequence; Flux puts the text first, Stable Diffusion 3 behind.
-    """
-    x, text, rotation = call["hidden_states"], call.get("encoder_hidden_states"), call.get("image_rotary_emb")
-    if rotation is not None and rotation[0].is_complex():  # Qwen-Image gives image and text apart
-        turns = torch.cat(rotation[::-1])
-        rotation = turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
-    heads = lambda y: y.unflatten(-1, (attn.heads, -1))  # noqa: E731
-    start, stop = window
-    hidden = config.pool == "hidden"
-    inside = (start, stop) if text is None or start == 0 else (0, stop - start)
-
-    def keys(layer, norm):
-        states = layer(x)
-        if hidden:
-            pooled = _pool(x[:, inside[0] : inside[1]], grid, config, alpha)
-            states = layer(torch.cat([x[:, : inside[0]], pooled, x[:, inside[1] :]], dim=1))
-        return _rms(norm, heads(states))
-
-    query = _rms(attn.norm_q, heads(attn.to_q(x)))
-    key, value = keys(attn.to_k, attn.norm_k), keys(attn.to_v, None)
-    if text is not None:
-        added = (
-            _rms(attn.norm_added_q, heads(attn.add_q_proj(text))),
-            _rms(attn.norm_added_k, heads(attn.add_k_proj(text))),
-            heads(attn.add_v_proj(text)),
-        )
-        order = (lambda image, words: [words, image]) if start else (lambda image, words: [image, words])
-        query, key, value = (torch.cat(order(a, b), dim=1) for a, b in zip((query, key, value), added, strict=True))
-    turns = rotation
-    if hidden and rotation is not None:
-        index = _nearest(grid, config.factor) + start
-        rows = torch.cat([torch.arange(start), index, torch.arange(stop, rotation[0].shape[0])])
-        turns = (rotation[0][rows], rotation[1][rows])
-    query, key = _rotate(query, rotation), _rotate(key, turns)
-    if not hidden:
-        key, value = (
-            torch.cat([y[:, :start], _pool(y[:, start:stop], grid, config, alpha), y[:, stop:]], dim=1)
-            for y in (key, value)
-        )
-    scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-    if call.get("encoder_hidden_states_mask") is not None:
-        padding = ~call["encoder_hidden_states_mask"]
-        scores[..., : text.shape[1]].masked_fill_(padding[:, None, None], -torch.inf)
-    y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
-    out = (lambda z: attn.to_out[0](z)) if getattr(attn, "to_out", None) is not None else (lambda z: z)
-    if text is None:
-        return out(y)
-    words = y[:, : text.shape[1]] if start else y[:, x.shape[1] :]
-    image = y[:, text.shape[1] :] if start else y[:, : x.shape[1]]
-    return out(image), words if attn.context_pre_only else attn.to_add_out(words)
-
-
-def _recorded(model, inputs) -> list[tuple[nn.Module, dict, object]]:
-    """(attention, its arguments, its result) of every call in a forward pass."""
-    calls, handles = [], []
-    for attn in _attentions(model).values():
-        handles.append(
-            attn.register_forward_hook(lambda m, args, kwargs, out: calls.append((m, kwargs, out)), with_kwargs=True)
-        )
-    run(model, inputs)
-    for handle in handles:
-        handle.remove()
-    return calls
 
 
 @pytest.mark.parametrize("config", CONFIGS)
@@ -180,69 +74,16 @@ def test_every_layer_equals_attention_written_out(family, size, config):
         sigma, window = [0.8, 0.1], (0, size[0] * size[1])
     plain = run(model, inputs)
     apply_token_compression(model, config)
-    calls = _recorded(model, inputs)
+    calls = recorded(model, inputs)
     assert len(calls) == (3 if family.startswith("qwen") else 4)
     alpha = config.alpha
     if isinstance(alpha, tuple):
         alpha = torch.tensor([alpha[0] * s + alpha[1] * (1 - s) for s in sigma])
     with torch.no_grad():
         for attn, call, output in calls:
-            wanted = _plain(attn, call, size, window, config, alpha)
+            wanted = pooled_layer(attn, call, size, window, config, alpha)
             torch.testing.assert_close(output, wanted, **CLOSE)
     assert (run(model, inputs) - plain).abs().max() > 1e-3
-
-
-def _merged(attn, call, grid, window, config):
-    """As `_plain`, of hidden states of the image that are merged before the projections, row by row of the batch."""
-    x, text, rotation = call["hidden_states"], call.get("encoder_hidden_states"), call.get("image_rotary_emb")
-    if rotation is not None and rotation[0].is_complex():
-        turns = torch.cat(rotation[::-1])
-        rotation = turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
-    heads = lambda y: y.unflatten(-1, (attn.heads, -1))  # noqa: E731
-    start, stop = window
-    count = 0 if text is None else text.shape[1]
-    inside = (start, stop) if text is None or start == 0 else (start - count, stop - count)
-    plan = config.plan(x[:, inside[0] : inside[1]], grid, config.ratio)
-    images, texts = [], []
-    for row in range(x.shape[0]):
-        one = plan.slot[row % plan.num_rows].long()
-        sizes = torch.bincount(one, minlength=plan.num_slots).float()
-        image = torch.zeros(plan.num_slots, x.shape[2]).index_add_(0, one, x[row, inside[0] : inside[1]])
-        hidden = torch.cat([x[row, : inside[0]], image / sizes[:, None], x[row, inside[1] :]])[None]
-        query, key, value = (
-            _rms(attn.norm_q, heads(attn.to_q(hidden))),
-            _rms(attn.norm_k, heads(attn.to_k(hidden))),
-            heads(attn.to_v(hidden)),
-        )
-        if text is not None:
-            words = text[row : row + 1]
-            added = (
-                _rms(attn.norm_added_q, heads(attn.add_q_proj(words))),
-                _rms(attn.norm_added_k, heads(attn.add_k_proj(words))),
-                heads(attn.add_v_proj(words)),
-            )
-            order = (lambda i, w: [w, i]) if start else (lambda i, w: [i, w])
-            query, key, value = (torch.cat(order(a, b), dim=1) for a, b in zip((query, key, value), added, strict=True))
-        if rotation is not None:
-            anchors = plan.anchor[row % plan.num_rows].long() + start
-            rows = torch.cat([torch.arange(start), anchors, torch.arange(stop, rotation[0].shape[0])])
-            query, key = (_rotate(y, (rotation[0][rows], rotation[1][rows])) for y in (query, key))
-        scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / query.shape[-1] ** 0.5
-        if config.proportional:
-            scores[..., start : start + plan.num_slots] += sizes.log()
-        if call.get("encoder_hidden_states_mask") is not None:
-            padding = ~call["encoder_hidden_states_mask"][row].bool()
-            scores[..., :count].masked_fill_(padding, -torch.inf)
-        y = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), value).flatten(2)
-        image = y[:, start : start + plan.num_slots][:, one]
-        if text is None:
-            y = torch.cat([y[:, :start], image, y[:, start + plan.num_slots :]], dim=1)
-            images.append(y if getattr(attn, "to_out", None) is None else attn.to_out[0](y))
-            continue
-        images.append(attn.to_out[0](image))
-        words = y[:, :count] if start else y[:, plan.num_slots :]
-        texts.append(words if attn.context_pre_only else attn.to_add_out(words))
-    return torch.cat(images) if text is None else (torch.cat(images), torch.cat(texts))
 
 
 @pytest.mark.parametrize(
@@ -274,8 +115,8 @@ def test_merged_hidden_states_equal_attention_written_out(family, size, config):
     report = apply_token_compression(model, config)
     assert all(row.path.startswith("merge tokens") for row in report.patched)
     with torch.no_grad():
-        for attn, call, output in _recorded(model, inputs):
-            torch.testing.assert_close(output, _merged(attn, call, size, window, config), **CLOSE)
+        for attn, call, output in recorded(model, inputs):
+            torch.testing.assert_close(output, merged_layer(attn, call, size, window, config), **CLOSE)
     assert (run(model, inputs) - plain).abs().max() > 1e-3
 
 
@@ -438,10 +279,12 @@ def test_tokens_of_a_reference_picture_stay_whole():
     inputs["img_ids"] = torch.cat([inputs["img_ids"], image_ids(3, 4, picture=1)])
     for config in (IEKVDConfig(), IEKVDConfig(pool="hidden")):
         apply_token_compression(model, config)
-        calls = _recorded(model, inputs)
+        calls = recorded(model, inputs)
         with torch.no_grad():
             for attn, call, output in calls:
-                torch.testing.assert_close(output, _plain(attn, call, (6, 10), (5, 65), config, config.alpha), **CLOSE)
+                torch.testing.assert_close(
+                    output, pooled_layer(attn, call, (6, 10), (5, 65), config, config.alpha), **CLOSE
+                )
 
 
 def test_grid_given_with_the_call(monkeypatch):
@@ -476,10 +319,12 @@ def test_pictures_given_to_qwen_stay_whole(padded):
         inputs["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]])
     for config in (IEKVDConfig(), IEKVDConfig(pool="hidden")):
         apply_token_compression(model, config)
-        calls = _recorded(model, inputs)
+        calls = recorded(model, inputs)
         with torch.no_grad():
             for attn, call, output in calls:
-                torch.testing.assert_close(output, _plain(attn, call, (6, 10), (5, 65), config, config.alpha), **CLOSE)
+                torch.testing.assert_close(
+                    output, pooled_layer(attn, call, (6, 10), (5, 65), config, config.alpha), **CLOSE
+                )
 
 
 @pytest.mark.parametrize("size", [(1, 7), (7, 1), (1, 1), (4, 4), (3, 5)])

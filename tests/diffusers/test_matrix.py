@@ -13,7 +13,8 @@ from torch import nn
 from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, apply_token_compression
 from bigain_kernels.diffusers.families import family_of
 
-from .family_models import CASES, CONTROLNETS, WRITTEN_OUT, build, case_of, noise
+from .family_inputs import noise
+from .family_models import CASES, CONTROLNETS, WRITTEN_OUT, build, case_of
 from .models import tiny_unet, unet_inputs
 from .test_controlnet import picture, tiny_controlnet
 from .test_training import assert_same, gradients, reference_in_place

@@ -11,7 +11,8 @@ from torch import nn
 from bigain_kernels import reference
 from bigain_kernels.diffusers import LGTMConfig, SiToConfig, ToMeConfig, apply_token_compression, token_compression
 
-from .family_models import TEXT, build, case_of, outputs
+from .family_inputs import TEXT
+from .family_models import build, case_of, outputs
 
 CLOSE = {"atol": 3e-5, "rtol": 3e-5}
 NAMES = ["wan", "flux2", "flux_controlnet", "chroma", "hunyuan_video"]

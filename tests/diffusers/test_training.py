@@ -16,7 +16,8 @@ from bigain_kernels.diffusers import (
     token_compression,
 )
 
-from .family_models import CASES, WRITTEN_OUT, build, case_of, noise
+from .family_inputs import noise
+from .family_models import CASES, WRITTEN_OUT, build, case_of
 from .models import TEXT_DIM, tiny_dit, tiny_flux, tiny_unet
 
 CONFIGS = {"pool": IEKVDConfig(alpha=0.8), "merge": LGTMConfig(proportional=True)}

@@ -13,7 +13,8 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from bigain_kernels.diffusers import LGTMConfig, SiToConfig, ToMeConfig, apply_token_compression, token_compression
 from bigain_kernels.diffusers.current import in_block
 
-from .family_models import TEXT, build, case_of
+from .family_inputs import TEXT
+from .family_models import build, case_of
 from .models import flux_inputs, image_ids, run, tiny_flux
 from .test_rebound_hidden import Merged, turned
 
