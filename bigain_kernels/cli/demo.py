@@ -32,13 +32,17 @@ _NAMES = (
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the tables and pictures.")] = Path("demo"),
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the results in --out.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="More images, five seeds; takes half an hour.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="More images, five seeds; takes about an hour.")] = False,
     model: Annotated[
         list[str] | None,
         typer.Option(help="unet, dit, or digits, a small one for tests; may be given again.", show_default="unet, dit"),
     ] = None,
     frontier_images: Annotated[int | None, typer.Option(help="Validation images of the frontier, at most 200.")] = None,
     images: Annotated[int | None, typer.Option(help="Test images of each seed, at most 400 in all.")] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option(help="After these no image is begun.", show_default="3.5; none with --full or --images"),
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Images to generate for each seed.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of all noise.")] = None,
@@ -63,6 +67,7 @@ def demo(
         "models": None if model is None else tuple(dict.fromkeys(model)),
         "frontier_images": frontier_images,
         "images": images,
+        "minutes": minutes,
         "samples": samples,
         "steps": steps,
         "seed": seed,
@@ -70,7 +75,10 @@ def demo(
         "threads": threads,
         "real_size": real_size,
     }
-    config = replace(FULL if full else DemoConfig(), **{k: v for k, v in given.items() if v is not None})
+    usual = FULL if full else DemoConfig()
+    if images is not None:
+        usual = replace(usual, minutes=None)
+    config = replace(usual, **{k: v for k, v in given.items() if v is not None})
     with OutputFolder(out, _NAMES, again=overwrite) as output:
         _run(Demo(config, checkpoint), output, pictures, as_json)
 
@@ -84,7 +92,7 @@ def _run(job: Demo, output: OutputFolder, pictures: bool, as_json: bool) -> None
         task = progress.add_task("starting", total=job.total)
         try:
             job.run(lambda text: progress.update(task, advance=1, description=text))
-            # The choice and its rival may be among the points of the stress test: then there was less to do.
+            # Less to do: the choice or its rival is a point of the stress test, or time was over.
             progress.update(task, completed=job.total, description="done")
         except KeyboardInterrupt:
             interrupted = True

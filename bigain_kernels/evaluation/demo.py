@@ -2,8 +2,9 @@
 
 For each model first the frontier (`frontier.py`): rise of the denoising error against speed, on validation images. Its
 choice, the best of the rivals, no compression, and ratio 0.7, the paper's stress point, then do both jobs,
-classification and generation, on test images. Methods take turns on every chunk of the work: all see the same images
+generation and classification, of test images. Methods take turns on every chunk of the work: all see the same images
 under the same conditions of the machine, and whenever the demo is stopped its results are of equal numbers of images.
+Classification, most of the work, comes last, and on a slow machine ends early.
 """
 
 from __future__ import annotations
@@ -30,12 +31,13 @@ _STRESS_KEYS = (f"tome_{STRESS:g}", f"lgtm_{STRESS:g}", f"lgtm_{STRESS:g}_propor
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """How much the demo does. The default fits four minutes on two CPU cores.
+    """How much the demo does. The default fits four minutes on two CPU cores, pictures included.
 
     Attributes:
         models: of `subjects.SETTINGS`.
         frontier_images: validation images at each timestep of the frontier.
         images: test images to classify for every seed, others for each.
+        minutes: after these no images are begun but the first `image_chunk`; None: all, however long it takes.
         samples: images to generate for every seed, at least three.
         steps: DDIM steps.
         seed: of all noise; further seeds count up from it.
@@ -49,12 +51,13 @@ class DemoConfig:
     models: tuple[str, ...] = MODELS
     frontier_images: int = 8
     images: int = 40
+    minutes: float | None = 3.5
     samples: int = 10
     steps: int = 10
     seed: int = 0
     seeds: int = 1
     threads: int = 2
-    image_chunk: int = 10
+    image_chunk: int = 5
     sample_chunk: int = 10
     real_size: bool = True
     picture_stride: int = 4
@@ -70,9 +73,11 @@ class DemoConfig:
             if not least <= getattr(self, name) <= most:
                 of_seeds = f" with {self.seeds} seeds" if name == "images" and self.seeds > 1 else ""
                 raise ValueError(f"{name}: got {getattr(self, name)}{of_seeds}, expected {least} to {most}")
+        if self.minutes is not None and not 0 <= self.minutes < float("inf"):
+            raise ValueError(f"minutes: got {self.minutes}, expected a number from 0 on, or None")
 
 
-FULL = DemoConfig(frontier_images=40, images=80, samples=40, seeds=5)
+FULL = DemoConfig(frontier_images=40, images=80, samples=40, seeds=5, minutes=None, image_chunk=10)
 
 
 @dataclass
@@ -106,31 +111,31 @@ class Jobs:
         self.points = tuple({point.key: point for point in (NONE, chosen, rival, *stress)}.values())
         self.outcomes = {point.key: Outcome() for point in self.points}
         self.labels = (torch.arange(config.samples) % subject.checkpoint.denoiser.num_classes).repeat(config.seeds)
+        self._turns = 0
 
-    def run(self, progress: Callable[[str], None]) -> None:
-        """Do all; `progress` is called with a description after each chunk of each point."""
-        title, config, turn = self.subject.settings.title, self.config, 0
-        for seed in range(config.seeds):
-            for part in _chunks(config.images, config.image_chunk):
-                for point in self._turn(turn):
-                    outcome, started = self.outcomes[point.key], time.perf_counter()
-                    correct = self._classify(point, seed, part)
-                    outcome.seconds["classify"].append(time.perf_counter() - started)
-                    outcome.correct = torch.cat([outcome.correct, correct])
-                    progress(f"{title}, classifying: {point.title}")
-                turn += 1
-        for seed in range(config.seeds):
-            for part in _chunks(config.samples, config.sample_chunk):
-                for point in self._turn(turn):
+    def generate(self, progress: Callable[[str], None]) -> None:
+        """Generate all samples; `progress` is called with a description after each chunk of each point."""
+        for seed in range(self.config.seeds):
+            for part in _chunks(self.config.samples, self.config.sample_chunk):
+                for point in self._turn():
                     outcome, started = self.outcomes[point.key], time.perf_counter()
                     outcome.samples.append(self._generate(point, seed, part))
                     outcome.seconds["generate"].append(time.perf_counter() - started)
-                    progress(f"{title}, generating: {point.title}")
-                turn += 1
+                    progress(f"{self.subject.settings.title}, generating: {point.title}")
 
-    def _turn(self, turn: int) -> tuple[Point, ...]:
+    def classify(self, seed: int, part: range, progress: Callable[[str], None]) -> None:
+        """Classify a part of the images of a seed; `progress` as above."""
+        for point in self._turn():
+            outcome, started = self.outcomes[point.key], time.perf_counter()
+            correct = self._classify(point, seed, part)
+            outcome.seconds["classify"].append(time.perf_counter() - started)
+            outcome.correct = torch.cat([outcome.correct, correct])
+            progress(f"{self.subject.settings.title}, classifying: {point.title}")
+
+    def _turn(self) -> tuple[Point, ...]:
         """The points, a different one first each time."""
-        offset = turn % len(self.points)
+        offset = self._turns % len(self.points)
+        self._turns += 1
         return self.points[offset:] + self.points[:offset]
 
     def _classify(self, point: Point, seed: int, part: range) -> torch.Tensor:
@@ -203,7 +208,7 @@ class Demo:
 
     def run(self, progress: Callable[[str], None] | None = None) -> None:
         """Do all the work; `progress` is called with a description after each of about `total` steps."""
-        told = progress or (lambda _: None)
+        told, started = progress or (lambda _: None), time.perf_counter()
         threads = torch.get_num_threads()
         torch.set_num_threads(self.config.threads)
         try:
@@ -211,11 +216,27 @@ class Demo:
                 part.frontier.run(told)
             for part in self.parts:
                 part.jobs = self._jobs(part)
-                part.jobs.run(told)
+                part.jobs.generate(told)
             if self.real_size is not None:
                 self.real_size.run(told)
+            self._classify(told, started)
         finally:
             torch.set_num_threads(threads)
+
+    def _classify(self, told: Callable[[str], None], started: float) -> None:
+        """Classify in rounds of a chunk for each model, all or those for which there is time after `started`."""
+        config, began = self.config, time.perf_counter()
+        chunks = [
+            (seed, images) for seed in range(config.seeds) for images in _chunks(config.images, config.image_chunk)
+        ]
+        for done, chunk in enumerate(chunks):
+            now = time.perf_counter()
+            round_ends = now + (now - began) / max(done, 1)
+            if done and config.minutes is not None and round_ends > started + 60 * config.minutes:
+                return
+            for part in self.parts:
+                assert part.jobs is not None
+                part.jobs.classify(*chunk, told)
 
     def _jobs(self, part: Part) -> Jobs:
         rows = part.frontier.rows()

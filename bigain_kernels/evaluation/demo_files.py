@@ -224,11 +224,12 @@ def _pictures_of_model(demo: Demo, part: Part, model: ModelResult, output: Outpu
         path = output.claim(f"frontier_{model.key}.png")
         draw_frontier(model, jobs.chosen if jobs else None, path)
         drawn[path] = f"{model.title}: the frontier. Below the dotted line the error rises by less than {BUDGET:g} %."
-    if jobs is None or not model.jobs[0].images:
+    if jobs is None or not model.jobs:
         return drawn
-    path = output.claim(f"accuracy_{model.key}.png")
-    draw_accuracy(model, path)
-    drawn[path] = f"{model.title}: accuracy against time."
+    if model.jobs[0].images:
+        path = output.claim(f"accuracy_{model.key}.png")
+        draw_accuracy(model, path)
+        drawn[path] = f"{model.title}: accuracy against time."
     if model.samples >= 3:
         path = output.claim(f"samples_{model.key}.png")
         draw_samples(jobs, model, path)

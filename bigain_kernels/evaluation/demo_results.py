@@ -219,7 +219,7 @@ def summarise(demo: Demo) -> DemoResult:
 
 def _of_model(part: Part, judged: _Judged | None) -> ModelResult:
     rows = []
-    if judged is not None and judged.images:
+    if judged is not None and (judged.images or judged.count):
         jobs = judged.jobs
         roles = {jobs.rival.key: "rival", jobs.chosen.key: "chosen", NONE.key: "none"}
         rows = [judged.row(point, roles.get(point.key, "stress")) for point in jobs.points]

@@ -92,6 +92,7 @@ WRONG = [
     (["search", "--speed", "1.3", "--images", "nowhere"], "images: got nowhere"),
     (["demo", "--images", "0"], "images: got 0"),
     (["demo", "--images", "401"], "images: got 401"),
+    (["demo", "--minutes", "-1"], "minutes: got -1.0"),
     (["demo", "--samples", "1"], "samples: got 1"),
     (["demo", "--threads", "0"], "threads: got 0"),
     (["demo", "--frontier-images", "1"], "frontier_images: got 1"),

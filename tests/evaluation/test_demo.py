@@ -240,9 +240,16 @@ def test_tables_state_errors_and_roles(run) -> None:
     assert all(" to " in row[3] for row in rows)
 
 
-def test_interrupted_demo_counts_what_all_points_have_done() -> None:
-    first = 3 * len(points_of())
-    for stop_at, images, samples in ((5, None, 0), (first + 8, 3, 0), (first + 14, 6, 0)):
+def test_interrupted_demo_counts_what_all_points_have_done(run, tmp_path: Path) -> None:
+    first, points = 3 * len(points_of()), len(run[0].parts[0].jobs.points)
+    stops = {
+        5: None,
+        first + points - 1: None,
+        first + 2 * points - 1: (0, 4),
+        first + 2 * points + 1: (3, 4),
+        first + 3 * points - 1: (3, 4),
+    }
+    for stop_at, done in stops.items():
         demo, seen = Demo(TINY), []
 
         def stop(text: str, seen: list[str] = seen, stop_at: int = stop_at) -> None:
@@ -252,11 +259,31 @@ def test_interrupted_demo_counts_what_all_points_have_done() -> None:
 
         with pytest.raises(KeyboardInterrupt):
             demo.run(stop)
-        (model,) = summarise(demo).models
-        assert {row.images for row in model.jobs} == (set() if images is None else {images})
-        assert model.samples == samples
-        if images is not None:
-            assert all(cell for row in job_cells(model)[1] for cell in (row[0], *row[2:]))
+        result = summarise(demo)
+        (model,) = result.models
+        assert {(row.images, model.samples) for row in model.jobs} == (set() if done is None else {done})
+        assert all(cell for row in job_cells(model)[1] for cell in (row[0], *row[2:]))
+        with OutputFolder(tmp_path / str(stop_at), (), again=False) as output:
+            write_all(demo, result, output)
+        drawn = {path.name for path in (tmp_path / str(stop_at)).glob("*.png")}
+        assert ("accuracy_digits.png" in drawn) == (done is not None and done[0] > 0)
+        assert ("samples_digits.png" in drawn) == (done is not None)
+
+
+def test_classifying_ends_when_time_is_over() -> None:
+    """After whole rounds, the first of which is always done; the other jobs are complete."""
+    demo, seen = Demo(replace(TINY, minutes=0.0)), []
+    demo.run(seen.append)
+    (model,) = summarise(demo).models
+    assert {row.images for row in model.jobs} == {3}
+    assert model.samples == 4
+    assert len(seen) < demo.total
+    unlimited = Demo(replace(TINY, minutes=None))
+    unlimited.run()
+    assert {row.images for row in summarise(unlimited).models[0].jobs} == {6}
+    for minutes in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"^minutes: got {minutes}, expected "):
+            DemoConfig(minutes=minutes)
 
 
 def test_demo_keeps_the_number_of_threads() -> None:
