@@ -50,13 +50,13 @@ class Frontier:
     Args:
         subject: the model and its images.
         images: how many of its validation images.
-        chunk: images of one forward pass, two rows each.
+        chunk: images of one forward pass, two rows each; few, so that every point is timed often.
         seed: of the noise, and of methods that choose at random.
         points: what is compared, the first being no compression; by default all, see `points_of`.
     """
 
     def __init__(
-        self, subject: Subject, images: int, chunk: int = 8, seed: int = 0, points: Sequence[Point] | None = None
+        self, subject: Subject, images: int, chunk: int = 4, seed: int = 0, points: Sequence[Point] | None = None
     ) -> None:
         self.subject, self.images, self.chunk, self.seed = subject, images, chunk, seed
         self.points = points_of(subject.settings.blocks, subject.searched) if points is None else tuple(points)
