@@ -30,6 +30,12 @@ def test_machine_code_keeps_the_rules(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
+def test_every_config_of_every_architecture_keeps_the_rules(architecture):
+    assert [row for row in aot.checked([architecture]) if row["broken"]] == []
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(not (OLDEST / "triton").is_dir(), reason="build/triton-3.6 is not there: make test installs it")
 def test_machine_code_of_triton_3_6_keeps_the_rules():
     environment = {**os.environ, "PYTHONPATH": str(OLDEST), "OMP_NUM_THREADS": "1"}
