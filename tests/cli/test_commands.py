@@ -371,12 +371,12 @@ def test_interrupted_demo_shows_what_is_finished(
     def stop(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.Jobs, "_generate", stop)
+    monkeypatch.setattr(demo.Jobs, "_classify", stop)
     few = ["--images", 2, "--samples", 3, "--no-pictures"]
     assert _bigain(*SMALL_DEMO, *few, "--out", tmp_path) == 130
     assert "Both jobs" in capsys.readouterr().out
     assert (tmp_path / "results.csv").exists()
-    monkeypatch.setattr(demo.Jobs, "run", stop)
+    monkeypatch.setattr(demo.Jobs, "generate", stop)
     early = tmp_path / "early"
     assert _bigain(*SMALL_DEMO, *few, "--out", early) == 130
     assert "L-GTM 0.5" in (early / "README.md").read_text()
