@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .capture import ALPHA, FACTOR, MULTIPROCESSORS, SHAPES, STRIDE, Shape
 from .library import cubins, usage
-from .model import FROM_HBM, FROM_L2, L2_KEEPS, LAUNCH, LAUNCH_EARLY, Compiled, Walk, predict
+from .model import FROM_HBM, FROM_L2, L2_KEEPS, LAUNCH, LAUNCH_EARLY, SCHEDULERS, Compiled, Walk, predict
 from .sass import Code, Function, Instruction, Loop, disassemble
 from .table import Row, facts_row
 from .trips import Trips
@@ -107,6 +107,11 @@ class Numbers:
         self.slots = shape.tokens - shape.removed
         self.vectors = math.ceil(shape.channels / 8)
         self.lanes = 32 if self.vectors > 64 else 8
+        # Scores: vectors of a run, and patches of a block, which 8 threads for every run of a lane compute.
+        of_lane = math.ceil(self.vectors / 8)
+        run = max(min(math.ceil(of_lane / 6), 3), math.ceil(of_lane / 12))
+        runs = math.ceil(of_lane / run)
+        self.run, self.patches = of_lane / runs, launch.threads // (8 * runs)
         # Matching: rows and columns of a tile, and what a block has of the pairs of tiles.
         tile = (64, 64) if "SmallTile" in launch.symbol else (128, 128)
         tiles_n = math.ceil(self.destinations / tile[1])
@@ -121,14 +126,13 @@ class Numbers:
 
 # How often a loop runs when it is entered, by the beginning of its statement; of kernels whose slots are all short.
 LOOPS = {
-    r"for \(int v = exists \? lane": lambda n: math.ceil(n.vectors / n.lanes),
+    r"for \(int step = exists \? 0 : blocks\.order\.run": lambda n: n.run,
     r"for \(int v = lanes?\.lane\(\); v < vectors": lambda n: math.ceil(n.vectors / n.lanes / 4),
     r"for \(int distance = (lanes|lanes\.count\(\)) / 2": lambda n: math.log2(n.lanes),
-    r"for \(int first = 0; first < strips": lambda n: 1,
-    # One warp of four has a tile or a token.
-    r"for \(int tile = threadIdx\.x;": lambda n: 0.25,
-    r"for \(int (i|j) = 0; \1 < s[xy]": lambda n: 2,
-    r"for \(int i = threadIdx\.x; i < blocks\.rows": lambda n: 0.25,
+    r"for \(int first = 0; first < patches": lambda n: 1,
+    r"for \(int own = threadIdx\.x; own / kWarp": lambda n: math.ceil(n.patches * 32 / n.threads),
+    r"for \(int i = threadIdx\.x; i < blocks\.rows": lambda n: 1,
+    r"for \(int (tile_row|j) = 0; \1 < grid\.s[xy]": lambda n: 2,
     r"while \(part < last\)": lambda n: n.runs,
     r"for \(int i = thread; i < p\.num_first": lambda n: math.ceil(n.width / 2 / n.threads),
     r"for \(int i = 0; i < steps; \+\+i\)": lambda n: n.pairs / n.runs * n.steps_of_tile,
@@ -147,15 +151,20 @@ SHARES = {
     ),
     ("bipartite_match.cuh", r"if \(fetch_step == 0\) \{", r"// Rows kStep apart"): lambda n: 1 / n.steps_of_tile,
     # As are slots of more than 32 members, as benchmarks/merge_rounds.py counts.
-    ("token_merge.cuh", r"if \(any_long\) \{", r"if \(!done \|\| !reads\) continue;"): lambda n: 0,
+    ("token_merge.cuh", r"if \(any_long\) \{", r"for \(int first = 0, round = 0"): lambda n: 0,
+    ("token_merge.cuh", r"__device__ __forceinline__ MergePart part_of_slot", r"// How many parts"): lambda n: 0,
+    ("token_merge.cuh", r"done = done && exists;", r"if \(!done \|\|"): lambda n: 0,
     # Keys that tie, of which some merge and some do not, are rare.
     ("plan_steps.cuh", r"if \(left == there\) return", r"return \{threshold, found\[3\]\};"): lambda n: 0,
 }
-# What one warp of a block does alone while the others wait for it, likewise.
-ALONE = (
-    ("plan_steps.cuh", r"constexpr int kQuads", r"// Which keys are chosen"),
-    ("plan_steps.cuh", r"if \(share\.warp > 0\) return;", r"// ---- launchers"),
-)
+# What some warps of a block do while the others wait for them, and how many.
+ALONE = {
+    ("plan_steps.cuh", r"constexpr int kQuads", r"// Which keys are chosen"): lambda n: 1,
+    ("plan_steps.cuh", r"if \(share\.warp > 0\) return;", r"// ---- launchers"): lambda n: 1,
+    # Sums of a patch are added by a warp; 32 tokens choose their tiles' destinations in one.
+    ("laplacian_score.cuh", r"// Eight lanes add four", r"__syncthreads\(\);"): lambda n: n.patches,
+    ("laplacian_score.cuh", r"if \(!blocks\.select\) return;", r"// Patches that"): lambda n: math.ceil(n.patches / 4),
+}
 
 
 @functools.cache
@@ -184,16 +193,20 @@ class CudaWalk(Walk):
         for (name, first, last), share in SHARES.items():
             if _stands_between(each, name, first, last):
                 return float(share(self.numbers))
-        return 1 / self.warps if self.alone(each) else 1.0
+        return self.alone(each) / self.warps
 
-    def alone(self, each: Instruction) -> bool:
-        return any(_stands_between(each, *span) for span in ALONE)
+    def alone(self, each: Instruction) -> float:
+        """How many warps of the block run an instruction: all of them, or those that the others wait for."""
+        for span, warps in ALONE.items():
+            if _stands_between(each, *span):
+                return min(float(warps(self.numbers)), self.warps)
+        return self.warps
 
     def issue(self, each: Instruction, share: float) -> None:
-        if not self.alone(each):
+        if (warps := self.alone(each)) == self.warps:
             super().issue(each, share)
             return
-        pace, self.pace = self.pace, 1.0
+        pace, self.pace = self.pace, max(warps / SCHEDULERS, 1.0)
         super().issue(each, 1.0)
         self.pace = pace
 

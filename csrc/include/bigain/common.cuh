@@ -47,13 +47,13 @@ Lanes lanes_per_token(int64_t channels) {
 // Loads of a lane that are on their way before the first is used.
 constexpr int kLoadsAhead = 4;
 
-// Vectors v, v + lanes.count(), ... of a token; those from `vectors` on are zero.
+// Vectors v, v + lanes, ... of a token; those from `vectors` on are zero.
 template <bool kAligned, typename T>
 __device__ __forceinline__ void load_ahead(Vector<T> (&ahead)[kLoadsAhead], const T* token, int v, int vectors,
-                                           int64_t channels, const Lanes& lanes) {
+                                           int64_t channels, int lanes) {
 #pragma unroll
   for (int i = 0; i < kLoadsAhead; ++i) {
-    const int own = v + i * lanes.count();
+    const int own = v + i * lanes;
     ahead[i] = load_vector<kAligned>(token, own * kVector<T>, channels, own < vectors);
   }
 }

@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kRowMomentsThreads)
   float sum = 0.0f;
 #pragma unroll 1
   for (int v = lanes.lane(); v < vectors; v += kLoadsAhead * step) {
-    load_ahead<kAligned>(ahead, token, v, vectors, p.channels, lanes);
+    load_ahead<kAligned>(ahead, token, v, vectors, p.channels, step);
 #pragma unroll
     for (int i = 0; i < kLoadsAhead; ++i) {
 #pragma unroll
@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kRowMomentsThreads)
   float squares = 0.0f;
 #pragma unroll 1
   for (int v = lanes.lane(); v < vectors; v += kLoadsAhead * step) {
-    load_ahead<kAligned>(ahead, token, v, vectors, p.channels, lanes);
+    load_ahead<kAligned>(ahead, token, v, vectors, p.channels, step);
 #pragma unroll
     for (int i = 0; i < kLoadsAhead; ++i) {
       const int c = (v + i * step) * kVector<T>;

@@ -37,10 +37,10 @@ __global__ void __launch_bounds__(kRescaleThreads)
 #pragma unroll 1
   for (int v = lane; v < vectors; v += kLoadsAhead * step) {
     Vector<float> ahead[kLoadsAhead];
-    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, lanes);
+    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, step);
 #pragma unroll
     for (int i = 0; i < kLoadsAhead; ++i) {
-      if (v + i * step < vectors) squares += sum_of_squares(ahead[i]);
+      if (v + i * step < vectors) add_squares(squares, ahead[i]);
     }
   }
   if (exists) {
@@ -60,7 +60,7 @@ __global__ void __launch_bounds__(kRescaleThreads)
 #pragma unroll 1
   for (int v = lane; v < vectors; v += kLoadsAhead * step) {
     Vector<float> ahead[kLoadsAhead];
-    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, lanes);
+    load_ahead<kAligned>(ahead, mean, v, vectors, p.channels, step);
 #pragma unroll
     for (int i = 0; i < kLoadsAhead; ++i) {
 #pragma unroll

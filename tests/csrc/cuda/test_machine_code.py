@@ -31,11 +31,13 @@ WRITES_VECTORS = {
 }
 # 16-byte loads that are on their way before the first is used, and rounds of loads that wait for loads.
 IN_FLIGHT = {
-    ("laplacian_score_kernel", rf"I{TYPES}Lb1ELNS_9ScoreModeE[012]E"): (8, 1),
-    ("laplacian_score_kernel", r"INS_(4Half|8BFloat16)ELb1ELNS_9ScoreModeE3E"): (12, None),  # share decides
+    ("laplacian_score_kernel", rf"I{TYPES}Lb1ELNS_9ScoreModeE2E"): (14, 2),  # the last four take used registers
+    ("laplacian_score_kernel", rf"I{TYPES}Lb1ELNS_9ScoreModeE[01]E"): (14, 5),  # and frames, column by column
+    ("laplacian_score_kernel", r"INS_(4Half|8BFloat16)ELb1ELNS_9ScoreModeE3E"): (14, None),  # share decides
     ("row_norms_kernel", r"INS_(4Half|8BFloat16)ELb1E"): (4, 1),
     ("row_moments_kernel", rf"I{TYPES}Lb1E"): (4, 2),  # two passes
-    ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb[01]ENS_6NoNorm"): (8, 3),  # slots, members, tokens
+    ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb0ENS_6NoNorm"): (16, 3),  # slots, members, tokens
+    ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb1ENS_6NoNorm"): (8, 3),
     ("token_merge_kernel", rf"I{TYPES}(f|S1_)Lb1ELb[01]ENS_9MergeNorm"): (8, 4),  # and the affine parts
     ("merge_rescale_kernel", rf"I{TYPES}Lb1E"): (4, None),
     ("token_unmerge_kernel", rf"I{TYPES}Lb1E"): (2, 2),  # the residual beside the index, then y
