@@ -9,6 +9,7 @@ from torch import Tensor
 
 from bigain_kernels import MergePlan, PackedPlan, reference, varlen_plan
 from bigain_kernels.reference.merge_plan import plan_from_assignment
+from bigain_kernels.testing import SIMILARITY_TOLERANCE
 
 from ..packings import Packing, packing
 from ..shapes import tokens
@@ -78,6 +79,25 @@ def random_plan(rows: int, n: int, seed: int = 0) -> MergePlan:
     """A plan that merges three quarters of the sources."""
     d = max(n // 4, 1)
     return reference.merge_plan(*random_match(rows, n, d, seed), (n - d) * 3 // 4, (1, n))
+
+
+def destinations_of(x: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
+    """The smoothest token of each tile."""
+    return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
+
+
+def assert_matches_agree(result, x, destinations, window, grid, stride):
+    """(similarity, match) against the float64 reference; where matches differ, both destinations are as similar."""
+    similarity, match = result
+    expected, expected_match = reference.bipartite_match(x.double(), destinations, window, grid, stride)
+    torch.testing.assert_close(similarity, expected, rtol=0, atol=SIMILARITY_TOLERANCE)
+    batch, token = (match != expected_match).nonzero(as_tuple=True)
+    source = x[batch, token].double()
+    cosines = [
+        torch.cosine_similarity(source, x[batch, chosen[batch, token].long()].double(), dim=1)
+        for chosen in (match, expected_match)
+    ]
+    assert ((cosines[0] - cosines[1]).abs() <= SIMILARITY_TOLERANCE).all()
 
 
 def crowded_plan(rows: int, sizes: list[int], n: int) -> MergePlan:

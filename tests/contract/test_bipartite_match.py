@@ -9,28 +9,10 @@ from bigain_kernels import reference
 from bigain_kernels.testing import SIMILARITY_TOLERANCE, assert_match_is_best
 
 from ..shapes import GRIDS, tokens
-from .inputs import CASES, IDS, assert_same_bits, layouts, odd_tokens
+from .inputs import CASES, IDS, assert_matches_agree, assert_same_bits, destinations_of, layouts, odd_tokens
 
 OP = "bipartite_match"
 HALVES_AND_FLOAT = (torch.float32, torch.bfloat16)
-
-
-def destinations_of(x, grid, stride):
-    return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
-
-
-def assert_agrees(result, x, destinations, window, grid, stride):
-    """Against the float64 reference; where matches differ, both destinations are equally similar."""
-    similarity, match = result
-    expected, expected_match = reference.bipartite_match(x.double(), destinations, window, grid, stride)
-    torch.testing.assert_close(similarity, expected, rtol=0, atol=SIMILARITY_TOLERANCE)
-    batch, token = (match != expected_match).nonzero(as_tuple=True)
-    source = x[batch, token].double()
-    cosines = [
-        torch.cosine_similarity(source, x[batch, chosen[batch, token].long()].double(), dim=1)
-        for chosen in (match, expected_match)
-    ]
-    assert ((cosines[0] - cosines[1]).abs() <= SIMILARITY_TOLERANCE).all()
 
 
 @pytest.mark.parametrize(("grid", "stride"), GRIDS)
@@ -84,7 +66,7 @@ def test_window(backend, dtype, batch, grid, stride, channels, strided, window):
     destinations = destinations_of(x, grid, stride)
     if destinations.shape[1]:
         result = backend.bipartite_match(x, destinations, window, grid, stride)
-        assert_agrees(result, x, destinations, window, grid, stride)
+        assert_matches_agree(result, x, destinations, window, grid, stride)
 
 
 @pytest.mark.parametrize("window", [0, 1])
@@ -94,7 +76,7 @@ def test_window_with_any_list_of_destinations(backend, window):
     x = odd_tokens(2, 63, 64, torch.float32)
     destinations = torch.tensor([[0, 1, 9, 20, 62], [5, 53, 54, 60, 61]], dtype=torch.int32)
     result = backend.bipartite_match(x, destinations, window, grid, stride)
-    assert_agrees(result, x, destinations, window, grid, stride)
+    assert_matches_agree(result, x, destinations, window, grid, stride)
 
 
 @pytest.mark.parametrize("window", [0, 1])
@@ -106,7 +88,7 @@ def test_window_with_a_crowd_of_destinations(backend, dtype, window):
     crowds = [[0, 1, 2, 14, 15, 16], [20, 21, 22, 23, 34, 125]]
     destinations = torch.tensor(crowds, dtype=torch.int32)
     result = backend.bipartite_match(x, destinations, window, grid, stride)
-    assert_agrees(result, x, destinations, window, grid, stride)
+    assert_matches_agree(result, x, destinations, window, grid, stride)
 
 
 @pytest.mark.parametrize("window", [0, 1])

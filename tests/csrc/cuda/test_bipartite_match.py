@@ -6,16 +6,12 @@ import pytest
 import torch
 
 from bigain_kernels import reference
-from bigain_kernels.testing import SIMILARITY_TOLERANCE, assert_match_is_best
-from tests.contract.inputs import odd_tokens
+from bigain_kernels.testing import assert_match_is_best
+from tests.contract.inputs import assert_matches_agree, destinations_of, odd_tokens
 
 from .inputs import DTYPES, ORDERS, on_device
 
 SMALL, LARGE = 0, 1
-
-
-def destinations_of(x, grid, stride):
-    return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
 
 
 @pytest.fixture
@@ -28,20 +24,6 @@ def match(cuda_ops):
         return tuple(out.cpu() for out in cuda_ops.ops.bipartite_match(*inputs, *where, blocks, large))
 
     return call
-
-
-def assert_agrees(result, x, destinations, window, grid, stride):
-    """Against the float64 reference; where matches differ, both destinations are equally similar."""
-    similarity, match = result
-    expected, expected_match = reference.bipartite_match(x.double(), destinations, window, grid, stride)
-    torch.testing.assert_close(similarity, expected, rtol=0, atol=SIMILARITY_TOLERANCE)
-    batch, token = (match != expected_match).nonzero(as_tuple=True)
-    source = x[batch, token].double()
-    cosines = [
-        torch.cosine_similarity(source, x[batch, chosen[batch, token].long()].double(), dim=1)
-        for chosen in (match, expected_match)
-    ]
-    assert ((cosines[0] - cosines[1]).abs() <= SIMILARITY_TOLERANCE).all()
 
 
 @pytest.mark.parametrize("channels", [136, 320, 321])
@@ -72,7 +54,7 @@ def test_windows_give_the_same_bits_for_every_number_of_blocks_and_order(match, 
         cuda_ops.set_order(order)
         results.append(match(x, destinations, window, grid, (2, 2), blocks))
     cuda_ops.set_order(0)
-    assert_agrees(results[0], x, destinations, window, grid, (2, 2))
+    assert_matches_agree(results[0], x, destinations, window, grid, (2, 2))
     for result in results[1:]:
         assert torch.equal(result[0], results[0][0])
         assert torch.equal(result[1], results[0][1])

@@ -7,27 +7,14 @@ import torch
 
 import bigain_kernels as bk
 from bigain_kernels import MergePlan, reference
-from bigain_kernels.reference.merge_plan import plan_from_assignment
 from bigain_kernels.testing import assert_close
+from tests.contract.inputs import crowded_plan
 from tests.shapes import DTYPES, tokens
 
 from .conftest import loads
 
 pytestmark = pytest.mark.usefixtures("on_cuda")
 FLOATS = [dtype for dtype in DTYPES if dtype != torch.float64]
-
-
-def crowded_plan(rows: int, sizes: list[int], n: int) -> MergePlan:
-    """A plan of n tokens whose first slots have these sizes, members scattered; the other tokens stay alone."""
-    generator = torch.Generator().manual_seed(5)
-    assign = torch.arange(n).repeat(rows, 1)
-    for row in assign:
-        shuffled, start = torch.randperm(n, generator=generator), 0
-        for size in sizes:
-            members = shuffled[start : start + size]
-            row[members] = members.min()
-            start += size
-    return plan_from_assignment(assign, n - sum(size - 1 for size in sizes), (1, n))
 
 
 def norm_operands(batch, channels, dtype, device, strided=False):

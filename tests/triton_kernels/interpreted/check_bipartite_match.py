@@ -10,7 +10,7 @@ from bigain_kernels.triton_kernels import bipartite_match, configs
 from bigain_kernels.triton_kernels.aot import ARCHITECTURES
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match, launch_match
 from tests import tensor_core
-from tests.contract.inputs import odd_tokens
+from tests.contract.inputs import destinations_of, odd_tokens
 
 from .inputs import DTYPES, INTERPRETED, ON_GPU, candidates, on_device
 
@@ -29,10 +29,6 @@ def shipped(dtype, window):
         different = {repr([(k, c[k]) for k in sorted(c) if k.isupper()]): c for c in [*every, SMALL, KEPT, GROUPED]}
         return list(different.values())
     return candidates(bipartite_match.config_op(dtype, 72, window))
-
-
-def destinations_of(x, grid, stride):
-    return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
 
 
 @pytest.mark.parametrize("config", [SMALL, KEPT, GROUPED], ids=["read again", "kept", "in groups"])

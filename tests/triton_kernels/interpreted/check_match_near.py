@@ -3,22 +3,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from bigain_kernels import reference
 from bigain_kernels.testing import SIMILARITY_TOLERANCE
 from bigain_kernels.triton_kernels import bipartite_match, match_near
 from bigain_kernels.triton_kernels.bipartite_match import launch_bipartite_match
 from bigain_kernels.triton_kernels.laplacian_score import launch_score_and_select
 from bigain_kernels.triton_kernels.match_near import is_near, launch_match_near
-from tests.contract.inputs import odd_tokens
+from tests.contract.inputs import destinations_of, odd_tokens
 
 from .inputs import DTYPES, candidates, on_device
 
 launch_bipartite_match = on_device(launch_bipartite_match)
 STRIDE = (2, 2)
-
-
-def destinations_of(x, grid, stride):
-    return reference.select_destinations(reference.laplacian_score(x.float(), grid), grid, stride)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
