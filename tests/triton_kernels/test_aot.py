@@ -32,7 +32,10 @@ def test_machine_code_keeps_the_rules(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", aot.ARCHITECTURES)
 def test_every_config_of_every_architecture_keeps_the_rules(architecture):
-    assert [row for row in aot.checked([architecture]) if row["broken"]] == []
+    """But of the kernels for tensor cores, which take minutes to compile (`python -m bigain_kernels.aot`)."""
+    cases = [case for case in aot.cases(architecture) if case.launch.name not in machine_code.MULTIPLIES]
+    broken = {f"{case.op} {case.dtype} {case.config}": aot.examine(case, architecture).broken for case in cases}
+    assert {name: rules for name, rules in broken.items() if rules} == {}
 
 
 @pytest.mark.slow
