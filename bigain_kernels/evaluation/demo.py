@@ -2,7 +2,7 @@
 
 For each model first the frontier (`frontier.py`): rise of the denoising error against speed, on validation images. Its
 choice, the best of the rivals, no compression, and ratio 0.7, the paper's stress point, then do both jobs,
-generation and classification, of test images. Methods take turns on every chunk of the work: all see the same images
+generation, and classification of test images. Methods take turns on every chunk of the work: all see the same images
 under the same conditions of the machine, and whenever the demo is stopped its results are of equal numbers of images.
 Classification, most of the work, comes last, and on a slow machine ends early.
 """

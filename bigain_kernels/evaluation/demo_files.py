@@ -142,8 +142,12 @@ def jobs_caption(demo: Demo, result: DemoResult) -> str:
     """What the numbers of the jobs are."""
     images = max((row.images for model in result.models for row in model.jobs), default=0)
     samples = max((model.samples for model in result.models), default=0)
+    all_images = demo.config.images * demo.config.seeds
+    shown = f"{images} test images"
+    if images < all_images:
+        shown = f"{images} of {all_images} test images (then --minutes were over, or it was stopped)"
     return (
-        f"{images} test images classified by denoising error; {samples} samples in {demo.config.steps} DDIM steps; "
+        f"{shown} classified by denoising error; {samples} samples in {demo.config.steps} DDIM steps; "
         f"{_seeds(demo)}. “chosen”: of BiGain's and this project's points whose error rises by at most "
         f"{BUDGET:g} % on validation images the fastest, or within 5 % of its speed that of least error; “rival”: the "
         "same of what was there before; "

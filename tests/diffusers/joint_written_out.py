@@ -60,16 +60,34 @@ def _nearest(grid, factor):
     return torch.tensor([row * grid[1] + column for row in rows for column in columns])
 
 
+def _heads(attn, x):
+    return x.unflatten(-1, (attn.heads, -1))
+
+
+def _with_text(attn, states, text, text_first):
+    """Queries, keys and values of the image, `states`, together with those of the text."""
+    added = (
+        _rms(attn.norm_added_q, _heads(attn, attn.add_q_proj(text))),
+        _rms(attn.norm_added_k, _heads(attn, attn.add_k_proj(text))),
+        _heads(attn, attn.add_v_proj(text)),
+    )
+    return (torch.cat([b, a] if text_first else [a, b], dim=1) for a, b in zip(states, added, strict=True))
+
+
+def _rotation(call):
+    rotation = call.get("image_rotary_emb")
+    if rotation is not None and rotation[0].is_complex():  # Qwen-Image gives image and text apart
+        turns = torch.cat(rotation[::-1])
+        return turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
+    return rotation
+
+
 def pooled_layer(attn, call, grid, window, config, alpha):
     """What an attention layer should return, from its definition, one explicit softmax.
 
     `window` is where the image stands in the joint sequence; Flux puts the text first, Stable Diffusion 3 behind.
     """
-    x, text, rotation = call["hidden_states"], call.get("encoder_hidden_states"), call.get("image_rotary_emb")
-    if rotation is not None and rotation[0].is_complex():  # Qwen-Image gives image and text apart
-        turns = torch.cat(rotation[::-1])
-        rotation = turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
-    heads = lambda y: y.unflatten(-1, (attn.heads, -1))  # noqa: E731
+    x, text, rotation = call["hidden_states"], call.get("encoder_hidden_states"), _rotation(call)
     start, stop = window
     hidden = config.pool == "hidden"
     inside = (start, stop) if text is None or start == 0 else (0, stop - start)
@@ -79,18 +97,12 @@ def pooled_layer(attn, call, grid, window, config, alpha):
         if hidden:
             pooled = _pool(x[:, inside[0] : inside[1]], grid, config, alpha)
             states = layer(torch.cat([x[:, : inside[0]], pooled, x[:, inside[1] :]], dim=1))
-        return _rms(norm, heads(states))
+        return _rms(norm, _heads(attn, states))
 
-    query = _rms(attn.norm_q, heads(attn.to_q(x)))
+    query = _rms(attn.norm_q, _heads(attn, attn.to_q(x)))
     key, value = keys(attn.to_k, attn.norm_k), keys(attn.to_v, None)
     if text is not None:
-        added = (
-            _rms(attn.norm_added_q, heads(attn.add_q_proj(text))),
-            _rms(attn.norm_added_k, heads(attn.add_k_proj(text))),
-            heads(attn.add_v_proj(text)),
-        )
-        order = (lambda image, words: [words, image]) if start else (lambda image, words: [image, words])
-        query, key, value = (torch.cat(order(a, b), dim=1) for a, b in zip((query, key, value), added, strict=True))
+        query, key, value = _with_text(attn, (query, key, value), text, start > 0)
     turns = rotation
     if hidden and rotation is not None:
         index = _nearest(grid, config.factor) + start
@@ -117,11 +129,7 @@ def pooled_layer(attn, call, grid, window, config, alpha):
 
 def merged_layer(attn, call, grid, window, config):
     """As `pooled_layer`, of hidden states of the image that are merged before the projections, row by row."""
-    x, text, rotation = call["hidden_states"], call.get("encoder_hidden_states"), call.get("image_rotary_emb")
-    if rotation is not None and rotation[0].is_complex():
-        turns = torch.cat(rotation[::-1])
-        rotation = turns.real.repeat_interleave(2, 1), turns.imag.repeat_interleave(2, 1)
-    heads = lambda y: y.unflatten(-1, (attn.heads, -1))  # noqa: E731
+    x, text, rotation = call["hidden_states"], call.get("encoder_hidden_states"), _rotation(call)
     start, stop = window
     count = 0 if text is None else text.shape[1]
     inside = (start, stop) if text is None or start == 0 else (start - count, stop - count)
@@ -133,19 +141,12 @@ def merged_layer(attn, call, grid, window, config):
         image = torch.zeros(plan.num_slots, x.shape[2]).index_add_(0, one, x[row, inside[0] : inside[1]])
         hidden = torch.cat([x[row, : inside[0]], image / sizes[:, None], x[row, inside[1] :]])[None]
         query, key, value = (
-            _rms(attn.norm_q, heads(attn.to_q(hidden))),
-            _rms(attn.norm_k, heads(attn.to_k(hidden))),
-            heads(attn.to_v(hidden)),
+            _rms(attn.norm_q, _heads(attn, attn.to_q(hidden))),
+            _rms(attn.norm_k, _heads(attn, attn.to_k(hidden))),
+            _heads(attn, attn.to_v(hidden)),
         )
         if text is not None:
-            words = text[row : row + 1]
-            added = (
-                _rms(attn.norm_added_q, heads(attn.add_q_proj(words))),
-                _rms(attn.norm_added_k, heads(attn.add_k_proj(words))),
-                heads(attn.add_v_proj(words)),
-            )
-            order = (lambda i, w: [w, i]) if start else (lambda i, w: [i, w])
-            query, key, value = (torch.cat(order(a, b), dim=1) for a, b in zip((query, key, value), added, strict=True))
+            query, key, value = _with_text(attn, (query, key, value), text[row : row + 1], start > 0)
         if rotation is not None:
             anchors = plan.anchor[row % plan.num_rows].long() + start
             rows = torch.cat([torch.arange(start), anchors, torch.arange(stop, rotation[0].shape[0])])
