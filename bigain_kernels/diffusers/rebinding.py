@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import PAGCFGHunyuanAttnProcessor2_0, PAGHunyuanAttnProcessor2_0
 from torch import Tensor, nn
 
 from .attention import CompressedAttention, active_backend
@@ -32,6 +33,8 @@ _NAMES = ("dispatch_attention_fn", "scaled_dot_product_attention")
 # The argument by which a processor is told the rotation of its first tokens: tables that may differ by row, or those
 # that diffusers' `apply_rotary_emb` takes, which may not.
 _ROTATION_BY_ROW, _ROTATION = "rotary_emb", "image_rotary_emb"
+# They attend for some rows of the batch alone; a plan and an alpha are of them all.
+_PERTURBED = (PAGHunyuanAttnProcessor2_0, PAGCFGHunyuanAttnProcessor2_0)
 
 
 # Holds, while a processor runs, `step`, `stop`, where the image's tokens end, and `rotation`, of queries and keys that
@@ -154,8 +157,11 @@ def _helpers(function: types.FunctionType) -> dict[str, types.FunctionType]:
 
 
 def can_rebind(processor: type) -> bool:
-    """Whether processors of a class are plain objects and attend, they or a helper of theirs, by one of the two."""
-    if issubclass(processor, nn.Module):
+    """Whether processors of a class are plain objects and attend, they or a helper of theirs, by one of the two.
+
+    And for the whole batch, which those of perturbed attention do not.
+    """
+    if issubclass(processor, (nn.Module, *_PERTURBED)):
         return False
     call = vars(processor).get("__call__")
     return isinstance(call, types.FunctionType) and (_attends(call) or bool(_helpers(call)))

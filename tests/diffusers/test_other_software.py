@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import torch
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
+from diffusers.models.attention_processor import PAGCFGHunyuanAttnProcessor2_0, PAGHunyuanAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig, apply_token_compression, families
@@ -199,6 +200,43 @@ def test_layer_skipping_of_diffusers(build, inputs, config, options):
     assert torch.equal(outputs[0], outputs[1])
     torch.testing.assert_close(outputs[0], outputs[2], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(outputs[0], whole, atol=1e-4)
+
+
+@pytest.mark.parametrize("config", [LGTMConfig(), ToMeConfig(), IEKVDConfig(alpha=(0.8, 1.2)), IEKVDConfig()])
+@pytest.mark.parametrize(
+    ("perturbed", "batch"), [(PAGHunyuanAttnProcessor2_0, 2), (PAGCFGHunyuanAttnProcessor2_0, 3)], ids=["pag", "cfg"]
+)
+def test_perturbed_attention_of_hunyuan_dit(perturbed, batch, config, caplog):
+    """Its processors attend for a part of the batch. Their layer is not compressed, put in before or for one call."""
+    inputs = case_of("hunyuan_dit").inputs(batch, (1, 6, 8))
+
+    def perturb(model):
+        model.blocks[0].attn1.set_processor(perturbed())
+        return model
+
+    other = perturb(build_family("hunyuan_dit"))
+    plain = run(other, inputs)
+    apply_token_compression(other, replace(config, blocks=(1,)))
+    wanted = run(other, inputs)
+    assert not torch.allclose(wanted, plain, atol=1e-4)
+
+    model = build_family("hunyuan_dit")
+    apply_token_compression(model, config)
+    compressed, ours = run(model, inputs), model.blocks[0].attn1.processor
+    perturb(model)
+    for _ in range(2):
+        assert torch.equal(run(model, inputs), wanted)
+    assert [record.message for record in caplog.records] == [
+        f"blocks.0.attn1: runs uncompressed while its processor is {perturbed.__name__}, which compression cannot "
+        "stand in for"
+    ]
+    model.blocks[0].attn1.set_processor(ours)
+    assert torch.equal(run(model, inputs), compressed)
+
+    model = perturb(build_family("hunyuan_dit"))
+    first = apply_token_compression(model, config).rows[0]
+    assert (first.patched, first.reason) == (False, f"it has a processor of its own, {perturbed.__name__}")
+    assert torch.equal(run(model, inputs), wanted)
 
 
 def _first_block_cache(model):
