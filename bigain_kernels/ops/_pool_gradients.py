@@ -40,7 +40,8 @@ def _unpool(gradient: Tensor, grid: Pair, factor: Pair, alpha: float | Tensor) -
         image = share.expand(-1, -1, sy, -1, sx, -1).reshape(batch, out_y * sy, out_x * sx, channels)
         if image.shape[1:3] != grid:
             image = F.pad(image, (0, 0, 0, width - out_x * sx, 0, height - out_y * sy))
-        image = image.reshape(batch, height * width, channels)
+        # A window as large as the grid leaves one share for all tokens: a view, which could not be added to.
+        image = image.reshape(batch, height * width, channels).contiguous()
     else:
         image = values.new_zeros(batch, height * width, channels)
     if isinstance(alpha, Tensor) or alpha != 0:

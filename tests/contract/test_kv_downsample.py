@@ -138,7 +138,10 @@ def test_empty(backend, batch, channels):
     assert backend.kv_downsample(torch.zeros(batch, 24, channels), (4, 6), 2, 0.9).shape == (batch, 6, channels)
 
 
-@pytest.mark.parametrize(("grid", "factor"), [((4, 6), (2, 2)), ((5, 7), (2, 3)), ((5, 3), (1, 1)), ((1, 7), (1, 4))])
+@pytest.mark.parametrize(
+    ("grid", "factor"),
+    [((4, 6), (2, 2)), ((5, 7), (2, 3)), ((5, 3), (1, 1)), ((1, 7), (1, 4)), ((3, 4), (3, 4)), ((1, 5), (1, 5))],
+)
 def test_gradients(backend, dtype, grid, factor):
     """By several tensors at once, and by alpha, also where it blends nothing."""
     n = grid[0] * grid[1]

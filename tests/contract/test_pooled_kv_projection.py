@@ -90,10 +90,10 @@ def test_empty(backend, empty):
     assert torch.equal(v, torch.zeros(x.shape[0], 6, w.shape[0]))
 
 
-@pytest.mark.parametrize("biased", [False, True])
-def test_gradients(backend, dtype, biased):
+@pytest.mark.parametrize(("factor", "biased"), [((2, 3), False), ((2, 3), True), ((5, 7), False)])
+def test_gradients(backend, dtype, factor, biased):
     inputs = {"x": tokens(3, 35, 7, dtype, strided=True)}
     inputs["w_k"], inputs["w_v"] = tokens(2, 5, 7, dtype, seed=1)
     if biased:
         inputs["b_k"], inputs["b_v"] = tokens(2, 1, 5, dtype, seed=2)[:, 0]
-    assert_gradients(backend, OP, lambda op, x, **given: op(x, (5, 7), (2, 3), 0.8, **given), inputs, products=True)
+    assert_gradients(backend, OP, lambda op, x, **given: op(x, (5, 7), factor, 0.8, **given), inputs, products=True)

@@ -42,8 +42,16 @@ CASES = {
     "nearest": (lambda x: bk.kv_downsample(x, (5, 3), (2, 1), 1.0), X),
     "average": (lambda x: bk.kv_downsample(x, (5, 3), (2, 1), 0.0), X),
     "pool, rows": (lambda x: bk.kv_downsample(x, (3, 5), (3, 2), ALPHA), X),
+    # A window as large as the grid: one share for all tokens.
+    "pool, one window": (lambda x: bk.kv_downsample(x, (5, 3), (5, 3), 0.8), X),
+    "pool, one window, rows": (lambda x: bk.kv_downsample(x, (1, 15), (1, 15), ALPHA), X),
     "projection": (lambda x, *w: bk.pooled_kv_projection(x, (5, 3), 2, 1.2, *w), X, W_K, W_V, B_K, B_V),
+    "projection, one window": (lambda x, *w: bk.pooled_kv_projection(x, (3, 5), (3, 5), 1.2, *w), X, W_K, W_V),
     "attention": (lambda q, k, v: bk.kv_downsample_attention(q, k, v, (3, 5), 2, 0.8, **TEXT), Q, K, V),
+    "attention, one window": (
+        lambda q, k, v: bk.kv_downsample_attention(q, k, v, (3, 5), (3, 5), 0.8, **TEXT),
+        *(Q, K, V),
+    ),
     "attention, bias": (
         lambda q, k, v, bias: bk.kv_downsample_attention(q, k, v, (3, 5), 3, 0.8, 0.4, bias, **TEXT),
         *(Q, K, V),
