@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 from ..checks import check_pair
-from .context import Context, Forward, PlanSlot, at_grid
+from .context import Context, Forward, Grid, PlanSlot, at_grid
 from .current import begin, begin_block, current, end, end_block, resume_checkpoints
 
 if TYPE_CHECKING:
@@ -81,11 +81,30 @@ def with_argument(signature: Signature, args: tuple[Any, ...], kwargs: dict[str,
     return args, {**kwargs, name: value}
 
 
+def _context(model: Any, forward: Forward, values: dict[str, Any], given: Grid | None) -> Context | Forward:
+    """What the layers of a forward pass are told; `forward` alone where hooks tell each its place."""
+    family = model._bigain.family
+    place: Place | None
+    if forward.active or any(part.active for part in forward.parts):
+        place = family.place(model, values, given)
+    else:
+        try:
+            place = family.place(model, values, given)
+        except ValueError:
+            # What cannot be compressed runs as it is, and where its tokens stand is asked by nobody.
+            return at_grid(forward, (1, 1))
+    if given is not None and (place is None or place.grid != given):
+        found = "none, this model has several" if place is None else f"{place.grid}, that of its arguments"
+        raise ValueError(f"{GRID_KEY}: got {given}, expected {found}")
+    return forward if place is None else at_grid(forward, place.grid, place.start, place.frames)
+
+
 def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Forward pre-hook of a patched model: verifies the patch and starts the context of this forward pass.
 
     Raises:
-        ValueError: the grid that the caller gave is none, or is not that of the image's tokens.
+        ValueError: the grid that the caller gave is none, or is not that of the image's tokens, or this pass is
+            compressed and these stand in no one place.
     """
     patch = model._bigain
     patch.verify(model)
@@ -94,11 +113,7 @@ def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     forward = patch.start(values[family.sample], values[family.timestep])
     given = carried(family.signature, args, kwargs, GRID_KEY)
     given = None if given is None else check_pair(GRID_KEY, given)
-    place: Place | None = family.place(model, values, given)
-    if given is not None and (place is None or place.grid != given):
-        found = "none, this model has several" if place is None else f"{place.grid}, that of its arguments"
-        raise ValueError(f"{GRID_KEY}: got {given}, expected {found}")
-    context = forward if place is None else at_grid(forward, place.grid, place.start, place.frames)
+    context = _context(model, forward, values, given)
     if family.passes_on:
         return with_context(family.signature, args, kwargs, context)
     assert isinstance(context, Context)
