@@ -266,7 +266,7 @@ def bipartite_match_kernel(
                     b_tile_x = b_tile_x + (tl.minimum(b_source[i] % width // SX, last_x),)
                     top = tl.minimum(tl.min(tl.where(m_m[i], b_tile_y[i], INT_MAX), 0), top)
                     bottom = tl.maximum(tl.max(tl.where(m_m[i], b_tile_y[i], -1), 0), bottom)
-                begin = _lower_bound(p_list, num_destinations, (top - window) * SY * width)
+                begin = _lower_bound(p_list, num_destinations, tl.maximum(top - window, 0) * SY * width)
                 if bottom + window < last_y:
                     end = _lower_bound(p_list, num_destinations, (bottom + window + 1) * SY * width)
             b_best, b_best_token = best_read(
@@ -357,7 +357,8 @@ def launch_match(
         products=products,
         height=height,
         width=width,
-        window=window or 0,
+        # More than the grid is all of it; the kernel counts in 32 bits.
+        window=min(window or 0, max(height, width)),
         **layout_arguments(x),
         FAR=n * x.stride(1) >= 2**31,
         EVEN=channels % block_k == 0,
@@ -415,6 +416,8 @@ def launch_bipartite_match(
         return similarity, match
     # What a call without a window does not look at.
     grid, stride = grid or (1, n), stride or (1, 1)
+    # Tiles larger than the grid are one tile; the kernels count in 32 bits.
+    stride = (min(stride[0], grid[0]), min(stride[1], grid[1]))
     near = 0 < d < n and is_near(window, grid, stride, d)
     inverse_norm = torch.empty_like(similarity)
     sources = torch.empty((rows, n - d), dtype=torch.int32, device=x.device)

@@ -69,6 +69,17 @@ def test_window(backend, dtype, batch, grid, stride, channels, strided, window):
         assert_matches_agree(result, x, destinations, window, grid, stride)
 
 
+@pytest.mark.parametrize("window", [10**9, 2**31 - 1, 2**31, 2**63 - 1])
+@pytest.mark.parametrize(("grid", "stride"), [((8, 12), (2, 2)), ((8, 12), (3, 2**31 - 1)), ((8, 12), (2**62, 1))])
+def test_a_window_of_any_size_is_no_window_at_last(backend, grid, stride, window):
+    x = tokens(1, 96, 8)
+    destinations = torch.arange(1, 96, 4, dtype=torch.int32)[None]
+    expected = reference.bipartite_match(x, destinations)
+    similarity, match = backend.bipartite_match(x, destinations, window, grid, stride)
+    torch.testing.assert_close(similarity, expected[0], rtol=0, atol=SIMILARITY_TOLERANCE)
+    assert torch.equal(match, expected[1])
+
+
 @pytest.mark.parametrize("window", [0, 1])
 def test_window_with_any_list_of_destinations(backend, window):
     """Several destinations in a tile, tiles without one, destinations in the leftover strips."""

@@ -61,6 +61,19 @@ def test_of_equal_destinations_in_any_order_within_their_row_the_lowest_is_taken
         assert (packed[0, 1::2] & 0x7FFFFFFF == 0x7FFFFFFF).all()
 
 
+def test_a_window_beside_which_tiles_are_high():
+    """All rows of tiles and a part of their columns: the tokens of as many rows as columns would pass 2^31."""
+    grid, stride, window = (10, 20_000), (10, 1), 15_000
+    x, norm = torch.ones(1, 200_000, 1), torch.ones(1, 200_000)
+    order = torch.tensor([[0, 19_999, 180_000]], dtype=torch.int32)
+    words = norm[0, order.long()].view(torch.int32).long() << 32 | order
+    sources = torch.tensor([[1, 15_000, 15_001, 19_998, 199_998]], dtype=torch.int32)
+    packed = torch.full((1, 200_000), -(1 << 63))
+    launch_match(x, norm, sources, words, 1, grid, stride, window, packed, {**SMALL, "SPLIT": 1})
+    match = packed[0, sources[0].long()] & 0x7FFFFFFF ^ 0x7FFFFFFF
+    assert match.tolist() == [0, 0, 19_999, 19_999, 19_999]
+
+
 @pytest.mark.parametrize("split", [1, 2])
 def test_without_any_direction(split):
     x = torch.zeros(1, 40, 64)
