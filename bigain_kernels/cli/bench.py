@@ -78,7 +78,7 @@ def bench(
 
 def _methods(loaded: Checkpoint, ratio: float, factor: int) -> dict[str, Compression | None]:
     """Those to compare, at the first level at which the model has attention."""
-    from ..diffusers.apply import find_model
+    from ..diffusers.finding import find_model
     from ..methods import ABMConfig, IEKVDConfig, LGTMConfig, ToDoConfig, ToMeConfig
 
     model, family = find_model(loaded.denoiser.model)

@@ -12,8 +12,9 @@ from ..methods import (
     load_config,
     save_config,
 )
-from .apply import apply_token_compression, recommended_config, remove_token_compression, token_compression
+from .apply import apply_token_compression, remove_token_compression, token_compression
 from .families import Family, Layer, Place, register_family, unregister_family
+from .finding import recommended_config
 from .report import CompressionReport, Decision
 
 __all__ = [

@@ -4,167 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..methods import CompressionConfig, MergeConfig, MixedConfig, PoolConfig
+from ..methods import CompressionConfig, MergeConfig, MixedConfig
 from ..methods.mixed import Compression, each, parts_of
 from .attention import CompressedAttention, LayerPatch
 from .current import forget_checkpoints
-from .families import REFUSED, Family, Layer, family_of, registered
+from .deciding import check_places, decision_on, layers_of, merge_place, part_of, previous_processor
+from .families import Layer
+from .finding import Found, find_models
 from .hooks import BlockPatch, enter_block, enter_model, leave_block, leave_model
 from .mlp import enter_mlp, leave_mlp
 from .patch import Patch, PatchedLayer, move_backend, refuse_context_parallel
-from .projections import path_of
-from .report import CompressionReport, Decision
+from .report import CompressionReport, joined
 from .schedulers import Pipeline, TimestepRange, numbered
 from .whole import enter_whole_block, leave_whole_block
 
 
-def find_model(model_or_pipe: Any) -> tuple[Any, Family]:
-    """The model to patch and its family: the argument, the `unet` or `transformer` of a pipeline, or what torch.compile
-    wrapped.
+@dataclass
+class _Prepared:
+    """What is to be put into a model, all of it decided and none of it done."""
 
-    Raises:
-        TypeError: it is of no family that is known.
-    """
-    model = model_or_pipe
-    if not isinstance(model, nn.Module):
-        model = getattr(model_or_pipe, "unet", None) or getattr(model_or_pipe, "transformer", None)
-    model = getattr(model, "_orig_mod", model)
-    family = family_of(model)
-    if family is None:
-        came = type(model_or_pipe).__name__
-        if model is not None and model is not model_or_pipe:
-            came += f" with {type(model).__name__}"
-        if type(model).__name__ in REFUSED:
-            raise TypeError(f"model_or_pipe: got {came}, which cannot be compressed: {REFUSED[type(model).__name__]}")
-        known = [family.model.__name__ for family in registered()]
-        names = ", ".join(known[:-1]) + f" or {known[-1]}"
-        raise TypeError(f"model_or_pipe: got {came}, expected a {names}, or a pipeline with one as unet or transformer")
-    return model, family
-
-
-def recommended_config(model_or_pipe: Any) -> CompressionConfig:
-    """The config to begin with for a model or pipeline: that of its family, with its reason in docs/models.md.
-
-    Raises:
-        TypeError: the model is of no family that is known.
-        ValueError: its family, one of another package, recommends nothing.
-    """
-    model, family = find_model(model_or_pipe)
-    config = family.recommend(model)
-    if config is None:
-        raise ValueError(f"model_or_pipe: got {type(model).__name__}, expected a model with a recommendation")
-    return config
-
-
-def _merge(family: Family, config: CompressionConfig) -> str:
-    """Where a config merges in models of a family."""
-    merge = getattr(config, "merge", "auto")
-    return family.merges[0] if merge == "auto" else merge
-
-
-def _unable(family: Family, config: CompressionConfig) -> str | None:
-    """Why no layer of the family can be compressed like this, or None."""
-    if isinstance(config, MergeConfig) and _merge(family, config) not in family.merges:
-        return f"merge={config.merge!r}, this model offers {' or '.join(map(repr, family.merges))}"
-    if isinstance(config, PoolConfig) and config.pool not in family.pools:
-        return f"pool={config.pool!r}, this model offers {' or '.join(map(repr, family.pools))}"
-    return None
-
-
-def decide(family: Family, config: CompressionConfig, layer: Layer, processor: Any) -> tuple[bool, str]:
-    """Whether `config` compresses `layer`, whose processor would be replaced, and the reason."""
-    if layer.kind not in config.modules:
-        return False, f"modules={config.modules}"
-    if config.blocks is not None and layer.index not in config.blocks:
-        return False, f"block {layer.index} is not among blocks={config.blocks}"
-    if not config.compresses(layer.level):
-        asked = f"max_downsample={config.max_downsample}" if config.levels is None else f"levels={list(config.levels)}"
-        return False, f"{_resolution(layer)}, {asked}"
-    if layer.kind == "ff":
-        reason = None if layer.attn is not None else family.no_mlp
-        if layer.is_whole and ("attn1" not in config.modules or _merge(family, config) != "hidden"):
-            reason = f"{family.no_mlp}: they merge with 'attn1' among the modules and merge='hidden'"
-    else:
-        reason = _unable(family, config) or family.refuses(config, layer)
-        if reason is None and not family.stands_in(type(processor)):
-            reason = f"it has a processor of its own, {type(processor).__name__}"
-    if reason is not None:
-        return False, reason
-    return True, _resolution(layer)
-
-
-def _resolution(layer: Layer) -> str:
-    return "full resolution" if layer.level == 1 else f"1/{layer.level} resolution"
-
-
-def _previous_processor(attn: Any, patch: Patch | None) -> Any:
-    """The processor that a layer has without compression; None of an MLP."""
-    processor = getattr(attn, "processor", None)
-    if patch is None or not isinstance(processor, CompressedAttention):
-        return processor
-    return next(layer.previous[type(processor)] for layer in patch.layers if layer.attn is attn)
-
-
-def _path(family: Family, layer: Layer, config: CompressionConfig, processor: Any) -> str:
-    """`Decision.path` of a layer that is compressed in the place of `processor`."""
-    if layer.kind == "ff":
-        return "merge the tokens of the whole block" if layer.is_whole else "merge tokens"
-    if isinstance(config, MergeConfig):
-        what = "tokens" if _merge(family, config) == "hidden" else "queries, keys and values"
-        return f"merge {what}" + (", weigh keys by size" if config.proportional else "")
-    stand_in = family.stand_in(processor)
-    early = stand_in.pools_early(layer.attn, config)
-    return path_of(layer.attn, early, stand_in.uses_fused(layer.attn), family.text_inside(layer))
-
-
-def _check_places(config: CompressionConfig, layers: list[Layer]) -> None:
-    count = 1 + max((layer.index for layer in layers), default=-1)
-    unknown = [index for index in config.blocks or () if index >= count]
-    if unknown:
-        raise ValueError(f"blocks: got {unknown}, expected indices below {count}, the number of blocks of the model")
-    has = sorted({layer.level for layer in layers})
-    missing = [level for level in config.levels or () if level not in has]
-    if missing:
-        name = "ratio" if isinstance(config, MergeConfig) else "factor"
-        raise ValueError(f"{name}: got {config.by_level} with the levels {missing}, expected those of the model, {has}")
-
-
-def _layers(family: Family, model: Any, config: Compression) -> list[Layer]:
-    """The attentions of a model, and its MLPs where these are asked for, in module order."""
-    layers = family.layers(model)
-    if "ff" not in config.modules:
-        return layers
-    if family.mlp is None:
-        raise ValueError(
-            f"modules: got {config.modules}, expected attentions alone: tokens are not merged around the MLPs of a "
-            f"{type(model).__name__}"
-        )
-    return sorted(layers + family.mlps(layers), key=lambda layer: layer.index)
-
-
-def _part_of(config: Compression, layer: Layer) -> int | None:
-    """Which config of a `MixedConfig` speaks of a layer; None where none does."""
-    if not isinstance(config, MixedConfig):
-        return 0
-    return next((i for i, part in enumerate(config.configs) if layer.index in (part.blocks or ())), None)
-
-
-def _decision(family: Family, config: Compression, layer: Layer, processor: Any) -> Decision:
-    """What becomes of a layer, whose processor would be replaced."""
-    number = _part_of(config, layer)
-    if number is None:
-        reason = f"block {layer.index} is in none of the {len(parts_of(config))} configs"
-        return Decision(layer.name, layer.kind, layer.index, False, reason)
-    part = parts_of(config)[number]
-    yes, reason = decide(family, part, layer, processor)
-    path = _path(family, layer, part, processor) if yes else ""
-    return Decision(layer.name, layer.kind, layer.index, yes, reason, path, part if yes else None)
+    model: Any
+    patch: Patch
+    compressed: list[Layer]
+    report: CompressionReport
 
 
 def _resolve(config: Compression, scheduler: Any) -> Compression:
@@ -194,39 +62,48 @@ def apply_token_compression(model_or_pipe: Any, config: Compression) -> Compress
     tokens: `joint_attention_kwargs={"bigain_grid": (H, W)}`.
 
     Args:
-        model_or_pipe: the model, or a pipeline with it as `unet` or `transformer`.
+        model_or_pipe: the model, or a pipeline with it as `unet` or `transformer`. The two that denoise in Wan 2.2,
+            `transformer` and `transformer_2`, are both compressed, each by the same config; the timesteps of the config
+            are those of the whole schedule.
         config: LGTMConfig, ABMConfig, ToMeConfig, SiToConfig, IEKVDConfig, ToDoConfig, AvgPoolConfig, or the config
             of a method from elsewhere; or several of them for different blocks, in a `MixedConfig`.
 
     Returns:
-        CompressionReport: what was patched, what was not and why; print it.
+        CompressionReport: what was patched, what was not and why; print it. That of two models names the layers of
+            both, `transformer_2.blocks.0.attn1`.
 
     Raises:
         TypeError: the model or the config is of another type.
-        ValueError: the config compresses no layer of this model (the model stays as it was), or the model is
+        ValueError: the config compresses no layer of a model (all stays as it was), or a model is
             context-parallel. A patched model raises ValueError on an attention mask, on a ratio or factor that a grid
             is too small for, and on timesteps that differ within a batch where `start`, `end` or a scheduled ratio
             need a single one.
     """
-    model, _ = find_model(model_or_pipe)
+    models = find_models(model_or_pipe)
     pipeline = Pipeline(None if isinstance(model_or_pipe, nn.Module) else model_or_pipe)
     steps = getattr(config, "num_train_timesteps", None)
-    return _apply(model, config, pipeline, None if steps is None else numbered(steps))
+    told = None if steps is None else numbered(steps)
+    # What is refused for one model is refused before another is touched.
+    prepared = [_prepare(found, config, pipeline, told) for found in models]
+    for one in prepared:
+        _install(one)
+    return joined([one.report for one in prepared])
 
 
-def _apply(model: Any, config: Compression, pipeline: Pipeline, told: TimestepRange | None) -> CompressionReport:
+def _prepare(found: Found, config: Compression, pipeline: Pipeline, told: TimestepRange | None) -> _Prepared:
+    """Decide on all layers of a model, which stays as it is."""
     if not isinstance(config, (CompressionConfig, MixedConfig)):
         raise TypeError(f"config: got {type(config).__name__}, expected a config such as LGTMConfig or IEKVDConfig")
+    name, model, family = found
     refuse_context_parallel(model)
-    _, family = find_model(model)
     old = getattr(model, "_bigain", None)
-    layers = _layers(family, model, config)
+    layers = layers_of(family, model, config)
     for part in parts_of(config):
-        _check_places(part, layers)
-    processors = [_previous_processor(layer.attn, old) for layer in layers]
+        check_places(part, layers)
+    processors = [previous_processor(layer.attn, old) for layer in layers]
     resolved = _resolve(config, pipeline.scheduler)
-    decisions = [_decision(family, resolved, *pair) for pair in zip(layers, processors, strict=True)]
-    report = CompressionReport(type(model).__name__, resolved, tuple(decisions))
+    decisions = [decision_on(family, resolved, *pair) for pair in zip(layers, processors, strict=True)]
+    report = CompressionReport(type(model).__name__, resolved, tuple(decisions)).within(name)
     parts = parts_of(resolved)
     for part, given in zip(parts, parts_of(config), strict=True):
         if not any(row.config is part for row in report.rows):
@@ -236,16 +113,23 @@ def _apply(model: Any, config: Compression, pipeline: Pipeline, told: TimestepRa
     patch = Patch(family, resolved, len(compressed), attentions, pipeline=pipeline, told=told)
     if family.told(parts[0]) is None:
         patch.timestep_range()
+    return _Prepared(model, patch, compressed, report)
+
+
+def _install(prepared: _Prepared) -> None:
+    """Put into a model what was decided, in the place of what is there."""
+    model, patch, compressed = prepared.model, prepared.patch, prepared.compressed
+    family, parts = patch.family, parts_of(patch.config)
     remove_token_compression(model)
 
     wholes: dict[Any, LayerPatch] = {}
     for layer in compressed:
-        number = _part_of(resolved, layer) or 0
+        number = part_of(patch.config, layer) or 0
         part = parts[number]
         needs_source = isinstance(part, MergeConfig) and family.needs_source
         told_layer = LayerPatch(
             part,
-            _merge(family, part),
+            merge_place(family, part),
             needs_source,
             layer.level,
             number,
@@ -270,7 +154,6 @@ def _apply(model: Any, config: Compression, pipeline: Pipeline, told: TimestepRa
     # After an exception too: the next pass must not find what this one left.
     patch.handles.append(model.register_forward_hook(leave_model, always_call=True))
     model._bigain = patch
-    return report
 
 
 def _enter_blocks(patch: Patch, blocks: list[Any], mlps: list[Layer], wholes: dict[Any, LayerPatch]) -> None:
@@ -291,17 +174,22 @@ def _enter_blocks(patch: Patch, blocks: list[Any], mlps: list[Layer], wholes: di
 
 
 def remove_token_compression(model_or_pipe: Any) -> None:
-    """Take token compression out of a model: processors, hooks and attributes are as before it was applied.
+    """Take token compression out of a model, or out of those of a pipeline.
+
+    Processors, hooks and attributes are as before it was applied.
 
     A model without compression stays as it is.
 
     Raises:
         TypeError: `model_or_pipe` is of no supported type.
     """
-    model, _ = find_model(model_or_pipe)
-    patch = getattr(model, "_bigain", None)
-    if patch is None:
-        return
+    for found in find_models(model_or_pipe):
+        if getattr(found.model, "_bigain", None) is not None:
+            _remove(found.model)
+
+
+def _remove(model: Any) -> None:
+    patch: Patch = model._bigain
     for handle in (*patch.handles, *(handle for _, handle in patch.idle.values())):
         handle.remove()
     forget_checkpoints(model)
@@ -328,12 +216,12 @@ def token_compression(model_or_pipe: Any, config: Compression) -> Iterator[Compr
 
     Yields the report; arguments and errors are those of `apply_token_compression`.
     """
-    model, _ = find_model(model_or_pipe)
-    outer = getattr(model, "_bigain", None)
+    before = [(found, getattr(found.model, "_bigain", None)) for found in find_models(model_or_pipe)]
     try:
         yield apply_token_compression(model_or_pipe, config)
     finally:
-        if outer is None:
-            remove_token_compression(model)
-        elif getattr(model, "_bigain", None) is not outer:
-            _apply(model, outer.config, outer.pipeline, outer.told)
+        for found, outer in before:
+            if outer is None:
+                remove_token_compression(found.model)
+            elif getattr(found.model, "_bigain", None) is not outer:
+                _install(_prepare(found, outer.config, outer.pipeline, outer.told))

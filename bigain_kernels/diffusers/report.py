@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..methods import CompressionConfig, MixedConfig
 from ..methods.mixed import Compression
@@ -41,7 +41,7 @@ class CompressionReport:
     """The attention layers of a model and what was decided on each; `str()` is a table for people.
 
     Attributes:
-        model: class name of the patched model.
+        model: class name of the patched model; where a pipeline has two, with the attribute that holds it.
         config: the config that was applied, with the `num_train_timesteps` of the pipeline's scheduler.
         rows: one `Decision` per attention layer, in module order.
     """
@@ -54,6 +54,13 @@ class CompressionReport:
     def patched(self) -> tuple[Decision, ...]:
         """The layers that are compressed."""
         return tuple(row for row in self.rows if row.patched)
+
+    def within(self, name: str) -> CompressionReport:
+        """The same with the attribute of the pipeline that holds the model, in front of the names of its layers."""
+        if not name:
+            return self
+        rows = (replace(row, name=f"{name}.{row.name}") for row in self.rows)
+        return replace(self, model=f"{self.model} ({name})", rows=tuple(rows))
 
     def __str__(self) -> str:
         shown = [row for row in self.rows if row.kind in self.config.modules]
@@ -69,3 +76,9 @@ class CompressionReport:
         if len(shown) < len(self.rows):
             lines.append(f"  and {len(self.rows) - len(shown)} layers left alone by modules={self.config.modules}")
         return "\n".join(lines)
+
+
+def joined(reports: list[CompressionReport]) -> CompressionReport:
+    """One report of the models of a pipeline, which share the config."""
+    rows = tuple(row for report in reports for row in report.rows)
+    return replace(reports[0], model=" and ".join(report.model for report in reports), rows=rows)

@@ -11,7 +11,7 @@ from typing import Any
 
 from ...checks import check_number
 from ...diffusers import ToMeConfig, apply_token_compression, remove_token_compression
-from ...diffusers.apply import find_model
+from ...diffusers.finding import find_model
 
 
 def _warn(message: str) -> None:

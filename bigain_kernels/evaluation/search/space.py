@@ -52,7 +52,7 @@ def groups_of(model: torch.nn.Module, per: str = "block") -> list[Group]:
         ValueError: no block of it can be compressed, or `per` is neither.
     """
     from ...diffusers import LGTMConfig, token_compression
-    from ...diffusers.apply import find_model
+    from ...diffusers.finding import find_model
 
     if per not in PER:
         raise ValueError(f"per: got {per!r}, expected one of {list(PER)}")
