@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# What positions of tokens are read from, and how often it was written to, with what was read.
+_Seen = tuple[weakref.ref[Tensor], int, Any]
+
 
 class GridReader:
-    """Reads the grid of a Flux model from the positions of its image tokens, which waits for the device.
+    """Reads the grid of a model from the positions of its image tokens, which waits for the device.
 
-    A pipeline passes one tensor of positions in all its steps; its grid is read once and kept as long as that tensor
-    lives and is not written to. `torch.compile` of a whole model cannot read it without breaking the graph.
+    A pipeline passes one tensor of positions in all its steps, or one for each tile of a video; each is read once and
+    what was read kept as long as that tensor lives and is not written to. `torch.compile` of a whole model cannot read
+    it without breaking the graph.
     """
 
     def __init__(self) -> None:
-        self._seen: tuple[weakref.ref[Tensor], int, tuple[int, int]] | None = None
+        self._seen: dict[int, _Seen] = {}
 
     def __reduce__(self) -> tuple[type[GridReader], tuple[()]]:
         return GridReader, ()
@@ -24,13 +31,25 @@ class GridReader:
     @torch.compiler.disable(reason='pass joint_attention_kwargs={"bigain_grid": (H, W)} to compile without this break')
     def __call__(self, ids: Tensor) -> tuple[int, int]:
         """(H, W) of the picture whose tokens have the positions `ids` (N, 3); see `grid_of_positions`."""
+        return self._read(ids, grid_of_positions)
+
+    @torch.compiler.disable(reason="pass num_frames, height and width to compile without this break")
+    def video(self, coords: Tensor) -> tuple[tuple[int, int], int, int]:
+        """Grid, start and frames of the video whose tokens have the positions `coords`; see `video_of_positions`."""
+        return self._read(coords, video_of_positions)
+
+    def _read(self, positions: Tensor, read: Callable[[Tensor], Any]) -> Any:
         # Tensors made in inference mode do not count what is written to them.
-        version = None if ids.is_inference() else ids._version
-        if self._seen is not None and self._seen[0]() is ids and self._seen[1] == version:
-            return self._seen[2]
-        grid = grid_of_positions(ids)
-        self._seen = None if version is None else (weakref.ref(ids), version, grid)
-        return grid
+        version = None if positions.is_inference() else positions._version
+        seen = self._seen.get(id(positions))
+        if seen is not None and seen[0]() is positions and seen[1] == version:
+            return seen[2]
+        found = read(positions)
+        if version is not None:
+            # A new dict, as another thread may be looking at the old one.
+            alive = {key: each for key, each in self._seen.items() if each[0]() is not None}
+            self._seen = {**alive, id(positions): (weakref.ref(positions), version, found)}
+        return found
 
 
 def grid_of_positions(ids: Tensor) -> tuple[int, int]:
@@ -55,6 +74,63 @@ def grid_of_positions(ids: Tensor) -> tuple[int, int]:
             "every token of one H x W picture, as FluxPipeline makes them"
         )
     return height, width
+
+
+def video_of_positions(coords: Tensor) -> tuple[tuple[int, int], int, int]:
+    """The grid of a video among positioned tokens, the first of them, and its number of frames.
+
+    A video begins at time 0, and its frames stand one behind the other. In the pipelines of LTX and LTX-2 it stands
+    first, with what conditions it behind, or last, where the first token is of another time. What is behind goes back
+    in time where positions are points (LTX); where they are intervals (LTX-2), it begins while the last frame lasts.
+
+    Args:
+        coords: (B, 3, N), time, row and column of each token, or (B, 3, N, 2), where these begin and end. The first row
+            of the batch counts.
+
+    Raises:
+        ValueError: there is no such video, or its tokens do not stand in raster order on one grid.
+    """
+    positions = coords[0].detach().cpu()
+    begins, ends = positions.unbind(-1) if positions.dim() == 3 else (positions, None)
+    time, rows, columns = begins
+    count = len(time)
+    ascends = (rows[1:] > rows[:-1]) | ((rows[1:] == rows[:-1]) & (columns[1:] > columns[:-1]))
+    breaks = ((time[1:] != time[:-1]) | ~ascends).nonzero().flatten() + 1
+    frames = list(pairwise([0, *breaks.tolist(), count]))
+    stands_first = bool(time[0] == 0)
+    at_zero = [number for number, (first, _) in enumerate(frames) if time[first] == 0]
+    begin = 0 if stands_first else max(at_zero, default=0)
+    start, stop = frames[begin]
+
+    def follows(number: int) -> bool:
+        (first, _), (last, _) = frames[number], frames[number - 1]
+        return bool(time[first] > time[last] if ends is None else time[first] == ends[0, last])
+
+    def goes_on(number: int, beside: int) -> bool:
+        """Whether a frame is the rest of the one beside it, whose tokens are in another order then."""
+        first = frames[number][0]
+        later = begins[1:, first].tolist() > begins[1:, start].tolist()
+        return bool(time[first] == time[frames[beside][0]]) and later
+
+    end = begin + 1
+    while (
+        end < len(frames)
+        and follows(end)
+        and torch.equal(positions[1:, slice(*frames[end])], positions[1:, start:stop])
+    ):
+        end += 1
+    width = _leading(rows[start:stop])
+    height = (stop - start) // width
+    found = bool(at_zero) and height * width == stop - start and not (begin > 0 and goes_on(begin - 1, begin))
+    if end < len(frames):
+        found = found and stands_first and not follows(end) and not goes_on(end, end - 1)
+    if not found or not _is_raster(begins[1:, start:stop].T.reshape(height, width, 2)):
+        raise ValueError(
+            f"video_coords: got positions of {count} tokens among which no video of frames in raster order begins at "
+            "time 0, expected those that the pipelines of diffusers make, or num_frames, height and width of a video "
+            "that is all the tokens"
+        )
+    return (height, width), start, end - begin
 
 
 def _is_raster(positions: Tensor) -> bool:

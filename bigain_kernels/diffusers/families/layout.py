@@ -58,6 +58,32 @@ def of_img_ids(family: Family, model: Any, call: dict[str, Any], given: Grid | N
     return Place(grid, call["encoder_hidden_states"].shape[1])
 
 
+def video_place(model: Any, call: dict[str, Any], size: int = 1, time: int = 1) -> Place:
+    """The place of a video by its `num_frames`, `height` and `width`, if it is all the tokens, or by `video_coords`.
+
+    Args:
+        model, call: as `place` has them.
+        size, time: what is a token of these sizes, in space and in time.
+
+    Raises:
+        ValueError: it is neither, or both and of two sizes.
+    """
+    coords, sizes = call["video_coords"], (call["num_frames"], call["height"], call["width"])
+    tokens = 0
+    if None not in sizes:
+        sizes = sizes[0] // time, sizes[1] // size, sizes[2] // size
+        tokens = sizes[0] * sizes[1] * sizes[2]
+        if coords is None or tokens == call["hidden_states"].shape[1]:
+            return Place(sizes[1:], 0, sizes[0])
+    if coords is None:
+        raise ValueError("video_coords: got None, expected positions, or num_frames, height and width")
+    grid, start, frames = model._bigain.grid_reader.video(coords)
+    # LTX's pipeline of long videos gives the sizes of one token.
+    if tokens > 1 and sizes != (frames, *grid):
+        raise ValueError(f"video_coords: got a video of {(frames, *grid)} tokens, expected the sizes given, {sizes}")
+    return Place(grid, start, frames)
+
+
 def sigma(family: Family, config: CompressionConfig) -> TimestepRange:
     """`told` where it is sigma itself."""
     return SIGMA

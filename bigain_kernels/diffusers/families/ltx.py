@@ -9,7 +9,7 @@ from diffusers import LTXVideoTransformer3DModel
 from ..context import Grid
 from ..hooks import Signature
 from .family import Place
-from .layout import steps_of_sigma
+from .layout import steps_of_sigma, video_place
 from .rebound import ReboundFamily
 from .recommended import POOL_VIDEO
 
@@ -20,8 +20,8 @@ class LTX(ReboundFamily):
     model = LTXVideoTransformer3DModel
     recommended = POOL_VIDEO
     mlp = "ff"
-    signature = Signature(hidden_states=0, timestep=2, num_frames=4, height=5, width=6)
+    signature = Signature(hidden_states=0, timestep=2, num_frames=4, height=5, width=6, video_coords=8)
     told = steps_of_sigma
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        return Place((call["height"], call["width"]), 0, call["num_frames"])
+        return video_place(model, call)

@@ -9,6 +9,7 @@ from diffusers import LTX2VideoTransformer3DModel
 from ..context import Grid
 from ..hooks import Signature
 from .family import Place
+from .layout import video_place
 from .ltx import LTX
 from .recommended import POOL_VIDEO
 
@@ -19,8 +20,7 @@ class LTX2(LTX):
     model = LTX2VideoTransformer3DModel
     recommended = POOL_VIDEO
     mlp = "ff"
-    signature = Signature(hidden_states=0, timestep=4, num_frames=10, height=11, width=12)
+    signature = Signature(hidden_states=0, timestep=4, num_frames=10, height=11, width=12, video_coords=15)
 
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        size, time = model.config.patch_size, model.config.patch_size_t
-        return Place((call["height"] // size, call["width"] // size), 0, call["num_frames"] // time)
+        return video_place(model, call, model.config.patch_size, model.config.patch_size_t)
