@@ -16,7 +16,10 @@ from torch import Tensor
 from bigain_kernels.declaration import OPS, Op
 
 from ._common import FLOAT_DTYPES, MAX_TOKENS
+from .launching import cdiv
+from .lgtm_plan import LARGEST_TILE
 from .repeated import repeated
+from .select_destinations import MOST_SCORES, scores_of_a_program
 
 _PLANS = ("merge_plan", "block_merge_plan", "lgtm_plan")
 
@@ -24,12 +27,67 @@ _PLANS = ("merge_plan", "block_merge_plan", "lgtm_plan")
 # program per 1,024 tokens), and rows of up to four tensors.
 MOST_TOKENS = 1_000_000
 MOST_ROWS = 16_383
+_MOST_PROGRAMS = 65_535
+_INT_MAX = 2**31 - 1
+# The smallest tile of similarities in a config: sources, destinations.
+TILE = (64, 32)
 
 
 # Floating-point numbers that no kernel computes in: float64, and all below 16 bits.
 _REFUSED = {each for each in vars(torch).values() if isinstance(each, torch.dtype) and each.is_floating_point} - set(
     FLOAT_DTYPES
 )
+
+
+def _score_refusal(x: Tensor, height: int, width: int, norm: str, frames: int) -> str:
+    # A program for each frame, and for at least two rows of the grid.
+    if x.shape[0] * frames > _MOST_PROGRAMS:
+        return f"launches at most {_MOST_PROGRAMS} frames, got {x.shape[0]} rows of {frames}"
+    if height > 2 * _MOST_PROGRAMS:
+        return f"launches grids of at most {2 * _MOST_PROGRAMS} rows, got {height}"
+    return ""
+
+
+def _select_refusal(score: Tensor, height: int, width: int, sy: int, sx: int) -> str:
+    scores = scores_of_a_program((height, width), (sy, sx))
+    if scores > MOST_SCORES:
+        return f"selects from rows of tiles with at most {MOST_SCORES} scores, got {scores}"
+    return ""
+
+
+def _similarity_refusal(rows: int, sources: int, destinations: int) -> str:
+    # A program counts the tiles of the whole launch in 32 bits.
+    if rows * cdiv(sources, TILE[0]) * cdiv(destinations, TILE[1]) > _INT_MAX:
+        lists = f"{rows} rows of {sources} by {destinations}"
+        return f"matches at most {_INT_MAX} tiles of {TILE[0]} by {TILE[1]} tokens, got {lists}"
+    return ""
+
+
+def _match_refusal(x: Tensor, destinations: Tensor, *_: int) -> str:
+    rows, tokens, count = x.shape[0], x.shape[1], destinations.shape[1]
+    if rows * tokens > _INT_MAX:
+        return f"matches at most {_INT_MAX} tokens, got {rows} rows of {tokens}"
+    return _similarity_refusal(rows, tokens - count, count)
+
+
+def _lgtm_refusal(x: Tensor, height: int, width: int, sy: int, sx: int, r: int, window: int, share: int) -> str:
+    if sy * sx > LARGEST_TILE:
+        refused = _select_refusal(x, height, width, sy, sx)
+    elif cdiv(height, sy) > _MOST_PROGRAMS:
+        refused = f"launches at most {_MOST_PROGRAMS} rows of tiles, got {cdiv(height, sy)}"
+    else:
+        refused = ""
+    count = (height // sy) * (width // sx)
+    return refused or _similarity_refusal(x.shape[0] // share, x.shape[1] - count, count)
+
+
+# What single ops refuse beside what all do, by their flat arguments.
+_OWN: dict[str, Callable[..., str]] = {
+    "laplacian_score": _score_refusal,
+    "select_destinations": _select_refusal,
+    "bipartite_match": _match_refusal,
+    "lgtm_plan": _lgtm_refusal,
+}
 
 
 def refusal(op: str, args: tuple[Any, ...]) -> str:
@@ -53,7 +111,8 @@ def refusal(op: str, args: tuple[Any, ...]) -> str:
         return f"launches at most {MOST_ROWS} rows of {MOST_TOKENS} tokens, got {rows} of {tokens}"
     if op in _PLANS and args[0].shape[1] > MAX_TOKENS:
         return f"plans rows of at most {MAX_TOKENS} tokens, got {args[0].shape[1]}"
-    return ""
+    own = _OWN.get(op)
+    return own(*args) if own is not None else ""
 
 
 def _launcher(op: str) -> Callable[..., Any]:

@@ -11,6 +11,21 @@ from ._common import EXACT, INT_MIN, ordered_key, pack, unit_last_stride, unpack
 from .early import early, wait_for_predecessor
 from .launching import power_of_2, programs
 
+# A program holds the scores of a row of tiles. Up to so many there are registers for them, in 16 warps.
+MOST_SCORES = 32_768
+
+
+# Rows of a tile up to which the loop over them is unrolled.
+_UNROLLED = tl.constexpr(16)
+
+
+@triton.jit
+def _rank_row(b_rank, b_before, b_row, m_tile, row):
+    """Ranks the tiles whose token lies in a row behind the b_before of the rows above; with the new b_before."""
+    b_here = (m_tile & (b_row == row)).to(tl.int32)
+    b_rank = tl.where(b_row == row, b_before + tl.cumsum(b_here, 0) - 1, b_rank)
+    return b_rank, b_before + tl.sum(b_here, 0)
+
 
 @triton.jit(do_not_specialize=["height", "width"])
 def select_destinations_kernel(
@@ -41,13 +56,22 @@ def select_destinations_kernel(
     b_row = b_chosen // SX
     b_rank = tl.zeros((BLOCK_X,), tl.int32)
     b_before = tiles_x * 0
-    for row in tl.static_range(SY):
-        b_here = (m_tile & (b_row == row)).to(tl.int32)
-        b_rank = tl.where(b_row == row, b_before + tl.cumsum(b_here, 0) - 1, b_rank)
-        b_before += tl.sum(b_here, 0)
+    if SY <= _UNROLLED:
+        for row in tl.static_range(SY):
+            b_rank, b_before = _rank_row(b_rank, b_before, b_row, m_tile, row)
+    else:
+        for row in range(0, SY):
+            b_rank, b_before = _rank_row(b_rank, b_before, b_row, m_tile, row)
     b_token = (i_y * SY + b_row) * width + o_tile * SX + b_chosen % SX
     p_row = p_destinations + (i_b * (height // SY) + i_y) * tiles_x
     tl.store(p_row + b_rank, b_token, mask=m_tile)
+
+
+def scores_of_a_program(grid: tuple[int, int], stride: tuple[int, int]) -> int:
+    """How many scores the tiles of one row have, each rounded up; of tiles larger than the grid there are none."""
+    if stride[0] > grid[0] or stride[1] > grid[1]:
+        return 0
+    return power_of_2(grid[1] // stride[1]) * power_of_2(stride[0] * stride[1])
 
 
 def launch_select_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
@@ -67,7 +91,8 @@ def launch_select_destinations(score: Tensor, grid: tuple[int, int], stride: tup
             SX=sx,
             TILE=power_of_2(sy * sx),
             BLOCK_X=power_of_2(tiles_x),
-            num_warps=4,
+            # Long rows of tiles take more, lest a thread hold more than 16.
+            num_warps=min(max(scores_of_a_program(grid, stride) // 2048, 4), 16),
             **EXACT,
             **early(score.device),
         )

@@ -13,7 +13,7 @@ from ..shapes import GRIDS, tokens
 from .inputs import CASES, IDS, assert_same_plan, odd_tokens
 
 OP = "lgtm_plan"
-LARGE_TILES = [((20, 23), (9, 10)), ((3, 40), (3, 33))]
+LARGE_TILES = [((20, 23), (9, 10)), ((3, 40), (3, 33)), ((3, 5), (2**40, 2**40))]
 
 
 def merged(grid, stride, fraction=0.8):
@@ -124,6 +124,13 @@ def test_shared_plans(backend, dtype, channels, share):
     assert plan.num_rows == 6 // share
     mean = share_mean(x, share)
     assert_same_or_tied(mean, (7, 9), (2, 2), 30, plan, reference.lgtm_plan(mean.double(), (7, 9), (2, 2), 30))
+
+
+def test_shared_plans_of_large_tiles(backend):
+    x = tokens(4, 300, 8)
+    mean, grid, stride = share_mean(x, 2), (10, 30), (10, 27)
+    expected = reference.lgtm_plan(mean.double(), grid, stride, 200)
+    assert_same_or_tied(mean, grid, stride, 200, backend.lgtm_plan(x, grid, stride, 200, None, 2), expected)
 
 
 @pytest.mark.dtypes(torch.bfloat16, torch.float32)

@@ -20,8 +20,10 @@ from bigain_kernels import (
 pytest.importorskip("triton")
 
 from bigain_kernels.declaration import OPS
+from bigain_kernels.triton_kernels import configs
+from bigain_kernels.triton_kernels.aot import ARCHITECTURES
 from bigain_kernels.triton_kernels.launching import record_launches
-from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS
+from bigain_kernels.triton_kernels.registration import IMPLEMENTATIONS, TILE
 from tests.shapes import tokens
 
 
@@ -89,6 +91,82 @@ def test_what_no_grid_of_programs_holds_goes_to_the_next_backend(on_cpu, shape):
         pytest.raises(backends.BackendUnavailable, match="at most 16383 rows of 1000000 tokens"),
     ):
         laplacian_score(x, grid)
+
+
+def of_shape(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+LISTS = {"few": of_shape(64, 15_000, dtype=torch.int32), "many": of_shape(64, 250_000, dtype=torch.int32)}
+# Calls at a limit, one on each side: what they launch, and what past it is refused.
+LIMITS = {
+    "frames": (
+        ("laplacian_score", (of_shape(8191, 128, 64), 4, 4, "l1", 8)),
+        ("laplacian_score", (of_shape(16_383, 128, 64), 4, 4, "l1", 8)),
+        "at most 65535 frames, got 16383 rows of 8",
+    ),
+    "frames of few rows": (
+        ("laplacian_score", (of_shape(3, 320_000, 64), 4, 4, "l1", 20_000)),
+        ("laplacian_score", (of_shape(4, 320_000, 64), 4, 4, "l1", 20_000)),
+        "at most 65535 frames, got 4 rows of 20000",
+    ),
+    "rows of a grid": (
+        ("laplacian_score", (of_shape(1, 262_140, 4096), 131_070, 2, "l1", 1)),
+        ("laplacian_score", (of_shape(1, 262_142, 4096), 131_071, 2, "l1", 1)),
+        "at most 131070 rows, got 131071",
+    ),
+    "rows of tiles": (
+        ("lgtm_plan", (of_shape(1, 65_535, 64), 65_535, 1, 1, 1, 0, -1, 1)),
+        ("lgtm_plan", (of_shape(1, 65_536, 64), 65_536, 1, 1, 1, 0, -1, 1)),
+        "at most 65535 rows of tiles, got 65536",
+    ),
+    "large tiles": (
+        ("lgtm_plan", (of_shape(1, 16_384, 64), 128, 128, 128, 128, 9, -1, 1)),
+        ("lgtm_plan", (of_shape(1, 65_536, 64), 256, 256, 256, 256, 9, -1, 1)),
+        "at most 32768 scores, got 65536",
+    ),
+    "scores": (
+        ("select_destinations", (of_shape(1, 32_768, dtype=torch.float32), 2, 16_384, 2, 2)),
+        ("select_destinations", (of_shape(1, 980_000, dtype=torch.float32), 700, 1400, 700, 3)),
+        "at most 32768 scores, got 2097152",
+    ),
+    "tiles of similarities": (
+        ("bipartite_match", (of_shape(64, 1_000_000, 8), LISTS["few"], -1, 1, 1, 1, 1)),
+        ("bipartite_match", (of_shape(64, 1_000_000, 8), LISTS["many"], -1, 1, 1, 1, 1)),
+        "got 64 rows of 750000 by 250000",
+    ),
+    "tokens": (
+        ("bipartite_match", (of_shape(2147, 1_000_000, 8), of_shape(2147, 1, dtype=torch.int32), -1, 1, 1, 1, 1)),
+        ("bipartite_match", (of_shape(2148, 1_000_000, 8), of_shape(2148, 1, dtype=torch.int32), -1, 1, 1, 1, 1)),
+        "at most 2147483647 tokens, got 2148 rows of 1000000",
+    ),
+}
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_what_launches_cannot_hold_is_refused(limit):
+    (op, taken), (_, refused), why = LIMITS[limit]
+    refuses = backends.get("triton").refuses
+    assert refuses(op, taken) == ""
+    assert why in refuses(op, refused)
+    with record_launches() as launches:
+        IMPLEMENTATIONS[op](*taken)
+    assert launches
+    for launch in launches:
+        columns, *others = launch.grid
+        assert columns < 2**31
+        assert all(count <= 65_535 for count in others), launch.name
+
+
+def test_no_config_has_smaller_tiles_than_are_counted():
+    tiles = [
+        config
+        for architecture in ARCHITECTURES
+        for op in ("bipartite_match", "bipartite_match_narrow", "bipartite_match_fp32", "bipartite_match_window")
+        for config in configs.candidates(op, architecture)
+    ]
+    assert min(config["BLOCK_M"] for config in tiles) >= TILE[0]
+    assert min(config["BLOCK_N"] for config in tiles) >= TILE[1]
 
 
 @pytest.mark.parametrize("share", [1, 2])
