@@ -9,6 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._pytree import tree_leaves
 
 import bigain_kernels as bk
+from bigain_kernels.testing import assert_close
 from tests.contract.inputs import norm_operands, positive_weights, random_plan
 from tests.shapes import tokens
 
@@ -132,6 +133,20 @@ def test_only_what_is_needed_is_differentiated(name):
     results = tree_leaves(function(*leaves(name)))
     if len(results) > 1:  # and only what something follows from
         assert len(torch.autograd.grad(results[1].sum(), leaves(name), allow_unused=True)) == len(inputs)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, DOUBLE])
+def test_operands_of_a_norm_have_dtypes_of_their_own(kind):
+    """Each gets its gradient in its dtype, computed in that of the tokens, float32."""
+    function, x, *others = CASES["norm, all"]
+    others = [y.to(kind) for y in others]
+    wide = [y.double().requires_grad_() for y in (x, *others)]
+    expected = torch.autograd.grad(loss(function(*wide)), wide)
+    inputs = [x.float().requires_grad_(), *(y.clone().requires_grad_() for y in others)]
+    found = torch.autograd.grad(loss(function(*inputs)), inputs)
+    for one, other, given in zip(found, expected, inputs, strict=True):
+        assert one.dtype == given.dtype
+        assert_close(one, other, torch.float32 if given.dtype == DOUBLE else None)
 
 
 def saved(function, *inputs):
