@@ -19,7 +19,7 @@ from ..denoisers import PromptDenoiser
 from ..generate import GenerateConfig
 from ..output import write_text
 from .datasets import READERS, DataSet, imagenet_labels, with_prompts
-from .deciding import digest, machine
+from .deciding import changes, digest, machine
 from .drawing import draw_shards
 from .engine import Asking, Engine
 from .experiment import Experiment, Method
@@ -30,6 +30,8 @@ from .rules import Rule, Stages
 from .run import RunFolder, run_shards, shard_slices
 
 _FILE = "experiment.json"
+# What loading a checkpoint leaves, before any work.
+_PROMPTS = "prompts"
 _POLL = 0.2
 
 
@@ -85,8 +87,8 @@ class Reproduction:
     def __init__(self, experiment: Experiment, out: Path, device: torch.device) -> None:
         self.experiment, self.out = experiment, out
         written = json.loads(experiment.model_dump_json())
-        self._claim(written)
         data = self._data()
+        self._claim(written)
         self.checkpoint = self._load(data, device)
         self.images, labels = self._bind(data)
         self.labels = tuple(labels)
@@ -124,24 +126,32 @@ class Reproduction:
         self._latents = CachedLatents(out / "latents" / latents, self.checkpoint)
 
     def _claim(self, written: dict[str, Any]) -> None:
-        """Keeps experiments apart: the folder is new, empty or that of this one."""
+        """Keeps experiments apart: the folder is new, empty, that of this one, or of one that never came to work."""
         file = self.out / _FILE
-        others = self.out.exists() and any(not path.name.startswith(".") for path in self.out.iterdir())
+        names = {path.name for path in self.out.iterdir()} if self.out.exists() else set()
+        others = {name for name in names if not name.startswith(".")} - {_FILE, _PROMPTS}
         # Looked for after the others: a process that began at the same moment writes it first of all.
         if file.exists():
-            if json.loads(file.read_text(encoding="utf-8")) != written:
-                raise ValueError(f"out: got {self.out} with another experiment, expected another folder or the same")
-        elif others:
+            there = json.loads(file.read_text(encoding="utf-8"))
+            if there == written:
+                return
+            if others:
+                differs = ", ".join(f"{line:.80}" for line in changes(there, written))
+                raise ValueError(
+                    f"out: got {self.out} with another experiment ({differs}), expected another folder or the same"
+                )
+        elif others or _PROMPTS in names:
             raise ValueError(f"out: got {self.out} with files in it, expected an empty folder or one of this command")
-        else:
-            write_text(file, json.dumps(written, indent=2) + "\n")
+        write_text(file, json.dumps(written, indent=2) + "\n")
 
     def _data(self) -> DataSet | None:
         data = self.experiment.data
         if data.kind == "digits":
             return None
         if data.root is None:
-            raise ValueError(f"data.root: got none, expected the folder of the data set (kind {data.kind})")
+            raise ValueError(
+                f"data: got none, expected the folder of the data set: --data, or root under data (kind {data.kind})"
+            )
         found = READERS[data.kind](data.root)
         return found if data.prompts is None else with_prompts(found, data.prompts)
 
@@ -153,7 +163,7 @@ class Reproduction:
             template="{}",
             device=device,
             dtype=getattr(torch, self.experiment.dtype),
-            prompt_cache=self.out / "prompts",
+            prompt_cache=self.out / _PROMPTS,
         )
 
     def _bind(self, data: DataSet | None) -> tuple[Any, Sequence[int]]:

@@ -234,6 +234,18 @@ def test_another_experiment_is_refused(config, whole, tmp_path, capsys) -> None:
     assert "with files in it" in capsys.readouterr().err
 
 
+def test_a_command_that_failed_leaves_the_folder_to_the_corrected_one(config, tmp_path) -> None:
+    out, device = tmp_path / "out", torch.device("cpu")
+    with pytest.raises(ValueError, match=r"^data: got none"):
+        Reproduction(load_experiment("sd2-pets"), out, device)
+    with pytest.raises(FileNotFoundError, match=r"^checkpoint: got nowhere"):
+        Reproduction(load_experiment(str(config), {"checkpoint": "nowhere"}), out, device)
+    (out / "prompts").mkdir()
+    Reproduction(load_experiment(str(config)), out, device)
+    with pytest.raises(ValueError, match=r"with another experiment \(data\.limit 10 there and 5 now\)"):
+        Reproduction(load_experiment(str(config), {"data.limit": 5}), out, device)
+
+
 @pytest.fixture(scope="module")
 def pipelines(tmp_path_factory) -> dict[str, Path]:
     """Random ones, of the kinds that the presets ask for."""
