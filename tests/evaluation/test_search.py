@@ -152,6 +152,11 @@ def test_a_goal_out_of_reach_names_what_is_in_reach(tiny, clock, tmp_path):
         search_of(tiny, Goal(speed=2)).run(TurnFile(tmp_path / "a", {}))
     with pytest.raises(ValueError, match=r"error: got 1e-09, expected at least 0.\d+, the least rise"):
         search_of(tiny, Goal(error=1e-9), candidates=CANDIDATES[1:2]).run(TurnFile(tmp_path / "b", {}))
+    clock.slower = 1.0
+    with pytest.raises(
+        ValueError, match=r"methods: got none that saves time \(the best, lgtm .* makes a pass 92 % slower"
+    ):
+        search_of(tiny, Goal(error=5)).run(TurnFile(tmp_path / "c", {}))
 
 
 def test_what_a_model_refuses_is_left_out(tiny, clock, tmp_path):

@@ -254,10 +254,17 @@ class Search:
             picked = most_saved(errors, savings, self.goal.percent)
         chosen = [row[place] for row, place in zip(table, picked, strict=True) if place is not None]
         if not chosen:
-            least = min(measured, key=lambda choice: choice.rise.value)
+            saving = [choice for choice in measured if choice.saved > 0]
+            if not saving:
+                best = max(measured, key=lambda choice: choice.saved)
+                raise ValueError(
+                    f"methods: got none that saves time (the best, {best.candidate.brief()} in {best.group.name}, "
+                    f"makes a pass {abs(100 * best.saved):.2g} % slower), expected candidates that do, or more tokens"
+                )
+            least = min(saving, key=lambda choice: choice.rise.value)
             raise ValueError(
                 f"error: got {self.goal.error}, expected at least {least.rise.value / 100:.3g}, the least rise "
-                "that there is, or candidates that save time"
+                "that there is among candidates that save time"
             )
         return chosen
 
