@@ -23,8 +23,16 @@ def config_text(config: Compression, about: Mapping[str, Any] | None = None) -> 
 
 
 def save_config(path: Path | str, config: Compression) -> None:
-    """Write a config, or several in a `MixedConfig`, as a file for `load_config` and `bigain classify --config`."""
-    Path(path).write_text(config_text(config), encoding="utf-8")
+    """Write a config, or several in a `MixedConfig`, as a file for `load_config` and `bigain classify --config`.
+
+    Raises:
+        OSError: it cannot be written, such as into a folder that is not there.
+    """
+    text = config_text(config)
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise type(error)(f"path: got {path}, expected a file in a folder that is there ({error.strerror})") from error
 
 
 def load_config(path: Path | str) -> Compression:
@@ -44,6 +52,10 @@ def load_config(path: Path | str) -> Compression:
     """
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise type(error)(
+            f"config: got {path}, expected a file of save_config or bigain search ({error.strerror})"
+        ) from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"config: got {path}, expected JSON ({error})") from error
     if not isinstance(content, dict) or not {_CONFIGS} <= set(content) <= {_CONFIGS, _ABOUT}:

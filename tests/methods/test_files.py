@@ -75,8 +75,12 @@ def test_wrong_files_are_refused(text, tmp_path):
 
 
 def test_no_file_is_an_error_of_the_system(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        FileNotFoundError, match=r"^config: got .*none\.json, expected a file of save_config or bigain search"
+    ):
         load_config(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match=r"^path: got .*none\.json, expected a file in a folder that is there"):
+        save_config(tmp_path / "nowhere" / "none.json", LGTMConfig())
 
 
 @pytest.mark.parametrize(
