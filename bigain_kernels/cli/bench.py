@@ -54,8 +54,9 @@ def bench(
     from ..methods import load_config
 
     opt.set_threads(threads)
-    if batch_size < 1 or turns < 1:
-        raise ValueError(f"batch_size, turns: got {batch_size} and {turns}, expected at least 1")
+    for name, count in (("batch_size", batch_size), ("turns", turns)):
+        if count < 1:
+            raise ValueError(f"{name}: got {count}, expected at least 1")
     more = {str(path): load_config(path) for path in config_file or ()}
     chosen_device, chosen_dtype = opt.device_and_dtype(device, dtype)
     with OutputFolder(out, _NAMES, again=overwrite) as output:
@@ -65,7 +66,7 @@ def bench(
         pixels = _images(loaded, images, size, batch_size)
         rows = measure(loaded, {**_methods(loaded, ratio, factor), **more}, pixels, turns=turns, seed=seed)
         shown = f"{len(pixels)} images of {pixels.shape[-2]} x {pixels.shape[-1]}, {chosen_device}, {dtype}"
-        heading = f"{checkpoint or 'tiny-dit'}, {shown}, ratio {ratio}, factor {factor}, {turns} turns"
+        heading = f"{opt.checkpoint_name(checkpoint)}, {shown}, ratio {ratio}, factor {factor}, {turns} turns"
         output.clear()
         table = markdown(rows, heading)
         output.write_text("table.md", table)

@@ -73,7 +73,7 @@ def classify(
     Results are written image by image. Ctrl-C keeps them, and --resume goes on.
     """
     from ..evaluation.checkpoints import load_checkpoint
-    from ..evaluation.compression import settings_of
+    from ..evaluation.compression import settings_of, with_shared_plan
     from ..evaluation.folders import find_images
     from ..evaluation.harness.deciding import machine
     from ..evaluation.harness.kept_plans import PlanBook, with_kept_plans
@@ -85,6 +85,8 @@ def classify(
     compression = read_compression(method, given, seed, config_file)
     if share_plan and plans not in (None, "mean"):
         raise ValueError(f"plans: got {plans!r} with --share-plan, which is --plans mean, expected one of the two")
+    if share_plan:
+        with_shared_plan(compression, 2)
     plans = plans or ("mean" if share_plan else "own")
     with_kept_plans(compression, plans, PlanBook())
     if limit is not None and limit < 1:
@@ -106,7 +108,7 @@ def classify(
         config = _config(loaded, timesteps, stages, score, seed, batch_size)
         data = DigitInputs(loaded, limit) if folder is None else FolderInputs(loaded, folder, skip_damaged)
         settings = {
-            "checkpoint": str(checkpoint or "tiny"),
+            "checkpoint": opt.checkpoint_name(checkpoint),
             "weights": loaded.fingerprint(),
             "images": "digits" if images is None else str(images.resolve()),
             "compression": settings_of(compression),

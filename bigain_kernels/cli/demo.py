@@ -62,7 +62,11 @@ def demo(
     """
     from ..evaluation.demo import FULL, Demo, DemoConfig
     from ..evaluation.output import OutputFolder
+    from ..evaluation.subjects import SETTINGS
 
+    for name in model or ():
+        if name not in SETTINGS:
+            raise ValueError(f"model: got {name!r}, expected one of {list(SETTINGS)}")
     given: dict[str, Any] = {
         "models": None if model is None else tuple(dict.fromkeys(model)),
         "frontier_images": frontier_images,

@@ -116,7 +116,11 @@ def generate(
         )
         classes = [loaded.label_of(name, "label") for name in label or loaded.class_names[:_DEFAULT_CLASSES]]
         labels = [classes[i % len(classes)] for i in range(images or _DEFAULT_IMAGES)]
-        settings = {**asdict(config), "checkpoint": str(checkpoint or "tiny"), "compression": settings_of(compression)}
+        settings = {
+            **asdict(config),
+            "checkpoint": opt.checkpoint_name(checkpoint),
+            "compression": settings_of(compression),
+        }
         settings |= {"given": given, "share_plan": share_plan, "labels": [loaded.class_names[c] for c in labels]}
         _run(loaded, labels, config, compression, settings, output, as_json)
 

@@ -56,6 +56,11 @@ def fractions(name: str, text: str) -> tuple[float, ...]:
         raise ValueError(f"{name}: got {text!r}, expected numbers with commas between") from error
 
 
+def checkpoint_name(checkpoint: str | None) -> str:
+    """What results say that they were made with."""
+    return checkpoint or "tiny-dit"
+
+
 def checkpoint_source(checkpoint: str | None) -> str | Path:
     from ..evaluation.checkpoints import TINY_DIT
 

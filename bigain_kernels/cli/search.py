@@ -139,7 +139,7 @@ def search(
             output.clear()
         output.claim(_TURNS)
         result = _run(job, file)
-        _write(result, str(checkpoint or "tiny-dit"), settings, output, as_json)
+        _write(result, opt.checkpoint_name(checkpoint), settings, output, as_json)
 
 
 def _settings(loaded: Checkpoint, few: Samples, more: Samples) -> dict[str, Any]:

@@ -96,8 +96,9 @@ def bench(
     """
     if not methods or next(iter(methods.values())) is not None:
         raise ValueError(f"methods: got {list(methods)}, expected None, the model as it is, in front")
-    if turns < 1 or len(images) < 1:
-        raise ValueError(f"turns, images: got {turns} and {len(images)}, expected at least 1 of each")
+    for name, count in (("turns", turns), ("images", len(images))):
+        if count < 1:
+            raise ValueError(f"{name}: got {count}, expected at least 1")
     denoiser, device = checkpoint.denoiser, checkpoint.device
     clean = checkpoint.encode(images)
     length = len(denoiser.scheduler.alphas_cumprod)

@@ -159,7 +159,9 @@ def load_checkpoint(
     folder = SHIPPED.get(str(source), Path(source))
     if not folder.is_dir():
         if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith((".", "/", "~")):
-            raise FileNotFoundError(f"checkpoint: got {source}, expected a folder or a hub id such as owner/name")
+            raise FileNotFoundError(
+                f"checkpoint: got {source}, expected {', '.join(SHIPPED)}, a folder or a hub id such as owner/name"
+            )
         return _from_pipeline(str(source), class_names, template, device, dtype, prompt_cache)
     if (folder / "model_index.json").exists():
         return _from_pipeline(str(folder), class_names, template, device, dtype, prompt_cache)

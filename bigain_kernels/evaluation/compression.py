@@ -13,16 +13,18 @@ from ..methods.registry import NONE
 from .denoisers import Denoiser
 
 
-def each_merging(compression: Compression | None, change: Callable[[MergeConfig], MergeConfig]) -> Compression:
+def each_merging(
+    compression: Compression | None, change: Callable[[MergeConfig], MergeConfig], argument: str
+) -> Compression:
     """`compression` with `change` made to what of it merges; pooling, which builds no plan, stays as it is.
 
     Raises:
-        ValueError: nothing of it builds a plan.
+        ValueError: nothing of it builds a plan; names `argument`, which asked for the change.
     """
     parts = () if compression is None else parts_of(compression)
     if compression is None or not any(isinstance(part, MergeConfig) for part in parts):
         methods = ", ".join(part.method for part in parts) or NONE
-        raise ValueError(f"share_plan: got method {methods}, expected a merge method, which builds plans")
+        raise ValueError(f"{argument}: got method {methods}, expected a merge method, which builds plans")
     return each(compression, lambda part: change(part) if isinstance(part, MergeConfig) else part)
 
 
@@ -32,7 +34,7 @@ def with_shared_plan(compression: Compression | None, rows: int) -> Compression:
     Raises:
         ValueError: the method builds no plan, or there is none.
     """
-    return each_merging(compression, lambda part: replace(part, share_plan=rows))
+    return each_merging(compression, lambda part: replace(part, share_plan=rows), "share_plan")
 
 
 def compressed(denoiser: Denoiser, compression: Compression | None) -> AbstractContextManager[Any]:

@@ -86,6 +86,7 @@ def test_what_was_given_and_what_was_used_are_written_down(tmp_path):
     assert main(["classify", *given, "--limit", "1", "--stages", "1:1", "--out", str(tmp_path)]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["given"] == {"ratio": "0.5", "window": "2"}
+    assert summary["settings"]["checkpoint"] == "tiny-dit"
     used = summary["settings"]["compression"]
     assert used["ratio"] == 0.5
     assert used["window"] == 2

@@ -96,8 +96,8 @@ def with_kept_plans(compression: Compression | None, plans: str, book: PlanBook)
     if plans == "own":
         return compression
     if plans == "published":
-        return each_merging(compression, lambda part: _published(part, book))
-    return each_merging(compression, lambda part: _kept(part, plans, book))
+        return each_merging(compression, lambda part: _published(part, book), "plans")
+    return each_merging(compression, lambda part: _kept(part, plans, book), "plans")
 
 
 def _published(config: MergeConfig, book: PlanBook) -> MergeConfig:

@@ -11,7 +11,7 @@ import torch
 from ...methods import CompressionConfig, MergeConfig, MixedConfig, config_class
 from ...methods.mixed import Compression
 from ...methods.options import LEVELS
-from ...methods.registry import load_entry_points, make_config, options_of
+from ...methods.registry import load_entry_points, make_config, names, options_of
 
 # Merging that weighs keys by size, and pooling: the methods of BiGain.
 METHODS = ("lgtm", "iekvd")
@@ -57,11 +57,11 @@ def groups_of(model: torch.nn.Module, per: str = "block") -> list[Group]:
     if per not in PER:
         raise ValueError(f"per: got {per!r}, expected one of {list(PER)}")
     with token_compression(model, LGTMConfig(max_downsample=max(LEVELS))) as report:
-        names = {row.name for row in report.patched}
+        patched = {row.name for row in report.patched}
     found, family = find_model(model)
     by_block: dict[int, list[Any]] = {}
     for layer in family.layers(found):
-        if layer.name in names:
+        if layer.name in patched:
             by_block.setdefault(layer.index, []).append(layer)
     groups: dict[Any, Group] = {}
     for index, layers in by_block.items():
@@ -97,18 +97,21 @@ def candidates_of(
         ValueError: there is no such method, a value is out of range, or nothing is left to choose from.
     """
     load_entry_points()
+    unknown = [method for method in methods if method not in names()]
+    if unknown:
+        raise ValueError(f"methods: got {unknown[0]!r}, expected some of {list(names())}")
     found: list[CompressionConfig] = []
     for method in dict.fromkeys(methods):
-        names = options_of(method)
+        options = options_of(method)
         rows: list[dict[str, Any]]
         if issubclass(config_class(method), MergeConfig):
             rows = [{"ratio": ratio, "proportional": True} for ratio in ratios]
-        elif "alpha" in names:
+        elif "alpha" in options:
             rows = [{"factor": factor, "alpha": alpha} for factor in factors for alpha in alphas]
         else:
             rows = [{"factor": factor} for factor in factors]
         for row in rows:
-            config = make_config(method, {**row, "seed": seed} if "seed" in names else row)
+            config = make_config(method, {**row, "seed": seed} if "seed" in options else row)
             assert config is not None
             found.append(config)
     if not found:
