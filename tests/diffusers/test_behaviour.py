@@ -234,6 +234,21 @@ def test_host_timestep_is_read_once_and_must_be_one(build, inputs, config, monke
         run(model, inputs(timestep=torch.tensor([500, 400])))
 
 
+def test_of_a_timestep_for_each_token_the_noisiest_counts():
+    tokens = torch.tensor([[0.0, 500.0, 499.0], [500.0, 0.0, 0.0]])
+    assert context.host_timestep(tokens) == 500.0
+    with pytest.raises(ValueError, match=r"timestep: got \[500.0, 400.0\], expected one timestep for all rows"):
+        context.host_timestep(torch.tensor([[0.0, 500.0], [400.0, 0.0]]))
+
+
+def test_rows_of_a_part_of_the_batch_and_of_frames():
+    values = torch.arange(4)
+    assert context.for_rows(values, 4).tolist() == [0, 1, 2, 3]
+    assert context.for_rows(values, 2).tolist() == [2, 3]
+    assert context.for_rows(values, 8).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert context.for_rows(values, 8, frames=4).tolist() == [2, 2, 2, 2, 3, 3, 3, 3]
+
+
 def test_missing_timestep_raises():
     for config in (LGTMConfig(start=0.5), IEKVDConfig(alpha=(0.1, 0.9))):
         with pytest.raises(ValueError, match="timestep: got None"):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from diffusers import FasterCacheConfig
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention_processor import PAGCFGHunyuanAttnProcessor2_0, PAGHunyuanAttnProcessor2_0
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -18,11 +20,12 @@ from bigain_kernels.diffusers import IEKVDConfig, LGTMConfig, ToDoConfig, ToMeCo
 from bigain_kernels.diffusers.families import unet
 
 from .family_models import build as build_family
-from .family_models import case_of
+from .family_models import case_of, outputs
 from .models import (
     dit_inputs,
     flux_inputs,
     layer_context,
+    only,
     qwen_inputs,
     run,
     tiny_dit,
@@ -56,6 +59,62 @@ def test_a_pass_that_is_not_compressed_is_no_reason_to_warn(caplog):
     assert not caplog.records
 
 
+@pytest.mark.parametrize("build", [tiny_unet, lambda: build_family("wan")], ids=["handed on", "told by hooks"])
+def test_threads_do_not_warn_for_each_other(build, caplog):
+    """The pass of one thread ends while that of another, begun later, waits in front of its first compressed layer."""
+    model = build()
+    inputs = unet_inputs() if build is tiny_unet else case_of("wan").inputs(1, (2, 4, 4))
+    apply_token_compression(model, IEKVDConfig())
+    waits, go = [[threading.Event(), threading.Event()] for _ in range(2)]
+    threads = [threading.Thread(target=run, args=(model, inputs)) for _ in range(2)]
+
+    def wait(module, args):
+        number = threads.index(threading.current_thread())
+        waits[number].set()
+        assert go[number].wait(60)
+
+    first = next(module for module in model.modules() if type(module).__name__.endswith("TransformerBlock"))
+    first.register_forward_pre_hook(wait)
+    for number in (0, 1):
+        threads[number].start()
+        assert waits[number].wait(60)
+    for number in (0, 1):
+        go[number].set()
+        threads[number].join()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("config", [IEKVDConfig(alpha=(0.8, 1.2)), ToMeConfig(), LGTMConfig(share_plan=2)])
+@pytest.mark.parametrize("name", ["cogvideox", "allegro"])
+def test_faster_cache_goes_on_with_half_of_the_batch(name, config):
+    """The conditional half: at the steps that leave out the other, a video there is what it is beside others."""
+
+    def generate(rows):
+        model, found = build_family(name), []
+        apply_token_compression(model, config)
+        model.enable_cache(
+            FasterCacheConfig(
+                spatial_attention_block_skip_range=2,
+                spatial_attention_timestep_skip_range=(-1, 901),
+                unconditional_batch_skip_range=5,
+                unconditional_batch_timestep_skip_range=(-1, 901),
+                spatial_attention_block_identifiers=("transformer_blocks",),
+                temporal_attention_block_identifiers=(),
+                attention_weight_callback=lambda _: 0.3,
+                tensor_format={"cogvideox": "BFCHW", "allegro": "BCFHW"}[name],
+                current_timestep_callback=lambda: 500,
+            )
+        )
+        inputs = only(case_of(name).inputs(4, (3, 4, 4)), rows)
+        with model.cache_context("pass"):
+            for _ in range(5):
+                found.append(outputs(model, inputs))
+        return found
+
+    for together, alone in zip(generate([0, 1, 2, 3]), generate([0, 2]), strict=True):
+        torch.testing.assert_close(together[[0, 2]], alone, atol=1e-4, rtol=1e-4)
+
+
 def test_argument_names_are_those_of_diffusers():
     """They are written down in the families, because wrapped classes do not tell them."""
     signatures = {family.model: family.signature for family in families.registered()}
@@ -71,6 +130,7 @@ def test_classes_that_were_wrapped_before_the_import():
     code = """
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers import FasterCacheConfig
 from diffusers.hooks import LayerSkipConfig, apply_layer_skip
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from diffusers import (
@@ -26,6 +30,8 @@ from bigain_kernels.diffusers import (
     remove_token_compression,
     token_compression,
 )
+from bigain_kernels.diffusers.families import registered
+from bigain_kernels.diffusers.schedulers import ONE_CONDITION, Pipeline
 
 from .models import (
     TEXT_DIM,
@@ -200,6 +206,53 @@ def test_a_guider_calls_once_for_each_condition(monkeypatch):
     with recorded_plans(monkeypatch) as records:
         run(model, unet_inputs())
     assert all(plan.num_rows == 2 for _, plan in records)
+
+
+def methods_of_pipelines():
+    """(class name, text of __init__, text of __call__) of the pipelines of diffusers, but for those it keeps as they
+    were."""
+    for path in sorted((Path(diffusers.__file__).parent / "pipelines").rglob("pipeline_*.py")):
+        text = path.read_text()
+        for cls in ast.parse(text).body if "deprecated" not in path.parts else ():
+            if isinstance(cls, ast.ClassDef) and cls.name.endswith("Pipeline"):
+                methods = {m.name: ast.get_source_segment(text, m) for m in cls.body if isinstance(m, ast.FunctionDef)}
+                if {"__init__", "__call__"} <= methods.keys():
+                    yield cls.name, methods["__init__"], methods["__call__"]
+
+
+def test_which_pipelines_call_once_for_each_condition():
+    """As their code says: those do whose `__call__` calls the model twice and doubles nothing."""
+    ours = re.compile(r"\b(" + "|".join(family.model.__name__ for family in registered()) + r")\b")
+    one, several = [], []
+    for name, init, call in methods_of_pipelines():
+        if ours.search(init):
+            calls = len(re.findall(r"(?:self\.(?:transformer|unet)|current_model)\(", call))
+            doubles = re.search(r"\] \* [23]|repeat\(2|\[latents, latents\]|_prepare_perturbed", call)
+            if calls > 1 and not doubles:
+                one.append(name)
+            elif doubles and calls == 1:
+                several.append(name)
+    assert len(one) > 20
+    assert len(several) > 60
+    assert [name for name in one if not name.startswith(ONE_CONDITION)] == []
+    assert [name for name in several if name.startswith(ONE_CONDITION)] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "guided", "expected"),
+    [
+        ("WanPipeline", True, 1),
+        ("Lumina2Pipeline", True, 1),
+        ("StableDiffusionPipeline", True, 2),
+        ("StableDiffusionPipeline", False, 1),
+        ("StableDiffusionInstructPix2PixPipeline", True, 3),
+        ("StableDiffusionInstructPix2PixPipeline", False, 1),
+    ],
+)
+def test_conditions_of_pipelines(name, guided, expected):
+    derived = type("Ours", (getattr(diffusers, name),), {"do_classifier_free_guidance": guided})
+    pipe = derived.__new__(derived)
+    assert Pipeline(pipe).conditions() == expected
 
 
 @pytest.mark.parametrize("build", ["unet", "dit"])

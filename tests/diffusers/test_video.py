@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from bigain_kernels import methods
-from bigain_kernels.diffusers import ABMConfig, SiToConfig, token_compression
+from bigain_kernels.diffusers import ABMConfig, LGTMConfig, SiToConfig, token_compression
 from bigain_kernels.methods import MergeConfig
 
 from .family_models import CASES, build, outputs
-from .models import recorded_plans
+from .models import only, recorded_plans
 from .test_families import CLOSE, expected
 
 VIDEOS = [name for name, case in CASES.items() if case.frames > 1]
@@ -58,3 +58,23 @@ def test_a_frame_is_planned_by_itself(name, method, monkeypatch):
             rows = slice(row, row + 1)
             alone = make_plan(used, x[rows], grid, ratio, None if timestep is None else timestep[rows])
             assert torch.equal(found.slot[rows], alone.slot)
+
+
+@pytest.mark.parametrize("order", ["cat", "interleave"])
+@pytest.mark.parametrize("name", VIDEOS)
+def test_videos_share_plans_and_frames_do_not(name, order, monkeypatch):
+    """One video has nobody to share with, however many frames; of four, two and two share, frame by frame."""
+    # An even number of frames is what could be taken for pairs; the model of Latte has a number of its own.
+    frames = CASES[name].frames if name == "latte" else 4
+    model, inputs = build(name), CASES[name].inputs(4, (frames, 4, 4))
+    pairs = [0, 2, 1, 3] if order == "interleave" else [0, 1, 2, 3]  # 0 and 2 belong together, and 1 and 3
+    with token_compression(model, LGTMConfig(ratio=0.5)):
+        alone = outputs(model, one := CASES[name].inputs(1, (frames, 4, 4)))
+    with token_compression(model, LGTMConfig(ratio=0.5, share_plan=2)):
+        apart = outputs(model, inputs)
+    with token_compression(model, LGTMConfig(ratio=0.5, share_plan=2, share_order=order)):
+        assert torch.equal(outputs(model, one), alone)
+        with recorded_plans(monkeypatch) as records:
+            found = outputs(model, only(inputs, pairs))
+    assert all(plan.num_rows == x.shape[0] // 2 for x, plan in records)
+    torch.testing.assert_close(found, apart[pairs], atol=1e-5, rtol=1e-5)
