@@ -40,7 +40,6 @@ class GridReader:
 
     def _read(self, positions: Tensor, read: Callable[[Tensor], Any]) -> Any:
         # Tensors made in inference mode do not count what is written to them.
-<<<<<<< Updated upstream
         version = None if positions.is_inference() else positions._version
         seen = self._seen.get(id(positions))
         if seen is not None and seen[0]() is positions and seen[1] == version:
@@ -51,16 +50,6 @@ class GridReader:
             alive = {key: each for key, each in self._seen.items() if each[0]() is not None}
             self._seen = {**alive, id(positions): (weakref.ref(positions), version, found)}
         return found
-=======
-        version = None if ids.is_inference() else ids._version
-        # Read once: another thread may see another picture in between.
-        seen = self._seen
-        if seen is not None and seen[0]() is ids and seen[1] == version:
-            return seen[2]
-        grid = grid_of_positions(ids)
-        self._seen = None if version is None else (weakref.ref(ids), version, grid)
-        return grid
->>>>>>> Stashed changes
 
 
 def grid_of_positions(ids: Tensor) -> tuple[int, int]:

@@ -122,17 +122,13 @@ def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     return with_context(family.signature, args, kwargs, None)
 
 
-def leave_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+def leave_model(model: Any, args: tuple[Any, ...], output: Any) -> None:
     """Forward hook of a patched model, called after an exception too, then without an output."""
     patch = model._bigain
-    if patch.family.passes_on:
-        told = carried(patch.family.signature, args, kwargs, KEY)
-    else:
-        told = current()
+    if not patch.family.passes_on:
         end(patch)
-    # A pass that failed before it began was told nothing, or what another one was.
     if output is not None:
-        patch.look_back(model, told.forward if isinstance(told, Context) else told)
+        patch.look_back(model)
 
 
 class WholeForm(NamedTuple):

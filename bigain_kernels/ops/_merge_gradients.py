@@ -156,7 +156,8 @@ def _norm_backward(
         if "norm_weight" in needs:
             assert merged is not None
             found["norm_weight"] = (gradient * merged).sum((0, 1))
-        gradient = gradient * norm_weight
+        # What stands in front of the affine parts is in the dtype of the tokens, whatever theirs is.
+        gradient = gradient * norm_weight.to(gradient.dtype)
     if not needs & {"x", "weights"}:
         return found
     variance, mean = torch.var_mean(x.detach(), -1, correction=0, keepdim=True)
