@@ -91,6 +91,7 @@ def project_pooled(
     alpha: float | Tensor,
     fused: bool = False,
     image_tokens: Window | None = None,
+    frames: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries of all tokens, and keys and values of the pooled ones, before any norm.
 
@@ -101,20 +102,22 @@ def project_pooled(
         fused: queries, keys and values come from one layer, `to_qkv`. It projects all tokens, and as pooling commutes
             with it, keys and values are pooled after it.
         image_tokens: (start, stop), the tokens of x that are pooled; None: all.
+        frames: grids in them.
 
     Returns:
-        query (B, T, inner); key and value (B, T - H * W + (H // sy) * (W // sx), inner).
+        query (B, T, inner); key and value (B, T - frames * (H * W - (H // sy) * (W // sx)), inner).
     """
     start, stop = image_tokens or (0, x.shape[1])
     if fused:
         query, key, value = attn.to_qkv(x).chunk(3, dim=-1)
-        return query, *pool_tokens((key, value), (start, stop), grid, factor, alpha)
+        return query, *pool_tokens((key, value), (start, stop), grid, factor, alpha, frames)
     query, to_k, to_v = attn.to_q(x), attn.to_k, attn.to_v
-    whole = stop - start == x.shape[1]
+    # The op pools one grid.
+    whole = stop - start == x.shape[1] and frames == 1
     plain = whole and is_plain_linear(to_k) and is_plain_linear(to_v) and _takes(to_k, x) and _takes(to_v, x)
     # Autocast casts the inputs of the layers that it knows, which an op of ours is not.
     if plain and not torch.is_autocast_enabled(x.device.type):
         key, value = pooled_kv_projection(x, grid, factor, alpha, to_k.weight, to_v.weight, to_k.bias, to_v.bias)
         return query, key, value
-    (pooled,) = pool_tokens((x,), (start, stop), grid, factor, alpha)
+    (pooled,) = pool_tokens((x,), (start, stop), grid, factor, alpha, frames)
     return query, to_k(pooled), to_v(pooled)

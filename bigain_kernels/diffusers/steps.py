@@ -244,7 +244,7 @@ class PoolStep(Step):
         if not self.early:
             return processor.project(attn, x, keys)
         fused = processor.uses_fused(attn)
-        return project_pooled(attn, x, self.grid, self.factor, self.alpha, fused, self.inside)
+        return project_pooled(attn, x, self.grid, self.factor, self.alpha, fused, self.inside, self.frames)
 
     def of_keys(self, rotation: Rotation, turned: Rotation) -> Rotation:
         """Of keys that were pooled before it: that of each window's nearest token, which alpha = 1 picks."""

@@ -48,7 +48,7 @@ MODELS = {
     "flux2": "Flux.2",
     "chroma": "Chroma",
     "sd3": "Stable Diffusion 3, 3.5",
-    "qwen": "Qwen-Image, Qwen-Image-Edit",
+    "qwen": "Qwen-Image, Qwen-Image-Edit, Qwen-Image-Layered",
     "z_image": "Z-Image",
     "lumina2": "Lumina Image 2",
     "aura_flow": "AuraFlow",

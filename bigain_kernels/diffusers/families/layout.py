@@ -58,6 +58,27 @@ def of_img_ids(family: Family, model: Any, call: dict[str, Any], given: Grid | N
     return Place(grid, call["encoder_hidden_states"].shape[1])
 
 
+def of_img_shapes(family: Family, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
+    """`place` where `img_shapes` hold the grids of all pictures, and all of `encoder_hidden_states` stands in front.
+
+    Raises:
+        ValueError: a picture that is drawn has several frames, or layers have several sizes.
+    """
+    # As the model takes it: a shape, or those of the rows, which are equal, each a shape or those of its pictures.
+    shapes = call["img_shapes"]
+    pictures = shapes[0] if isinstance(shapes, list) else shapes
+    pictures = pictures if isinstance(pictures, list) else [pictures]
+    # Those that are drawn: the first, or in Qwen-Image-Layered all but the last, the one that is taken apart.
+    layered = getattr(model.config, "use_layer3d_rope", False) and len(pictures) > 1
+    drawn = pictures[:-1] if layered else pictures[:1]
+    frames, height, width = drawn[0]
+    if frames != 1:
+        raise ValueError(f"img_shapes: got {drawn[0]}, expected one frame: pooling is over one H x W grid")
+    if len(set(drawn)) != 1:
+        raise ValueError(f"img_shapes: got layers of {drawn}, expected one size")
+    return Place((height, width), call["encoder_hidden_states"].shape[1], len(drawn))
+
+
 def video_place(model: Any, call: dict[str, Any], size: int = 1, time: int = 1) -> Place:
     """The place of a video by its `num_frames`, `height` and `width`, if it is all the tokens, or by `video_coords`.
 

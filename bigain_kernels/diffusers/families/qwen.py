@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from diffusers import QwenImageTransformer2DModel
 from diffusers.models.attention_processor import Attention
@@ -14,18 +12,18 @@ from diffusers.models.transformers.transformer_qwenimage import (
 from torch import Tensor
 
 from ..attention import Dispatching, refuse_mask
-from ..context import Context, Grid
+from ..context import Context
 from ..hooks import Signature
 from ..steps import Rotation
-from .family import Place
 from .joint import JointFamily
-from .layout import sigma
+from .layout import of_img_shapes, sigma
 
 
 class CompressedQwenAttnProcessor(Dispatching, QwenDoubleStreamAttnProcessor2_0):
     """Attention of a Qwen-Image block: image and text (B, tokens, C) to both again.
 
-    Tokens of further pictures behind the first, those that Qwen-Image-Edit is given, stay whole like text.
+    Tokens of pictures that the model is given, as Qwen-Image-Edit is, stand behind those it draws and stay whole like
+    text.
     """
 
     def __call__(
@@ -61,22 +59,13 @@ class CompressedQwenAttnProcessor(Dispatching, QwenDoubleStreamAttnProcessor2_0)
 
 
 class Qwen(JointFamily):
-    """QwenImageTransformer2DModel: Qwen-Image and Qwen-Image-Edit."""
+    """QwenImageTransformer2DModel: Qwen-Image, Qwen-Image-Edit and Qwen-Image-Layered."""
 
     model = QwenImageTransformer2DModel
     signature = Signature(hidden_states=0, encoder_hidden_states=1, timestep=3, img_shapes=4, attention_kwargs=6)
+    place = of_img_shapes
     told = sigma
     block = Signature(hidden_states=0, joint_attention_kwargs=5)
     mlp = "img_mlp"
     processors = (CompressedQwenAttnProcessor,)
     replaceable = (QwenDoubleStreamAttnProcessor2_0,)
-
-    def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place:
-        # As the model takes it: a shape, or those of the rows, which are equal, each a shape or those of its pictures.
-        shapes = call["img_shapes"]
-        first = shapes[0] if isinstance(shapes, list) else shapes
-        first = first[0] if isinstance(first, list) else first
-        frames, height, width = first
-        if frames != 1:
-            raise ValueError(f"img_shapes: got {first}, expected one frame: pooling is over one H x W grid")
-        return Place((height, width), call["encoder_hidden_states"].shape[1])
