@@ -10,6 +10,7 @@ merged, the parent is called with fewer of them, and with the rotations of those
 from __future__ import annotations
 
 import builtins
+import copyreg
 import functools
 import inspect
 import sys
@@ -167,7 +168,13 @@ def can_rebind(processor: type) -> bool:
     return isinstance(call, types.FunctionType) and (_attends(call) or bool(_helpers(call)))
 
 
-class ReboundProcessor(CompressedAttention):
+class _Rebound(type):
+    """The class of classes that `rebound` makes: pickled as the call that makes them again, for no module has them."""
+
+    parent: Any
+
+
+class ReboundProcessor(CompressedAttention, metaclass=_Rebound):
     """What a rebound processor does around the code of its parent; see `rebound`."""
 
     def pools_early(self, attn: Any, config: Any) -> bool:
@@ -245,4 +252,13 @@ def rebound(parent: Any) -> type[ReboundProcessor]:
 
     # diffusers asks for the names of the arguments and leaves out those that are not there.
     __call__.__signature__ = signature  # type: ignore[attr-defined]
-    return type(f"Compressed{parent.__name__}", (ReboundProcessor, parent), {"__call__": __call__})
+    contents = {"__call__": __call__, "parent": parent}
+    made: Any = _Rebound(f"Compressed{parent.__name__}", (ReboundProcessor, parent), contents)
+    return made
+
+
+def _made_again(cls: Any) -> Any:
+    return (rebound, (cls.parent,)) if "parent" in vars(cls) else cls.__qualname__
+
+
+copyreg.pickle(_Rebound, _made_again)
