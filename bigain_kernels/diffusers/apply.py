@@ -17,7 +17,7 @@ from .current import forget_checkpoints
 from .deciding import check_places, decision_on, layers_of, merge_place, part_of, previous_processor
 from .families import Layer
 from .finding import Found, find_models
-from .hooks import BlockPatch, enter_block, enter_model, leave_block, leave_model
+from .hooks import BlockPatch, enter_block, enter_model, hide_hooks, leave_block, leave_model, show_hooks
 from .mlp import enter_mlp, leave_mlp
 from .patch import Patch, PatchedLayer, move_backend, refuse_context_parallel
 from .report import CompressionReport, joined
@@ -171,6 +171,7 @@ def _enter_blocks(patch: Patch, blocks: list[Any], mlps: list[Layer], wholes: di
             patch.told_modules.append(layer.attn)
             handles.append(layer.attn.register_forward_pre_hook(enter_mlp))
             handles.append(layer.attn.register_forward_hook(leave_mlp))
+            show_hooks(layer.attn)
 
 
 def remove_token_compression(model_or_pipe: Any) -> None:
@@ -204,6 +205,7 @@ def _remove(model: Any) -> None:
             move_backend(current, previous)
             layer.attn.set_processor(previous)
     for module in (*(layer.attn for layer in patch.layers), *patch.told_modules):
+        hide_hooks(module)
         del module._bigain
         if hasattr(module, "bigain_block"):
             del module.bigain_block

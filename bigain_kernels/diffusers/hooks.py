@@ -197,3 +197,22 @@ def leave_block(block: Any, args: tuple[Any, ...], output: Any) -> None:
 def skip_attention(attention: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Forward pre-hook of an attention that is not compressed: diffusers would warn that it does not know the key."""
     return args, {name: value for name, value in kwargs.items() if name != KEY}
+
+
+def show_hooks(module: nn.Module) -> None:
+    """Have torch.compile see that a module got hooks; it looks for none where it found none.
+
+    Nothing else may have changed of what compiled code saw: where the attention of a block is not compressed and the
+    context is no argument of what was compiled, its MLP would stay as it was. What compiled code does look at is
+    whether a module has a forward method of its own, so it is given the one of its class. Where other software gave it
+    one, it stays.
+    """
+    if "forward" not in vars(module):
+        module.forward = module.forward
+
+
+def hide_hooks(module: nn.Module) -> None:
+    """The inverse."""
+    own = vars(module).get("forward")
+    if own is not None and getattr(own, "__func__", None) is type(module).forward:
+        del module.forward
