@@ -41,7 +41,10 @@ def demo(
     images: Annotated[int | None, typer.Option(help="Test images of each seed, at most 400 in all.")] = None,
     minutes: Annotated[
         float | None,
-        typer.Option(help="After these no image is begun.", show_default="3.5; none with --full or --images"),
+        typer.Option(
+            help="After these no test image is begun but the first few; frontier and samples take the time they take.",
+            show_default="3.5; none with --full or --images",
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Images to generate for each seed.")] = None,
     steps: Annotated[int | None, typer.Option(help="DDIM steps.")] = None,
