@@ -183,7 +183,7 @@ def launch_kv_downsample(
             window=sy * sx,
             batch=batch,
             UNIT=unit,
-            **alpha_arguments(alpha, factor, inputs[0]),
+            **alpha_arguments(alpha, inputs[0]),
             TENSORS=tensors,
             SY=sy,
             SX=sx,

@@ -263,7 +263,7 @@ def launch_kv_downsample_attention(
         for i, axis in enumerate("bhn")
     }
     unit = UNIT if all(stride % UNIT == 0 for stride in strides.values()) else 1
-    blend = alpha_arguments(alpha, factor, q)
+    blend = alpha_arguments(alpha, q)
     blends = blend["ALPHA"] != "one"
     keys_at_once = block_n(q.dtype, d, blends)
     scale = d**-0.5 if scale is None else scale

@@ -159,7 +159,7 @@ def launch_pooled_kv_projection(
         s_xn=x.stride(1),
         s_wk=w_k.stride(0),
         s_wv=w_v.stride(0),
-        **alpha_arguments(alpha, factor, x),
+        **alpha_arguments(alpha, x),
         BIAS_K=b_k is not None,
         BIAS_V=b_v is not None,
         SY=sy,

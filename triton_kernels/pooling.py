@@ -92,13 +92,10 @@ def load_pooled(
     return b_y.to(p_corner.dtype.element_ty)
 
 
-def alpha_arguments(alpha: float | Tensor, factor: tuple[int, int], unused: Tensor) -> dict[str, Any]:
-    """The arguments of a kernel about alpha. ALPHA: "one" and "zero" (nothing to blend), "number", or "rows" (p_alpha).
-
-    A window of one token is that token whatever alpha is.
-    """
-    if isinstance(alpha, Tensor) and factor != (1, 1):
+def alpha_arguments(alpha: float | Tensor, unused: Tensor) -> dict[str, Any]:
+    """What a kernel is told of alpha. ALPHA: "one" and "zero" (nothing to blend), "number", or "rows" (p_alpha)."""
+    if isinstance(alpha, Tensor):
         return {"p_alpha": alpha.contiguous(), "alpha": 0.0, "beta": 0.0, "ALPHA": "rows"}
-    number = 1.0 if factor == (1, 1) else float(alpha)
+    number = float(alpha)
     kind = {0.0: "zero", 1.0: "one"}.get(number, "number")
     return {"p_alpha": unused, "alpha": number, "beta": 1.0 - number, "ALPHA": kind}

@@ -90,6 +90,20 @@ def test_what_has_weight_zero_does_not_show(backend, dtype, grid, factor, rows):
         assert_close(averaged[b], expected[b])
 
 
+def test_windows_of_one_token_are_blended_like_all_others(backend, dtype):
+    """inf - inf is no number, a row whose alpha is none has none, and what has weight zero does not show."""
+    x = tokens(4, 6, 5, dtype)
+    x[:, 2, 3] = torch.inf
+    rows = torch.tensor([torch.nan, 1.2, 1.0, 0.0])
+    for alpha in (1.2, 1.0, 0.0, -0.5, rows):
+        wide = alpha.double() if isinstance(alpha, torch.Tensor) else alpha
+        pooled = backend.kv_downsample(x, (2, 3), 1, alpha)
+        assert_close(pooled, reference.kv_downsample(x.double(), (2, 3), (1, 1), wide))
+    assert pooled[0].isnan().all()
+    assert pooled[1, 2, 3].isnan()
+    assert torch.equal(pooled[2:], x[2:])
+
+
 @pytest.mark.parametrize("count", [2, 3, 4, 5, 7])
 def test_several_tensors_of_different_kinds(backend, count):
     kinds = [
