@@ -42,6 +42,9 @@ def block_merge_plan(
     The r // (sy * sx - 1) tiles of the lowest reduced score merge into their top-left tokens, so at most r tokens go;
     ties go to the lowest tile, NaN counts as +inf. Leftover strips stay. Source: BiGain, arXiv 2603.12240.
 
+    Tiles are reduced in float64, by the Triton kernels in float32. Those hold sums of up to 3e38 and, for "std",
+    deviations from the mean of 1e-18 to 1e18; tiles whose numbers lie beyond may count as equal there.
+
     Args:
         score: (B, N) float32, as `laplacian_score` returns it.
         grid: (H, W) with H * W = N.

@@ -63,6 +63,15 @@ def test_scores_of_any_kind(backend, grid, stride, reduce):
             assert_same_plan(backend.block_merge_plan(score, grid, stride, r, reduce), expected)
 
 
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("scale", [2.0**-56, 2.0**59])
+def test_the_range_that_is_promised(backend, reduce, scale):
+    """Deviations of 1e-18 to 1e18: powers of two change no order."""
+    score = (torch.randint(0, 40, (1, 96), generator=torch.Generator().manual_seed(3)) / 16 + 1) * scale
+    expected = reference.block_merge_plan(score, (8, 12), (2, 2), 36, reduce)
+    assert_same_plan(backend.block_merge_plan(score, (8, 12), (2, 2), 36, reduce), expected)
+
+
 def test_many_tokens(backend):
     score = torch.rand(1, 7200, generator=torch.Generator().manual_seed(2))
     expected = reference.block_merge_plan(score, (80, 90), (2, 3), 1800, "std")
