@@ -152,7 +152,7 @@ def _install(prepared: _Prepared) -> None:
     blocks = [module for module, hook in hooks if hook in (enter_block, enter_whole_block)]
     _enter_blocks(patch, blocks, [layer for layer in compressed if layer.kind == "ff"], wholes)
     # After an exception too: the next pass must not find what this one left.
-    patch.handles.append(model.register_forward_hook(leave_model, always_call=True))
+    patch.handles.append(model.register_forward_hook(leave_model, with_kwargs=True, always_call=True))
     model._bigain = patch
 
 

@@ -58,6 +58,8 @@ class Forward(NamedTuple):
         ratio: fraction of tokens to merge, by resolution level where the config says so; 0.0 for a method that pools.
         alpha: weight of nearest against average pooling, a number or (B,) float32; 1.0 for a method that merges.
         timestep: (B,) what random methods vary with; None for the others.
+        batch: of the model's call, as the size of a tensor without storage, which compiled code takes as dynamic; None
+            where no rows share a plan.
         conditions: rows of the batch that belong to one picture, where the pipeline says; see `Pipeline.conditions`.
         slots: of cached assignment, or None.
         watched: told when a compressed layer is reached, or None.
@@ -68,6 +70,7 @@ class Forward(NamedTuple):
     ratio: float | dict[int, float]
     alpha: float | Tensor
     timestep: Tensor | None = None
+    batch: Tensor | None = None
     conditions: int | None = None
     slots: PlanSlots | None = None
     watched: Pass | None = None
@@ -128,7 +131,8 @@ def host_timestep(timestep: Tensor | float | int | None) -> float:
         raise ValueError("timestep: got None, expected a timestep, which start, end and a scheduled ratio depend on")
     if not isinstance(timestep, Tensor):
         return float(timestep)
-    values = timestep.flatten().tolist()
+    # Of a timestep for each token the noisiest counts, as in `timestep_rows`.
+    values = (timestep.flatten(1).amax(1) if timestep.dim() > 1 else timestep.flatten()).tolist()
     if len(set(values)) != 1:
         raise ValueError(
             f"timestep: got {values}, expected one timestep for all rows of a batch: start, end and a scheduled ratio "
@@ -156,10 +160,15 @@ def timestep_rows(timestep: Tensor | float | int | None, sample: Tensor) -> Tens
     return timestep.to(sample.device).reshape(-1).expand(sample.shape[0])
 
 
-def for_rows(values: Tensor, rows: int) -> Tensor:
-    """A value of each sample of the batch (B,), for as many rows: the frames of a video, which are rows in some places,
-    have what is their video's."""
-    return values if values.shape[0] == rows else values.repeat_interleave(rows // values.shape[0])
+def for_rows(values: Tensor, rows: int, frames: int = 1) -> Tensor:
+    """A value of each sample of the batch (B,), for as many rows, of which each sample has `frames` that we made: the
+    frames of a video, which are rows in some places, have what is their video's."""
+    if values.shape[0] == rows:
+        return values
+    if rows // frames % values.shape[0] != 0:
+        # FasterCache goes on with the conditional half of a batch, the second.
+        values = values[values.shape[0] // 2 :]
+    return values.repeat_interleave(rows // values.shape[0])
 
 
 def make_forward(config: CompressionConfig, sample: Tensor, timestep: Tensor | float | int | None) -> Forward:
@@ -190,4 +199,6 @@ def make_forward(config: CompressionConfig, sample: Tensor, timestep: Tensor | f
         each = config.ratio_at(level) if isinstance(config, MergeConfig) else 0.0
         ratios[level] = between(each, noise) if isinstance(each, tuple) else each
     ratio = ratios[1] if config.levels is None else ratios
-    return Forward(active, ratio, alpha, rows, slots=PlanSlots() if cached else None)
+    shares = isinstance(config, MergeConfig) and config.share_plan is not None
+    batch = torch.empty(sample.shape[0], device="meta") if shares else None
+    return Forward(active, ratio, alpha, rows, batch, slots=PlanSlots() if cached else None)

@@ -122,13 +122,17 @@ def enter_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Ca
     return with_context(family.signature, args, kwargs, None)
 
 
-def leave_model(model: Any, args: tuple[Any, ...], output: Any) -> None:
+def leave_model(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
     """Forward hook of a patched model, called after an exception too, then without an output."""
     patch = model._bigain
-    if not patch.family.passes_on:
+    if patch.family.passes_on:
+        told = carried(patch.family.signature, args, kwargs, KEY)
+    else:
+        told = current()
         end(patch)
+    # A pass that failed before it began was told nothing, or what another one was.
     if output is not None:
-        patch.look_back(model)
+        patch.look_back(model, told.forward if isinstance(told, Context) else told)
 
 
 class WholeForm(NamedTuple):

@@ -47,7 +47,7 @@ class Patch:
         pipeline: what the pipeline is asked, if the model has one.
         told: the range of timesteps that the config names itself; None asks the scheduler.
         idle: layers that run another processor for now, by name: its class and a hook that keeps the context from it.
-        last_pass, watching: the forward pass in progress, until one was looked back at.
+        watching: until a forward pass was looked back at.
         known: the scheduler asked last, and its range.
     """
 
@@ -61,7 +61,6 @@ class Patch:
     told: TimestepRange | None = None
     grid_reader: GridReader = field(default_factory=GridReader)
     idle: dict[str, tuple[type, RemovableHandle]] = field(default_factory=dict)
-    last_pass: Pass | None = None
     watching: bool = True
     known: tuple[Any, TimestepRange] | None = None
 
@@ -149,28 +148,28 @@ class Patch:
         forwards = [make_forward(part, sample, timestep) for part in parts]
         if not torch.compiler.is_compiling():
             active = any(forward.active for forward in forwards)
-            self.last_pass = Pass() if self.watching and active else None
-            forwards = [self._watched(*pair) for pair in zip(parts, forwards, strict=True)]
+            watched = Pass() if self.watching and active else None
+            forwards = [self._watched(part, forward, watched) for part, forward in zip(parts, forwards, strict=True)]
         return forwards[0] if len(forwards) == 1 else forwards[0]._replace(parts=tuple(forwards), slots=None)
 
-    def _watched(self, config: CompressionConfig, forward: Forward) -> Forward:
+    def _watched(self, config: CompressionConfig, forward: Forward, watched: Pass | None) -> Forward:
         """What else is known of a pass that is not being compiled."""
         if getattr(config, "share_plan", None) is not None:
             forward = forward._replace(conditions=self.pipeline.conditions())
-        return forward._replace(watched=self.last_pass)
+        return forward._replace(watched=watched)
 
-    def look_back(self, model: nn.Module) -> None:
+    def look_back(self, model: nn.Module, forward: Forward) -> None:
         """After a forward pass: warns, once, when nothing of it went through a compressed layer."""
-        if self.last_pass is None or torch.compiler.is_compiling():
+        if forward.watched is None or torch.compiler.is_compiling():
             return
-        if not self.last_pass.reached and not self.idle:
+        if not forward.watched.reached and not self.idle:
             logger.warning(
                 "%s: a forward pass reached none of its %d compressed layers, so nothing was compressed: something "
                 "replaced the forward methods of its blocks or attentions",
                 type(model).__name__,
                 self.count,
             )
-        self.watching, self.last_pass = False, None
+        self.watching = False
 
 
 def _tell_diffusers(ours: type) -> None:

@@ -5,32 +5,39 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..methods import MergeConfig
 from ..plan import MergePlan
-from .context import Context, for_rows
+from .context import Context, Forward, for_rows
 
 
-def _shares(config: MergeConfig, batch: int, conditions: int | None) -> bool:
-    """Whether the rows of this call share plans: whether it is sure that they are what `share_plan` counts."""
+def _shares(config: MergeConfig, forward: Forward, rows: int) -> bool:
+    """Whether the rows of this call share plans: whether it is sure that they are what `share_plan` counts.
+
+    That counts samples of the batch, each of which may be several rows here, the frames of a video; fewer rows than
+    samples are a part of the batch that something chose on the way.
+    """
     share = config.share_plan
-    return share is not None and batch % share == 0 and conditions in (None, share)
+    batch = rows if forward.batch is None else forward.batch.shape[0]
+    return share is not None and rows % batch == 0 and batch % share == 0 and forward.conditions in (None, share)
 
 
 def _plan_neighbours(
-    config: MergeConfig, x: Tensor, grid: tuple[int, int], ratio: float, timestep: Tensor | None
+    config: MergeConfig, x: Tensor, batch: int, grid: tuple[int, int], ratio: float, timestep: Tensor | None
 ) -> MergePlan:
-    """The plan of a batch in which the k rows that share are neighbours: (P * k, N, C), a plan with a row for each."""
+    """The plan of a batch of P * k samples in which the k that share are neighbours, each with F rows of its own:
+    (P * k * F, N, C), a plan with a row for each."""
     k = config.share_plan or 1
-    # The order that plans know: row p of each of k batches, one batch after another.
-    apart = torch.cat([x[i::k] for i in range(k)])
+    sizes = (batch // k, k, x.shape[0] // batch)
+    # The order that plans know: the rows of one sample of each k, then those of the next.
+    apart = x.unflatten(0, sizes).transpose(0, 1).flatten(0, 2)
     if timestep is not None:
-        timestep = torch.cat([timestep[i::k] for i in range(k)])
+        timestep = timestep.unflatten(0, sizes).transpose(0, 1).flatten()
     plan = config.plan(apart, grid, ratio, timestep)
     slot, offsets, members, anchor = (
-        table.repeat_interleave(k, 0) for table in (plan.slot, plan.offsets, plan.members, plan.anchor)
+        table.unflatten(0, (sizes[0], 1, sizes[2])).expand(*sizes, -1).flatten(0, 2)
+        for table in (plan.slot, plan.offsets, plan.members, plan.anchor)
     )
     return MergePlan(slot, offsets, members, anchor, plan.grid, plan.num_slots)
 
@@ -65,12 +72,13 @@ def plan_of_call(
         return kept
     timestep = None
     if block is not None and forward.timestep is not None:
-        timestep = for_rows(forward.timestep.to(x.device), x.shape[0])
+        timestep = for_rows(forward.timestep.to(x.device), x.shape[0], context.frames)
         timestep = timestep + block.to(x.device) * config.train_timesteps
-    if config.share_plan is not None and not _shares(config, x.shape[0], forward.conditions):
+    if config.share_plan is not None and not _shares(config, forward, x.shape[0]):
         config = replace(config, share_plan=None)
     if config.share_plan is not None and config.share_order == "interleave":
-        plan = _plan_neighbours(config, x, grid, ratio, timestep)
+        batch = x.shape[0] if forward.batch is None else forward.batch.shape[0]
+        plan = _plan_neighbours(config, x, batch, grid, ratio, timestep)
     else:
         plan = config.plan(x, grid, ratio, timestep)
     for slot in slots:

@@ -136,6 +136,23 @@ def reads_timesteps(config: CompressionConfig) -> str | None:
     return "seed" if config.is_random else None
 
 
+# Pipelines whose names begin so call the model once for each condition, as those with a guider do.
+ONE_CONDITION = (
+    *(
+        "Chroma",
+        "CogView4",
+        "Flux",
+        "HunyuanSkyreels",
+        "HunyuanVideo",
+        "LucyEdit",
+        "Lumina2",
+        "QwenImage",
+        "VisualCloze",
+        "Wan",
+    ),
+)
+
+
 class Pipeline:
     """What a compressed model asks of its pipeline, which it must not keep alive; nothing where there is none."""
 
@@ -160,15 +177,17 @@ class Pipeline:
         0, which is no number that plans are shared by, where a pipeline could have said and is gone: of a copied model,
         or one that outlived its pipeline.
         Pipelines say whether they run guidance while they run, and whether rows for perturbed attention come on top.
-        Those with a guider call the model once for each condition.
         """
         pipeline = self._get()
         if pipeline is None:
             return 0 if self._had_one else None
-        if getattr(pipeline, "guider", None) is not None:
+        names = [cls.__name__ for cls in type(pipeline).__mro__]
+        if getattr(pipeline, "guider", None) is not None or any(name.startswith(ONE_CONDITION) for name in names):
             return 1
         # Properties that look at the guidance scale of the present call; before the first there is none.
         guided = getattr(pipeline, "do_classifier_free_guidance", None)
         if guided is None:
             return None
+        if guided and any("InstructPix2Pix" in name for name in names):
+            return 3  # with text and picture, with the picture alone, with neither
         return 1 + bool(guided) + bool(getattr(pipeline, "do_perturbed_attention_guidance", False))
