@@ -161,7 +161,7 @@ def _enter_blocks(patch: Patch, blocks: list[Any], mlps: list[Layer], wholes: di
     family, handles = patch.family, patch.handles
     with_mlp = {layer.block for layer in mlps if not layer.is_whole}
     for block in blocks:
-        form = family.wholes.get(type(block))
+        form = family.whole_form(block)
         block._bigain = BlockPatch(family.block, family.needs_source, block in with_mlp, wholes.get(block), form)
         patch.told_modules.append(block)
     for layer in mlps:

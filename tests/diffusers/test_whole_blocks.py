@@ -204,3 +204,22 @@ def test_a_failed_block_leaves_nothing():
     handle.remove()
     assert in_block() is None
     assert torch.equal(run(model, flux_inputs()), wanted)
+
+
+def test_a_class_put_around_that_of_a_block_changes_nothing():
+    """As FSDP2 does it: the class of a module becomes one derived from its own, which adds methods."""
+    config, plain, model = LGTMConfig(modules=BOTH), build("flux"), build("flux")
+    rows = apply_token_compression(plain, config).rows
+    for block in model.single_transformer_blocks:
+        block.__class__ = type(f"FSDP{type(block).__name__}", (type(block),), {"unshard": lambda self: None})
+    assert apply_token_compression(model, config).rows == rows
+    assert torch.equal(run(model, flux_inputs()), run(plain, flux_inputs()))
+
+
+def test_a_block_with_a_forward_method_of_its_own_is_not_merged_whole():
+    model = build("flux")
+    block = model.single_transformer_blocks[0]
+    block.__class__ = type("Other", (type(block),), {"forward": lambda self, *args, **kwargs: None})
+    rows = [row for row in apply_token_compression(model, LGTMConfig(modules=BOTH)).rows if row.kind == "ff"]
+    assert [row.patched for row in rows] == [True, True, False, True]
+    assert "its MLP and its attention are one" in rows[2].reason

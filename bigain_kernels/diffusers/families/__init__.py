@@ -47,6 +47,7 @@ _LINEAR = "its attention is linear: every token costs the same, and there are no
 # Models of diffusers that people ask for and that have no attention to compress, with the reason.
 REFUSED = {
     "AnyFlowFARTransformer3DModel": "its attention runs under the block mask of flex attention, which is of all tokens",
+    "DreamLiteUNetModel": "its blocks are of its own kind, with fewer key heads than query heads",
     "MochiTransformer3DModel": "its attentions let nobody replace their processors",
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
@@ -105,8 +106,12 @@ def registered() -> tuple[Family, ...]:
 
 
 def family_of(model: Any) -> Family | None:
-    """The family of a model, that of the nearest class it derives from, or None."""
-    return next((_families[cls] for cls in type(model).__mro__ if cls in _families), None)
+    """The family of a model, that of the nearest class it derives from, or None.
+
+    One that is refused has none of a class behind it: it may derive from a class whose layers it replaced.
+    """
+    nearest = next((cls for cls in type(model).__mro__ if cls in _families or cls.__name__ in REFUSED), None)
+    return _families.get(nearest) if nearest is not None else None
 
 
 for _family in (

@@ -13,7 +13,7 @@ from torch import nn
 from ...methods import CompressionConfig
 from ..attention import CompressedAttention
 from ..context import Grid
-from ..hooks import Signature, Wholes, enter_block, skip_attention
+from ..hooks import Signature, WholeForm, Wholes, enter_block, skip_attention
 from ..schedulers import TimestepRange
 from ..whole import enter_whole_block
 from .recommended import Recommendation
@@ -115,12 +115,21 @@ class Family(ABC):
         found = []
         for layer in {layer.index: layer for layer in reversed(layers)}.values():
             name, mlp = layer.name.rpartition(".")[0], getattr(layer.block, self.mlp, None)
-            if mlp is not None or type(layer.block) not in self.wholes:
+            if mlp is not None or self.whole_form(layer.block) is None:
                 name = f"{name}.{self.mlp}"
             else:
                 mlp = layer.block
             found.append(replace(layer, name=name, kind="ff", attn=mlp))
         return found
+
+    def whole_form(self, block: nn.Module) -> WholeForm | None:
+        """How a block that can be merged as a whole is called, or None.
+
+        Software such as FSDP2 gives a block another class, derived from its own; a class with a forward method of its
+        own may be called otherwise.
+        """
+        found: Any = next((cls for cls in type(block).__mro__ if cls in self.wholes), None)
+        return self.wholes[found] if found is not None and type(block).forward is found.forward else None
 
     @abstractmethod
     def place(self, model: Any, call: dict[str, Any], given: Grid | None) -> Place | None:
