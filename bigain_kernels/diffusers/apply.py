@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..methods import CompressionConfig, MergeConfig, MixedConfig
@@ -19,6 +18,7 @@ from .families import Layer
 from .finding import Found, find_models
 from .hooks import BlockPatch, enter_block, enter_model, hide_hooks, leave_block, leave_model, show_hooks
 from .mlp import enter_mlp, leave_mlp
+from .numbering import follow_model, forget_number, number_layer
 from .patch import Patch, PatchedLayer, move_backend, refuse_context_parallel
 from .report import CompressionReport, joined
 from .schedulers import Pipeline, TimestepRange, numbered
@@ -140,14 +140,13 @@ def _install(prepared: _Prepared) -> None:
         else:
             layer.attn._bigain = told_layer
         if part.is_random:
-            device = next(layer.attn.parameters()).device
-            # Offloading may have left nothing but a meta tensor there.
-            index = torch.tensor(layer.index, device="cpu" if device.type == "meta" else device)
-            layer.attn.register_buffer("bigain_block", index, persistent=False)
+            number_layer(layer.attn, layer.index)
     for entry in patch.layers:
         patch.install(entry)
     merges = any(isinstance(part, MergeConfig) for part in parts)
     hooks: list[tuple[Any, Callable[..., Any]]] = [(model, enter_model), *family.hooks(model, compressed, merges)]
+    if any(part.is_random for part in parts):
+        hooks.append((model, follow_model))
     patch.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     blocks = [module for module, hook in hooks if hook in (enter_block, enter_whole_block)]
     _enter_blocks(patch, blocks, [layer for layer in compressed if layer.kind == "ff"], wholes)
@@ -207,8 +206,7 @@ def _remove(model: Any) -> None:
     for module in (*(layer.attn for layer in patch.layers), *patch.told_modules):
         hide_hooks(module)
         del module._bigain
-        if hasattr(module, "bigain_block"):
-            del module.bigain_block
+        forget_number(module)
     del model._bigain
 
 
