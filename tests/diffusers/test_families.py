@@ -25,7 +25,7 @@ from bigain_kernels.diffusers import (
     remove_token_compression,
     token_compression,
 )
-from bigain_kernels.diffusers.families import REFUSED, registered
+from bigain_kernels.diffusers.families import REFUSED, family_of, registered
 from bigain_kernels.methods import PoolConfig
 
 from .family_inputs import noise
@@ -457,3 +457,8 @@ def test_models_without_attention_to_compress_are_refused_with_the_reason(name):
     stand_in = type(name, (torch.nn.Module,), {})()
     with pytest.raises(TypeError, match=rf"model_or_pipe: got {name}, which cannot be compressed: its attention"):
         apply_token_compression(stand_in, IEKVDConfig())
+
+
+def test_a_refused_class_is_of_no_family_that_it_derives_from():
+    assert issubclass(diffusers.DreamLiteUNetModel, diffusers.UNet2DConditionModel)
+    assert family_of(object.__new__(diffusers.DreamLiteUNetModel)) is None

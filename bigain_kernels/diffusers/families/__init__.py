@@ -47,7 +47,7 @@ _LINEAR = "its attention is linear: every token costs the same, and there are no
 # Models of diffusers that people ask for and that have no attention to compress, with the reason.
 REFUSED = {
     "AnyFlowFARTransformer3DModel": "its attention runs under the block mask of flex attention, which is of all tokens",
-    "DreamLiteUNetModel": "its blocks are of its own kind, with fewer key heads than query heads",
+    "DreamLiteUNetModel": "its attentions, in blocks of its own, have fewer key heads than query heads",
     "MochiTransformer3DModel": "its attentions let nobody replace their processors",
     "SanaTransformer2DModel": _LINEAR,
     "SanaVideoTransformer3DModel": _LINEAR,
