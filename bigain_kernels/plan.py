@@ -33,6 +33,15 @@ class MergePlan:
     grid: tuple[int, int]
     num_slots: int
 
+    def __repr__(self) -> str:
+        # As a pytree it may hold anything in the place of its tensors.
+        slot = self.slot
+        rows = f"{slot.shape[0]} row{'s' * (slot.shape[0] != 1)}, " if isinstance(slot, Tensor) else ""
+        where = f", {slot.device}" if isinstance(slot, Tensor) else ""
+        return (
+            f"MergePlan({rows}{self.grid[0] * self.grid[1]} tokens to {self.num_slots} slots, grid {self.grid}{where})"
+        )
+
     @property
     def num_rows(self) -> int:
         """P, the number of rows planned for."""

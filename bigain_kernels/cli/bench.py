@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import options as opt
-from .text import say_lines
+from .text import counted, say_lines
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +65,10 @@ def bench(
         )
         pixels = _images(loaded, images, size, batch_size)
         rows = measure(loaded, {**_methods(loaded, ratio, factor), **more}, pixels, turns=turns, seed=seed)
-        shown = f"{len(pixels)} images of {pixels.shape[-2]} x {pixels.shape[-1]}, {chosen_device}, {dtype}"
-        heading = f"{opt.checkpoint_name(checkpoint)}, {shown}, ratio {ratio}, factor {factor}, {turns} turns"
+        shown = f"{counted(len(pixels), 'image')} of {pixels.shape[-2]} x {pixels.shape[-1]}, {chosen_device}, {dtype}"
+        heading = (
+            f"{opt.checkpoint_name(checkpoint)}, {shown}, ratio {ratio}, factor {factor}, {counted(turns, 'turn')}"
+        )
         output.clear()
         table = markdown(rows, heading)
         output.write_text("table.md", table)

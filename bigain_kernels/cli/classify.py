@@ -11,7 +11,7 @@ import typer
 
 from . import options as opt
 from .method_options import NOTHING_GIVEN, ConfigOption, GivenOptions, MethodName, read_compression
-from .text import say, say_lines
+from .text import counted, say, say_lines
 
 if TYPE_CHECKING:
     from ..evaluation.checkpoints import Checkpoint
@@ -140,7 +140,7 @@ def classify(
         with results:
             before = _results_of(data, results.result)
             if before.images:
-                say(f"{len(before.images)} images were classified before", aside=as_json)
+                say(f"{counted(len(before.images), 'image')} classified before", aside=as_json)
             try:
                 _run(loaded, data, config, compression, plans, results)
             finally:
@@ -230,7 +230,8 @@ def _show(summary: dict[str, Any] | None, data: Inputs, output: OutputFolder, as
         return
     damaged = f", {len(data.damaged)} damaged left out" if data.damaged else ""
     low, high = summary["accuracy_interval"]
+    images = counted(summary["images"], "image")
     say(
-        f"accuracy {summary['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}) on {summary['images']} images{damaged}; "
+        f"accuracy {summary['accuracy']:.4f} (95 %: {low:.4f} to {high:.4f}) on {images}{damaged}; "
         f"{summary['evaluations']} forward evaluations in {summary['seconds']:.1f} s; results in {output.path}"
     )

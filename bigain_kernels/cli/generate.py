@@ -12,7 +12,7 @@ import typer
 from . import options as opt
 from .generate_prompts import draw_prompts
 from .method_options import NOTHING_GIVEN, ConfigOption, GivenOptions, MethodName, read_compression
-from .text import say, say_lines
+from .text import counted, say, say_lines
 
 if TYPE_CHECKING:
     import torch
@@ -168,7 +168,7 @@ def _run(
                     files = [str(output.path / _sample(i, labels)) for i in range(count)]
                     say_lines(json.dumps({"out": str(output.path), "files": files, **settings}, indent=2))
                 else:
-                    say(f"{count} images in {output.path}")
+                    say(f"{counted(count, 'image')} in {output.path}")
 
 
 def _sample(index: int, labels: list[int]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import options as opt
-from .text import say, say_lines
+from .text import counted, say, say_lines
 
 if TYPE_CHECKING:
     import torch
@@ -88,4 +88,4 @@ def draw_prompts(
             if as_json:
                 say_lines(json.dumps({"out": str(out), "files": files, **folder.settings}, indent=2))
             else:
-                say(f"{len(files)} images in {out / 'images'}")
+                say(f"{counted(len(files), 'image')} in {out / 'images'}")

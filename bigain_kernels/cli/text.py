@@ -15,6 +15,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def counted(count: int, what: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def say(text: str, aside: bool = False) -> None:
     """Print a line, made printable, to stdout, or, `aside`, to stderr. A reader that went away ends no work."""
     stream = sys.stderr if aside else sys.stdout

@@ -55,9 +55,14 @@ def _found(name: str, model: Any, came_as: Any) -> Found:
             came += f" with {type(model).__name__}"
         if type(model).__name__ in REFUSED:
             raise TypeError(f"model_or_pipe: got {came}, which cannot be compressed: {REFUSED[type(model).__name__]}")
-        known = [family.model.__name__ for family in registered()]
-        names = ", ".join(known[:-1]) + f" or {known[-1]}"
-        raise TypeError(f"model_or_pipe: got {came}, expected a {names}, or a pipeline with one as unet or transformer")
+        known = "a model of diffusers"
+        if any(cls.__module__.startswith("diffusers.") for cls in type(model).__mro__):
+            names = [family.model.__name__ for family in registered()]
+            known = f"a {', '.join(names[:-1])} or {names[-1]}"
+        raise TypeError(
+            f"model_or_pipe: got {came}, expected {known}, or a pipeline with one as unet or transformer; where it is "
+            "wrapped in something, pass the pipeline or its unet or transformer (of DataParallel its .module)"
+        )
     return Found(name, model, family)
 
 

@@ -116,7 +116,7 @@ def test_resume_gives_the_results_of_one_run(tmp_path: Path, capsys: pytest.Capt
     assert _bigain("classify", "--limit", 6, "--out", whole) == 0
     assert _bigain("classify", "--limit", 2, "--out", parts) == 0
     assert _bigain("classify", "--limit", 6, "--out", parts, "--resume") == 0
-    assert "2 images were classified before" in capsys.readouterr().out
+    assert "2 images classified before" in capsys.readouterr().out
     first, second = _images(whole / "results.jsonl"), _images(parts / "results.jsonl")
     assert [i["prediction"] for i in first] == [i["prediction"] for i in second]
     for a, b in zip(first, second, strict=True):
@@ -146,7 +146,7 @@ def test_resume_with_a_smaller_limit_reports_that_part(tmp_path: Path, capsys: p
     capsys.readouterr()
     assert _bigain("classify", "--limit", 4, "--out", tmp_path, "--resume") == 0
     shown = capsys.readouterr().out
-    assert "4 images were classified before" in shown
+    assert "4 images classified before" in shown
     assert "on 4 images; 112 forward evaluations" in shown
     assert json.loads((tmp_path / "summary.json").read_text())["images"] == 4
     assert len(_images(tmp_path / "results.jsonl")) == 8

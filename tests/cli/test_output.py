@@ -35,11 +35,12 @@ def printed(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: in
 def test_classify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = printed(capsys, "classify", "--limit", "2", "--out", tmp_path)
     assert found == {**json.loads((tmp_path / "summary.json").read_text()), "out": str(tmp_path)}
-    capsys.readouterr()
+    assert main(["classify", "--limit", "1", "--out", str(tmp_path / "one")]) == 0
+    assert " on 1 image; " in capsys.readouterr().out
     assert main(["classify", "--limit", "3", "--out", str(tmp_path), "--resume", "--json"]) == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["images"] == 3
-    assert shown.err == "2 images were classified before\n"
+    assert shown.err == "2 images classified before\n"
 
 
 def test_an_interrupted_run_has_its_json(

@@ -59,7 +59,7 @@ def test_a_damaged_image_is_named_and_costs_no_other(
     assert json.loads((out / "summary.json").read_text())["images"] == 4
     order.paths[4].unlink()
     assert _classify(images, out, "--resume") == 0
-    assert "4 images were classified before" in capsys.readouterr().out
+    assert "4 images classified before" in capsys.readouterr().out
     assert _finished(out) == [order.identity(i) for i in (0, 1, 2, 3, 5)]
     assert _classify(images, fresh) == 0
     assert _finished(fresh) == _finished(out)

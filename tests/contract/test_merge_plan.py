@@ -86,6 +86,13 @@ def test_r_is_clipped_to_the_number_of_sources(backend):
     assert backend.merge_plan(*nothing, 5, (4, 4)).num_slots == 16
 
 
+def test_a_plan_is_shown_in_short(backend):
+    plan = backend.merge_plan(*random_match(2, 60, 15), 30, (6, 10))
+    assert repr(plan) == f"MergePlan(2 rows, 60 tokens to 30 slots, grid (6, 10), {plan.slot.device})"
+    shapes = torch.utils._pytree.tree_map(lambda table: table.shape, plan)
+    assert repr(shapes) == "MergePlan(60 tokens to 30 slots, grid (6, 10))"
+
+
 def test_empty_batch(backend):
     similarity, match = torch.zeros(0, 8), torch.zeros(0, 8, dtype=torch.int32)
     plan = backend.merge_plan(similarity, match, match[:, :2], 3, (2, 4))

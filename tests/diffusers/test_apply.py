@@ -153,10 +153,16 @@ def test_unsupported_attention_is_reported():
 
 
 @pytest.mark.parametrize(
-    "target", [nn.Linear(2, 2), SimpleNamespace(unet=None), SimpleNamespace(transformer=nn.Linear(2, 2))]
+    "target",
+    [
+        nn.Linear(2, 2),
+        SimpleNamespace(unet=None),
+        SimpleNamespace(transformer=nn.Linear(2, 2)),
+        nn.DataParallel(tiny_dit()),
+    ],
 )
 def test_other_models_are_refused(target):
-    message = "model_or_pipe: got .* expected a UNet2DConditionModel, DiTTransformer2DModel, .* or a pipeline"
+    message = r"model_or_pipe: got .*, expected a model of diffusers, or a pipeline .* wrapped .* its \.module"
     with pytest.raises(TypeError, match=message):
         apply_token_compression(target, LGTMConfig())
     with pytest.raises(TypeError, match=message):

@@ -26,6 +26,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert rows[0]["speed"] == 1.0
     assert rows[0]["distance"] == 0.0
     assert all(row["milliseconds"] > 0 and row["memory"] > 0 and row["distance"] > 0 for row in rows[1:])
+    assert (out / "table.md").read_text().splitlines()[0].endswith(", 1 turn")
     assert (out / "table.md").read_text().count("\n| ") == len(rows) + 2
     assert Image.open(out / "picture.png").size[0] > 400
     assert main(["bench", "--size", "2", "--out", str(tmp_path / "other")]) == 2
