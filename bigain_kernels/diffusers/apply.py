@@ -109,11 +109,16 @@ def _prepare(found: Found, config: Compression, pipeline: Pipeline, told: Timest
         if not any(row.config is part for row in report.rows):
             raise ValueError(f"config: got {given}, expected one that compresses at least one layer\n{report}")
     compressed = [layer for layer, decision in zip(layers, decisions, strict=True) if decision.patched]
-    attentions = [PatchedLayer(layer.name, layer.attn) for layer in compressed if layer.kind != "ff"]
+    attentions = [PatchedLayer(layer.name, layer.attn) for layer in _once(compressed) if layer.kind != "ff"]
     patch = Patch(family, resolved, len(compressed), attentions, pipeline=pipeline, told=told)
     if family.told(parts[0]) is None:
         patch.timestep_range()
     return _Prepared(model, patch, compressed, report)
+
+
+def _once(layers: list[Layer]) -> list[Layer]:
+    """The layers without those whose module came before: a block may stand in several places of a model."""
+    return list({id(layer.attn): layer for layer in reversed(layers)}.values())[::-1]
 
 
 def _install(prepared: _Prepared) -> None:
@@ -123,7 +128,7 @@ def _install(prepared: _Prepared) -> None:
     remove_token_compression(model)
 
     wholes: dict[Any, LayerPatch] = {}
-    for layer in compressed:
+    for layer in _once(compressed):
         number = part_of(patch.config, layer) or 0
         part = parts[number]
         needs_source = isinstance(part, MergeConfig) and family.needs_source
@@ -147,6 +152,7 @@ def _install(prepared: _Prepared) -> None:
     hooks: list[tuple[Any, Callable[..., Any]]] = [(model, enter_model), *family.hooks(model, compressed, merges)]
     if any(part.is_random for part in parts):
         hooks.append((model, follow_model))
+    hooks = list(dict.fromkeys(hooks))
     patch.handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module, hook in hooks]
     blocks = [module for module, hook in hooks if hook in (enter_block, enter_whole_block)]
     _enter_blocks(patch, blocks, [layer for layer in compressed if layer.kind == "ff"], wholes)
@@ -163,9 +169,10 @@ def _enter_blocks(patch: Patch, blocks: list[Any], mlps: list[Layer], wholes: di
         form = family.whole_form(block)
         block._bigain = BlockPatch(family.block, family.needs_source, block in with_mlp, wholes.get(block), form)
         patch.told_modules.append(block)
-    for layer in mlps:
-        leave = leave_whole_block if layer.is_whole else leave_block
-        handles.append(layer.block.register_forward_hook(leave, always_call=True))
+    for block, is_whole in {layer.block: layer.is_whole for layer in mlps}.items():
+        leave = leave_whole_block if is_whole else leave_block
+        handles.append(block.register_forward_hook(leave, always_call=True))
+    for layer in _once(mlps):
         if not layer.is_whole:
             patch.told_modules.append(layer.attn)
             handles.append(layer.attn.register_forward_pre_hook(enter_mlp))

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, DiTPipeline
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import nn
 
 from bigain_kernels.diffusers import (
@@ -246,3 +247,31 @@ def test_unknown_block_index_raises_even_beside_a_known_one():
     model = tiny_dit()
     with pytest.raises(ValueError, match=r"^blocks: got \[99\], expected indices below"):
         apply_token_compression(model, LGTMConfig(blocks=(0, 99)))
+
+
+@pytest.mark.parametrize("config", [LGTMConfig(modules=("attn1", "ff")), ToMeConfig(), IEKVDConfig()])
+def test_a_block_that_stands_twice_is_patched_once(config):
+    def twice():
+        model = tiny_dit()
+        model.transformer_blocks[1] = model.transformer_blocks[0]
+        return model
+
+    model = twice()
+    before, plain = _traces(model), run(twice(), dit_inputs())
+    apply_token_compression(model, config)
+    assert not torch.equal(run(model, dit_inputs()), plain)
+    remove_token_compression(model)
+    assert _traces(model) == before
+    assert torch.equal(run(model, dit_inputs()), plain)
+
+
+def test_the_way_out_of_set_default_attn_processor():
+    model = tiny_unet()
+    apply_token_compression(model, LGTMConfig())
+    compressed = run(model, unet_inputs())
+    with pytest.raises(ValueError, match="Cannot call `set_default_attn_processor`"):
+        model.set_default_attn_processor()
+    model.set_attn_processor(AttnProcessor2_0())
+    assert torch.equal(run(model, unet_inputs()), compressed)
+    remove_token_compression(model)
+    model.set_default_attn_processor()
