@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from .compression import each_merging
 from .denoisers import Denoiser
 from .harness.engine import Asking, Engine, check_timesteps
 from .harness.errors import SCORES, ImageErrors, scores
@@ -146,6 +147,9 @@ class Classifier:
     ) -> None:
         self.config = config = config or ClassifierConfig()
         plans = share_plan if isinstance(share_plan, str) else "mean" if share_plan else "own"
+        if plans != "own":
+            # Refused under its name here; the engine calls it plans.
+            each_merging(compression, lambda part: part, "share_plan")
         self._rule = Stages(config.stages, config.score)
         asking = Asking(self._rule, config.timesteps, config.seed, config.batch_size, plans=plans)
         self._engine = Engine(denoiser, asking, compression)

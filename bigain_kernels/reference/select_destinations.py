@@ -28,6 +28,9 @@ def tile_tokens(inside: Tensor, grid: tuple[int, int], stride: tuple[int, int]) 
 
 def select_destinations(score: Tensor, grid: tuple[int, int], stride: tuple[int, int]) -> Tensor:
     """The lowest score of each tile, ties to the lowest token index, NaN counted as +inf; (B, D) int32, ascending."""
+    if stride[0] > grid[0] or stride[1] > grid[1]:
+        # No tile, and with such a stride none of no tokens either, which nothing could be chosen from.
+        return score.new_empty((score.shape[0], 0), dtype=torch.int32)
     tiles = split_tiles(score.masked_fill(score.isnan(), torch.inf), grid, stride)
     # argmin returns the first of equal minima, and row-major order inside a tile is the order of token indices.
     return tile_tokens(tiles.argmin(dim=-1), grid, stride)

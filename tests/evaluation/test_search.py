@@ -261,7 +261,11 @@ def test_candidates():
         "todo factor=2x2",
         "todo factor=4x4",
     ]
-    for wrong, message in ((["magic"], "method: got 'magic'"), (["none"], "method: got 'none'"), ([], "methods: got")):
+    for wrong, message in (
+        (["magic"], "methods: got 'magic'"),
+        (["none"], "methods: got 'none'"),
+        ([], "methods: got"),
+    ):
         with pytest.raises(ValueError, match=message):
             candidates_of(wrong)
 

@@ -140,7 +140,7 @@ def test_operands_of_a_norm_have_dtypes_of_their_own(kind):
     """Each gets its gradient in its dtype, computed in that of the tokens, float32."""
     function, x, *others = CASES["norm, all"]
     others = [y.to(kind) for y in others]
-    wide = [y.double().requires_grad_() for y in (x, *others)]
+    wide = [y.double().clone().requires_grad_() for y in (x, *others)]
     expected = torch.autograd.grad(loss(function(*wide)), wide)
     inputs = [x.float().requires_grad_(), *(y.clone().requires_grad_() for y in others)]
     found = torch.autograd.grad(loss(function(*inputs)), inputs)

@@ -178,7 +178,7 @@ def test_half_errors_have_eleven_bits() -> None:
         ("classes", {"classes": ()}),
         ("stages", {"classes": (1, 2)}),
         ("plans", {"plans": "best"}),
-        ("share_plan", {"plans": "null"}),
+        ("plans", {"plans": "null"}),
     ],
 )
 def test_bad_settings_are_named(name: str, options: dict[str, Any]) -> None:
