@@ -47,7 +47,9 @@ def search(
         ),
     ] = "lgtm,iekvd",
     ratios: Annotated[str, typer.Option(help="Of methods that merge.", rich_help_panel=_SPACE)] = "0.3,0.5,0.7",
-    factors: Annotated[str, typer.Option(help="Of methods that pool.", rich_help_panel=_SPACE)] = "2,4",
+    factors: Annotated[
+        str, typer.Option(help="Of methods that pool: 2, or 1x2 for two columns.", rich_help_panel=_SPACE)
+    ] = "1x2,2,4",
     alphas: Annotated[
         str, typer.Option(help="Of IE-KVD: 0 is the average, 1 the nearest token.", rich_help_panel=_SPACE)
     ] = ("0,0.5,0.9,1"),
@@ -101,7 +103,7 @@ def search(
     candidates = candidates_of(
         methods.split(","),
         opt.fractions("ratios", ratios),
-        opt.numbers("factors", factors),
+        opt.factors("factors", factors),
         opt.fractions("alphas", alphas),
         seed,
     )

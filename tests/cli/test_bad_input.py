@@ -88,6 +88,8 @@ WRONG = [
     (["search", "--speed", "1.3", "--ratios", "half"], "ratios: got 'half'"),
     (["search", "--speed", "1.3", "--ratios", "0.9"], "ratio: got 0.9"),
     (["search", "--speed", "1.3", "--factors", "2.5"], "factors: got '2.5'"),
+    (["search", "--speed", "1.3", "--factors", "2,1x"], "factors: got '2,1x', expected whole numbers, or HxW"),
+    (["search", "--speed", "1.3", "--factors", "1x2x2"], "factor: got (1, 2, 2)"),
     (["search", "--speed", "1.3", "--alphas", "nan"], "alpha: got nan"),
     (["search", "--speed", "1.3", "--calibration", "1"], "calibration: got 1"),
     (["search", "--speed", "1.3", "--held-out", "999"], "held_out: got 999, expected at most 400"),

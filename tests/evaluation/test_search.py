@@ -250,16 +250,16 @@ def test_groups_are_what_can_be_compressed():
 
 
 def test_candidates():
-    briefs = [each.brief() for each in candidates_of(["lgtm", "tome", "iekvd", "todo"], [0.5], [2, 4], [0, 1], 3)]
+    briefs = [each.brief() for each in candidates_of(["lgtm", "tome", "iekvd", "todo"], [0.5], [2, (1, 2)], [0, 1], 3)]
     assert briefs == [
         "lgtm ratio=0.5 proportional",
         "tome ratio=0.5 proportional seed=3",
         "iekvd factor=2x2 alpha=0",
         "iekvd factor=2x2 alpha=1",
-        "iekvd factor=4x4 alpha=0",
-        "iekvd factor=4x4 alpha=1",
+        "iekvd factor=1x2 alpha=0",
+        "iekvd factor=1x2 alpha=1",
         "todo factor=2x2",
-        "todo factor=4x4",
+        "todo factor=1x2",
     ]
     for wrong, message in (
         (["magic"], "methods: got 'magic'"),

@@ -15,7 +15,9 @@ from ...methods.registry import load_entry_points, make_config, names, options_o
 
 # Merging that weighs keys by size, and pooling: the methods of BiGain.
 METHODS = ("lgtm", "iekvd")
-RATIOS, FACTORS, ALPHAS = (0.3, 0.5, 0.7), (2, 4), (0.0, 0.5, 0.9, 1.0)
+RATIOS, ALPHAS = (0.3, 0.5, 0.7), (0.0, 0.5, 0.9, 1.0)
+# Half of the keys, a quarter, a sixteenth: what each block bears differs by more than the step from one to the next.
+FACTORS: tuple[int | tuple[int, ...], ...] = ((1, 2), 2, 4)
 PER = ("block", "level")
 
 
@@ -80,7 +82,7 @@ def groups_of(model: torch.nn.Module, per: str = "block") -> list[Group]:
 def candidates_of(
     methods: Sequence[str] = METHODS,
     ratios: Sequence[float] = RATIOS,
-    factors: Sequence[int] = FACTORS,
+    factors: Sequence[int | tuple[int, ...]] = FACTORS,
     alphas: Sequence[float] = ALPHAS,
     seed: int = 0,
 ) -> list[CompressionConfig]:
@@ -89,7 +91,7 @@ def candidates_of(
     Args:
         methods: by name, those of other packages too.
         ratios: of methods that merge, which weigh keys by size (`proportional`).
-        factors: of methods that pool.
+        factors: of methods that pool; one for all axes of the grid, or one for each.
         alphas: of those that have one.
         seed: of those that choose at random.
 
