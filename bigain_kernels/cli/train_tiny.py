@@ -43,7 +43,7 @@ _NAMES = (
 )
 
 
-_STAGE = "SIZE:STEPS:BATCH[:RATE[:CONTRAST[:UNTIL[:FOCUS]]]]"
+_STAGE = "SIZE:STEPS:BATCH[:RATE[:CONTRAST[:UNTIL]]]"
 
 
 def _read_stages(text: str) -> tuple[Stage, ...]:
@@ -53,7 +53,7 @@ def _read_stages(text: str) -> tuple[Stage, ...]:
     for part in text.split(","):
         try:
             size, steps, batch, *rest = part.split(":")
-            numbers: list[Any] = [*map(float, rest[:2]), *map(int, rest[2:3]), *map(float, rest[3:])]
+            numbers: list[Any] = [*map(float, rest[:2]), *map(int, rest[2:])]
             stages.append(Stage(int(size), int(steps), int(batch), *numbers))
         except (TypeError, ValueError) as error:
             if str(error).startswith("stages: "):
@@ -79,8 +79,7 @@ def train_tiny(
         str | None,
         typer.Option(
             help=f"unet, dit: {_STAGE},...: image size, steps, images of one step, factor of the learning rate, how "
-            "much telling right labels from wrong ones counts, from which timestep it does not, and the share of the "
-            "images that is trained where a classifier errs."
+            "much telling right labels from wrong ones counts, and from which timestep it does not."
         ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW, after warm-up (2e-3).")] = None,

@@ -33,8 +33,6 @@ STATE = "state.safetensors"
 _MARGIN = 0.002
 # At less noise no label is needed.
 _CONTRASTED_FROM = 100
-# In so many timesteps, the last that are contrasted, the label decides most of the error: a classifier looks there.
-_FOCUS = 400
 # Where, and on how many images, the validation error is logged.
 _VALIDATION_TIMESTEPS = (100, 250, 400, 550, 700)
 _VALIDATION_IMAGES, _VALIDATION_BATCH = 100, 20
@@ -50,10 +48,6 @@ class Stage:
     With `contrast` above 0 each image is denoised with a wrong label too, at twice the cost, and so much of
     `contrast_loss` is added to the loss: the right label is to leave the smaller error, which the denoising loss alone
     asks for in the end only. From timestep `until` on no digit can be told, and labels are not contrasted.
-
-    The share `focus` of each batch is trained where a classifier errs: at the 400 timesteps before `until`, and against
-    the wrong label that leaves the least error, which takes a forward pass of all labels to find. The other images get
-    any timestep and any wrong label; most wrong labels are far behind and teach nothing more.
     """
 
     size: int
@@ -62,7 +56,6 @@ class Stage:
     rate: float = 1.0
     contrast: float = 0.0
     until: int = 700
-    focus: float = 0.0
 
     def __post_init__(self) -> None:
         if self.size not in STAGE_SIZES:
@@ -73,19 +66,9 @@ class Stage:
         for name in ("rate", "contrast", "until"):
             if not 0 <= getattr(self, name) <= 1e3:
                 raise ValueError(f"stages: got {name} {getattr(self, name)}, expected 0 to 1000")
-        if not 0 <= self.focus <= (1 if self.contrast and self.until else 0):
-            raise ValueError(
-                f"stages: got focus {self.focus}, contrast {self.contrast} and until {self.until}, expected a focus of "
-                "0 to 1, and 0 where nothing is contrasted"
-            )
-
-    @property
-    def focused(self) -> int:
-        """Images of each batch that are in focus."""
-        return round(self.focus * self.batch)
 
     def __str__(self) -> str:
-        return f"{self.size}:{self.steps}:{self.batch}:{self.rate:g}:{self.contrast:g}:{self.until}:{self.focus:g}"
+        return f"{self.size}:{self.steps}:{self.batch}:{self.rate:g}:{self.contrast:g}:{self.until}"
 
 
 STAGES = {
@@ -177,31 +160,6 @@ def _fast() -> torch.autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=_has_bfloat16())
 
 
-def draw_timesteps(stage: Stage, steps: int, generator: torch.Generator) -> torch.Tensor:
-    """(batch,) timesteps below `steps`, those of the focus first; each part spread evenly."""
-    focused, first = stage.focused, max(0, stage.until - _FOCUS)
-    parts = []
-    if focused:
-        parts.append(first + spread_timesteps(focused, stage.until - first, generator))
-    if focused < stage.batch:
-        parts.append(spread_timesteps(stage.batch - focused, steps, generator))
-    return torch.cat(parts)
-
-
-@torch.no_grad()
-def hardest_labels(
-    denoiser: Denoiser, noisy: torch.Tensor, target: torch.Tensor, t: torch.Tensor, true: torch.Tensor
-) -> torch.Tensor:
-    """For each of n noisy images the wrong label whose prediction is closest to `target`: (n,) int64."""
-    n = len(noisy)
-    labels = torch.arange(NUM_CLASSES).repeat_interleave(n)
-    with _fast():
-        predicted = denoiser(noisy.repeat(NUM_CLASSES, 1, 1, 1), t.repeat(NUM_CLASSES), labels)
-    errors = (predicted.float() - target.repeat(NUM_CLASSES, 1, 1, 1)).square().mean(dim=(1, 2, 3))
-    errors = errors.view(NUM_CLASSES, n).scatter(0, true[None], torch.inf)
-    return errors.argmin(dim=0)
-
-
 def contrast_loss(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
     """What the errors of a right and of a wrong label cost, each (n,): the less, the larger the wrong one is.
 
@@ -266,12 +224,11 @@ class Run:
 
     def _losses(self, data: Digits, stage: Stage) -> tuple[torch.Tensor, torch.Tensor]:
         n, generator, kind = stage.batch, self.generator, self.config.model
-        denoiser, focused = self.denoisers[stage.size], stage.focused
-        scheduler = denoiser.scheduler
+        scheduler = self.denoisers[stage.size].scheduler
         index = torch.randint(len(data), (n,), generator=generator)
         images, true = resized(kind, augment(data.images[index], generator), stage.size), data.labels[index]
         labels = drop_labels(true, self.config.label_dropout, generator)
-        t = draw_timesteps(stage, scheduler.config.num_train_timesteps, generator)
+        t = spread_timesteps(n, scheduler.config.num_train_timesteps, generator)
         noise = torch.randn(images.shape, generator=generator)
         noisy, target = diffuse(scheduler, images, noise, t)
         # v-prediction alone would weigh the error of the clean image by SNR + 1.
@@ -280,12 +237,9 @@ class Run:
         if stage.contrast:
             # An image that has lost its label gets it back in its second row.
             other = (true + torch.randint(1, NUM_CLASSES, (n,), generator=generator)) % NUM_CLASSES
-            if focused:
-                parts = (x[:focused] for x in (noisy, target, t, true))
-                other[:focused] = hardest_labels(denoiser, *parts)
             rows, labels = 2, torch.cat([labels, torch.where(dropped, true, other)])
         with _fast():
-            predicted = denoiser(noisy.repeat(rows, 1, 1, 1), t.repeat(rows), labels)
+            predicted = self.denoisers[stage.size](noisy.repeat(rows, 1, 1, 1), t.repeat(rows), labels)
         errors = (predicted.float() - target.repeat(rows, 1, 1, 1)).square().mean(dim=(1, 2, 3))
         first = errors[:n]
         denoising = (first * weight).mean()

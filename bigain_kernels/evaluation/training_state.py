@@ -36,8 +36,8 @@ def _past(config: dict[str, Any], step: int) -> dict[str, Any]:
         steps = min(stage["steps"], step)
         step -= steps
         if steps:
-            # Older states do not say until where labels were contrasted, to 700, nor of a focus, which they had none.
-            stages.append({"until": 700, "focus": 0.0, **stage, "steps": steps})
+            # Older states do not say until where labels were contrasted: to 700, as is the default.
+            stages.append({"until": 700, **stage, "steps": steps})
     # How often the log is written changes no weight.
     return {**config, "stages": stages, "log_every": None}
 

@@ -17,7 +17,6 @@ from bigain_kernels.cli.main import main
 from bigain_kernels.diffusers import token_compression
 from bigain_kernels.evaluation.checkpoints import EMBEDDINGS, SHIPPED, load_checkpoint
 from bigain_kernels.evaluation.data import load_mnist
-from bigain_kernels.evaluation.denoisers import diffuse
 from bigain_kernels.evaluation.mnist_models import (
     FOLDERS,
     SIZES,
@@ -27,21 +26,11 @@ from bigain_kernels.evaluation.mnist_models import (
     mnist_denoiser,
     resized,
 )
-from bigain_kernels.evaluation.train_mnist import (
-    LOG,
-    STATE,
-    MnistConfig,
-    Run,
-    Stage,
-    contrast_loss,
-    draw_timesteps,
-    hardest_labels,
-    train_mnist,
-)
+from bigain_kernels.evaluation.train_mnist import LOG, STATE, MnistConfig, Run, Stage, contrast_loss, train_mnist
 from bigain_kernels.methods import LGTMConfig
 
 # Images of 8 x 8 pixels: 64 tokens in the U-Net, 16 in the DiT.
-FIRST, SECOND = Stage(8, 2, 2), Stage(8, 3, 2, 0.5, 1.0, focus=0.5)
+FIRST, SECOND = Stage(8, 2, 2), Stage(8, 3, 2, 0.5, 1.0)
 
 
 def _config(model: str, *stages: Stage) -> MnistConfig:
@@ -94,7 +83,7 @@ def test_a_state_of_another_run_is_refused(trained: tuple[str, Path, Path], tmp_
     config = _config(kind, FIRST, SECOND)
     for other, named in (
         (replace(config, seed=1), "seed: got 1, expected 0"),
-        (replace(config, stages=(FIRST, replace(SECOND, focus=0.0))), "stages: got "),
+        (replace(config, stages=(FIRST, replace(SECOND, contrast=0.0))), "stages: got "),
         (replace(config, stages=(FIRST,)), "stages: got "),
         (replace(config, model="dit" if kind == "unet" else "unet"), "model: got "),
     ):
@@ -121,42 +110,6 @@ def test_contrast_fades_once_the_right_label_is_ahead() -> None:
     assert right.grad[1] == pytest.approx(0.5)
     assert 0.5 > right.grad[2] > right.grad[3] >= 0
     assert right.grad[3] < 1e-6
-
-
-def test_the_focus_is_before_the_last_contrasted_timestep() -> None:
-    generator = torch.Generator().manual_seed(0)
-    stage = Stage(8, 1, 40, contrast=1.0, until=900, focus=0.75)
-    for _ in range(5):
-        t = draw_timesteps(stage, 1000, generator)
-        assert t.shape == (40,)
-        assert 500 <= t[:30].min() < 520
-        assert 880 < t[:30].max() < 900
-        # The other ten are one of each tenth.
-        assert (t[30:] // 100).tolist() == list(range(10))
-    assert draw_timesteps(replace(stage, focus=1.0, until=100), 1000, generator).max() < 100
-    plain = [draw_timesteps(replace(stage, focus=0.0), 1000, torch.Generator().manual_seed(1)) for _ in range(2)]
-    assert torch.equal(*plain)
-    assert (plain[0] // 25).tolist() == list(range(40))
-
-
-@pytest.mark.parametrize("kind", list(FOLDERS))
-def test_the_hardest_label_is_the_wrong_one_of_least_error(kind: str) -> None:
-    denoiser = load_checkpoint(f"mnist-{kind}").denoiser
-    data = load_mnist("validation")
-    clean, true = resized(kind, data.images[:3], 16), data.labels[:3]
-    denoiser = mnist_denoiser(kind, denoiser.model, 16)
-    t = torch.tensor([300, 500, 650])
-    noisy, target = diffuse(
-        denoiser.scheduler, clean, torch.randn(clean.shape, generator=torch.Generator().manual_seed(0)), t
-    )
-    found = hardest_labels(denoiser, noisy, target, t, true)
-    for i in range(3):
-        errors = {
-            label: (denoiser(noisy[i : i + 1], t[i : i + 1], torch.tensor([label])) - target[i]).square().mean().item()
-            for label in range(10)
-            if label != true[i]
-        }
-        assert found[i].item() == min(errors, key=errors.__getitem__)
 
 
 def test_embeddings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -239,9 +192,7 @@ def test_stages_are_read_from_text(tmp_path: Path, capsys: pytest.CaptureFixture
     for text, named in (
         ("8", "stages: got '8', expected SIZE:STEPS:BATCH"),
         ("8:1:2,8:1:x", "stages: got '8:1:x'"),
-        ("8:1:2:1:1:1:1:1", "stages: got '8:1:2:1:1:1:1:1'"),
-        ("8:1:2:1:1:1:2", "stages: got focus 2.0"),
-        ("8:1:2:1:0:1:1", "stages: got focus 1.0, contrast 0.0"),
+        ("8:1:2:1:1:1:1", "stages: got '8:1:2:1:1:1:1'"),
         ("8:1:2:1:1:0.5", "stages: got '8:1:2:1:1:0.5'"),
         ("48:1:2", "stages: got size 48"),
         ("8:0:2", "stages: got steps 0"),
