@@ -48,15 +48,6 @@ def numbers(name: str, text: str) -> tuple[int, ...]:
         raise ValueError(f"{name}: got {text!r}, expected whole numbers with commas between") from error
 
 
-def factors(name: str, text: str) -> tuple[int | tuple[int, ...], ...]:
-    """Read "2,1x2": whole numbers, or one for each axis of the grid with x between."""
-    try:
-        parts = [tuple(int(axis) for axis in part.split("x")) for part in text.split(",")]
-    except ValueError as error:
-        raise ValueError(f"{name}: got {text!r}, expected whole numbers, or HxW, with commas between") from error
-    return tuple(part[0] if len(part) == 1 else part for part in parts)
-
-
 def fractions(name: str, text: str) -> tuple[float, ...]:
     """Read "0.3,0.5"."""
     try:

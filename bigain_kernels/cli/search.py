@@ -97,13 +97,14 @@ def search(
     from ..evaluation.search.search import Goal, Search
     from ..evaluation.search.space import candidates_of, groups_of
     from ..evaluation.search.turns import TurnFile
+    from ..methods.options import Pair
 
     opt.set_threads(threads)
     goal = Goal(speed, error)
     candidates = candidates_of(
         methods.split(","),
         opt.fractions("ratios", ratios),
-        opt.factors("factors", factors),
+        [Pair().read("factors", part) for part in factors.split(",")],
         opt.fractions("alphas", alphas),
         seed,
     )

@@ -6,6 +6,7 @@ in its docstring. Everything else follows from that: the check, the text that th
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import field
 from numbers import Integral
@@ -63,9 +64,9 @@ def check_range(name: str, value: float, low: float, high: float, why: str = "")
         raise ValueError(f"{name}: got {value}, expected {expected}{why}")
 
 
-def _integers(name: str, text: str, expected: str) -> tuple[int, ...]:
+def _integers(name: str, text: str, expected: str, separator: str = ",") -> tuple[int, ...]:
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(part) for part in re.split(separator, text))
     except ValueError as error:
         raise ValueError(f"{name}: got {text!r}, expected {expected}") from error
 
@@ -156,7 +157,7 @@ class Pair(Kind):
 
     def read(self, name: str, text: str) -> int | tuple[int, ...]:
         expected = "a whole number or ROWSxCOLUMNS"
-        values = _integers(name, text.replace("x", ","), expected)
+        values = _integers(name, text, expected, "[x,]")
         if len(values) > 2:
             raise ValueError(f"{name}: got {text!r}, expected {expected}")
         return values[0] if len(values) == 1 else values
