@@ -33,21 +33,23 @@ def class_embeddings() -> torch.Tensor:
 def build_mnist_unet() -> UNet2DConditionModel:
     """A U-Net made as Stable Diffusion's is, with self-attention over all 32 x 32 pixels in its first and last level.
 
-    The class comes in by cross-attention and, pooled, with the time embedding (as in DeepFloyd's U-Net), because by
-    cross-attention alone a model of this size learns to use it much later.
+    A digit as a whole is seen in the third, of 8 x 8. The class comes in by cross-attention and, pooled, with the time
+    embedding (as in DeepFloyd's U-Net), because by cross-attention alone a model of this size learns to use it much
+    later; both scale and shift what is in every residual block, as they do in a DiT.
     """
     model = UNet2DConditionModel(
         sample_size=SIZES["unet"],
         in_channels=1,
         out_channels=1,
         layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(32, 64, 64),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"),
         cross_attention_dim=_WIDTH,
         # In diffusers this is the number of heads.
         attention_head_dim=1,
         norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
         addition_embed_type="text",
         addition_embed_type_num_heads=4,
     )

@@ -167,10 +167,6 @@ def test_shipped_checkpoint_has_its_log(kind: str) -> None:
         rows = list(csv.DictReader(file))
     assert int(rows[-1]["step"]) == sum(stage["steps"] for stage in settings["stages"])
     assert settings["command"].startswith(f"bigain train-tiny --model {kind} --stages 16:")
-    # The U-Net is to be trained on.
-    state = folder / "state" / f"{STATE}.xz"
-    assert state.exists() == (kind == "unet")
-    assert kind == "dit" or state.stat().st_size < 12_500_000
 
 
 @pytest.mark.parametrize(
