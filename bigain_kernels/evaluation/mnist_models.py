@@ -31,11 +31,11 @@ def class_embeddings() -> torch.Tensor:
 
 
 def build_mnist_unet() -> UNet2DConditionModel:
-    """A U-Net made as Stable Diffusion's is, with self-attention over all 32 x 32 pixels in its first and last level.
+    """A U-Net made as Stable Diffusion's is, with self-attention over all 32 x 32 pixels in its first level.
 
-    A digit as a whole is seen in the third, of 8 x 8. The class comes in by cross-attention and, pooled, with the time
-    embedding (as in DeepFloyd's U-Net), because by cross-attention alone a model of this size learns to use it much
-    later; both scale and shift what is in every residual block, as they do in a DiT.
+    A digit as a whole is seen in the third level, of 8 x 8. The class comes in by cross-attention and, pooled, with the
+    time embedding (as in DeepFloyd's U-Net), because by cross-attention alone a model of this size learns to use it
+    much later; both scale and shift what is in every residual block, as they do in a DiT.
     """
     model = UNet2DConditionModel(
         sample_size=SIZES["unet"],
