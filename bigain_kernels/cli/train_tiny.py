@@ -43,7 +43,7 @@ _NAMES = (
 )
 
 
-_STAGE = "SIZE:STEPS:BATCH[:RATE[:CONTRAST[:UNTIL]]]"
+_STAGE = "SIZE:STEPS:BATCH[:RATE[:CONTRAST[:UNTIL[:WRONG]]]]"
 
 
 def _read_stages(text: str) -> tuple[Stage, ...]:
@@ -79,7 +79,7 @@ def train_tiny(
         str | None,
         typer.Option(
             help=f"unet, dit: {_STAGE},...: image size, steps, images of one step, factor of the learning rate, how "
-            "much telling right labels from wrong ones counts, and from which timestep it does not."
+            "much telling right labels from wrong ones counts, from which timestep it does not, how many wrong ones."
         ),
     ] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Peak of AdamW, after warm-up (2e-3).")] = None,

@@ -45,9 +45,9 @@ STAGE_SIZES = (8, 16, 32, 64)
 class Stage:
     """`steps` steps on images of `size` x `size` pixels, `batch` at a time, at `rate` times the learning rate.
 
-    With `contrast` above 0 each image is denoised with a wrong label too, at twice the cost, and so much of
-    `contrast_loss` is added to the loss: the right label is to leave the smaller error, which the denoising loss alone
-    asks for in the end only. From timestep `until` on no digit can be told, and labels are not contrasted.
+    With `contrast` above 0 each image is denoised with `wrong` wrong labels too, at 1 + `wrong` times the cost, and so
+    much of `contrast_loss` is added to the loss: the right label is to leave the smallest error, which the denoising
+    loss alone asks for in the end only. From timestep `until` on no digit can be told, and labels are not contrasted.
     """
 
     size: int
@@ -56,6 +56,7 @@ class Stage:
     rate: float = 1.0
     contrast: float = 0.0
     until: int = 700
+    wrong: int = 1
 
     def __post_init__(self) -> None:
         if self.size not in STAGE_SIZES:
@@ -66,9 +67,11 @@ class Stage:
         for name in ("rate", "contrast", "until"):
             if not 0 <= getattr(self, name) <= 1e3:
                 raise ValueError(f"stages: got {name} {getattr(self, name)}, expected 0 to 1000")
+        if not 1 <= self.wrong < NUM_CLASSES:
+            raise ValueError(f"stages: got wrong {self.wrong}, expected 1 to {NUM_CLASSES - 1} wrong labels")
 
     def __str__(self) -> str:
-        return f"{self.size}:{self.steps}:{self.batch}:{self.rate:g}:{self.contrast:g}:{self.until}"
+        return f"{self.size}:{self.steps}:{self.batch}:{self.rate:g}:{self.contrast:g}:{self.until}:{self.wrong}"
 
 
 STAGES = {
@@ -161,12 +164,23 @@ def _fast() -> torch.autocast:
 
 
 def contrast_loss(right: torch.Tensor, wrong: torch.Tensor) -> torch.Tensor:
-    """What the errors of a right and of a wrong label cost, each (n,): the less, the larger the wrong one is.
+    """What the errors of the right label, (n,), and of k wrong ones, (k, n), cost: the less, the larger the wrong ones.
 
-    Its slope is at most that of the errors themselves and fades once `wrong` is ahead by a few margins, so a label
+    It is the cross entropy of a classifier whose logits are the negative errors in margins, times the margin. So its
+    slope is at most that of the errors themselves and fades once all wrong ones are behind by a few margins: a label
     that is told apart is left to the denoising loss.
     """
-    return F.softplus((right - wrong) / _MARGIN) * _MARGIN
+    behind = (right - wrong) / _MARGIN
+    return F.softplus(behind.logsumexp(0)) * _MARGIN
+
+
+def _wrong_labels(labels: torch.Tensor, k: int, generator: torch.Generator) -> torch.Tensor:
+    """(k, n): for each of the n labels k others, all different."""
+    if k == 1:
+        shift = torch.randint(1, NUM_CLASSES, (1, len(labels)), generator=generator)
+    else:
+        shift = torch.rand(NUM_CLASSES - 1, len(labels), generator=generator).argsort(0)[:k] + 1
+    return (labels + shift) % NUM_CLASSES
 
 
 @torch.no_grad()
@@ -233,22 +247,24 @@ class Run:
         noisy, target = diffuse(scheduler, images, noise, t)
         # v-prediction alone would weigh the error of the clean image by SNR + 1.
         weight = ((self.config.snr_limit + 1) * (1 - scheduler.alphas_cumprod[t])).clamp(max=1.0)
-        rows, dropped = 1, labels == NUM_CLASSES
+        dropped = labels == NUM_CLASSES
+        asked = labels[None]
         if stage.contrast:
+            other = _wrong_labels(true, stage.wrong, generator)
             # An image that has lost its label gets it back in its second row.
-            other = (true + torch.randint(1, NUM_CLASSES, (n,), generator=generator)) % NUM_CLASSES
-            rows, labels = 2, torch.cat([labels, torch.where(dropped, true, other)])
+            other[0] = torch.where(dropped, true, other[0])
+            asked = torch.cat([asked, other])
+        rows = len(asked)
         with _fast():
-            predicted = self.denoisers[stage.size](noisy.repeat(rows, 1, 1, 1), t.repeat(rows), labels)
-        errors = (predicted.float() - target.repeat(rows, 1, 1, 1)).square().mean(dim=(1, 2, 3))
-        first = errors[:n]
+            predicted = self.denoisers[stage.size](noisy.repeat(rows, 1, 1, 1), t.repeat(rows), asked.flatten())
+        errors = (predicted.float() - target.repeat(rows, 1, 1, 1)).square().mean(dim=(1, 2, 3)).unflatten(0, (rows, n))
+        first, others = errors[0], errors[1:]
         denoising = (first * weight).mean()
         if not stage.contrast:
             return denoising, denoising
-        second = errors[n:]
         compared = ~dropped & (t >= _CONTRASTED_FROM) & (t < stage.until)
-        contrast = (contrast_loss(first, second) * compared).mean()
-        return denoising, denoising + (second * weight * dropped).mean() + stage.contrast * contrast
+        contrast = (contrast_loss(first, others) * compared).mean()
+        return denoising, denoising + (others[0] * weight * dropped).mean() + stage.contrast * contrast
 
 
 def _write(out: Path, run: Run) -> None:

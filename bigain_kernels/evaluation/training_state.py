@@ -36,8 +36,8 @@ def _past(config: dict[str, Any], step: int) -> dict[str, Any]:
         steps = min(stage["steps"], step)
         step -= steps
         if steps:
-            # Older states do not say until where labels were contrasted: to 700, as is the default.
-            stages.append({"until": 700, **stage, "steps": steps})
+            # Older states do not say until where labels were contrasted, or with how many: by the defaults.
+            stages.append({"until": 700, "wrong": 1, **stage, "steps": steps})
     # How often the log is written changes no weight.
     return {**config, "stages": stages, "log_every": None}
 

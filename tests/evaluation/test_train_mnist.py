@@ -26,7 +26,16 @@ from bigain_kernels.evaluation.mnist_models import (
     mnist_denoiser,
     resized,
 )
-from bigain_kernels.evaluation.train_mnist import LOG, STATE, MnistConfig, Run, Stage, contrast_loss, train_mnist
+from bigain_kernels.evaluation.train_mnist import (
+    LOG,
+    STATE,
+    MnistConfig,
+    Run,
+    Stage,
+    _wrong_labels,
+    contrast_loss,
+    train_mnist,
+)
 from bigain_kernels.methods import LGTMConfig
 
 # Images of 8 x 8 pixels: 64 tokens in the U-Net, 16 in the DiT.
@@ -99,7 +108,7 @@ def test_a_state_of_another_run_is_refused(trained: tuple[str, Path, Path], tmp_
 
 def test_contrast_fades_once_the_right_label_is_ahead() -> None:
     right = torch.full((4,), 0.1, requires_grad=True)
-    wrong = torch.tensor([0.0, 0.1, 0.102, 0.15])
+    wrong = torch.tensor([[0.0, 0.1, 0.102, 0.15]])
     with torch.enable_grad():
         loss = contrast_loss(right, wrong)
         loss.sum().backward()
@@ -110,6 +119,35 @@ def test_contrast_fades_once_the_right_label_is_ahead() -> None:
     assert right.grad[1] == pytest.approx(0.5)
     assert 0.5 > right.grad[2] > right.grad[3] >= 0
     assert right.grad[3] < 1e-6
+
+
+def test_contrast_with_several_labels_is_cross_entropy() -> None:
+    errors = torch.rand(4, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.01
+    expected = F.cross_entropy(-errors.T / 0.002, torch.zeros(6, dtype=torch.int64), reduction="none") * 0.002
+    assert torch.allclose(contrast_loss(errors[0], errors[1:]), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 3, 9])
+def test_wrong_labels_are_wrong_and_different(k: int) -> None:
+    labels = torch.arange(10).repeat(20)
+    wrong = _wrong_labels(labels, k, torch.Generator().manual_seed(0))
+    assert wrong.shape == (k, 200)
+    assert not (wrong == labels).any()
+    assert wrong.unique().tolist() == list(range(10))
+    assert (wrong.sort(0).values.diff(dim=0) > 0).all()
+
+
+def test_one_step_with_all_wrong_labels_asks_each_once() -> None:
+    asked = []
+    run = Run(_config("dit", Stage(8, 1, 3, 1.0, 1.0, 1000, 9)))
+    run.config = replace(run.config, label_dropout=0.0)
+    inner = run.denoisers[8]
+    run.denoisers[8] = lambda x, t, labels: asked.append(labels) or inner(x, t, labels)  # type: ignore[assignment]
+    run.denoisers[8].scheduler = inner.scheduler  # type: ignore[attr-defined]
+    with torch.enable_grad():
+        run.advance(load_mnist("train"))
+    (labels,) = asked
+    assert labels.unflatten(0, (10, 3)).sort(0).values.eq(torch.arange(10)[:, None]).all()
 
 
 def test_embeddings_that_do_not_fit_are_refused(tmp_path: Path) -> None:
@@ -188,7 +226,8 @@ def test_stages_are_read_from_text(tmp_path: Path, capsys: pytest.CaptureFixture
     for text, named in (
         ("8", "stages: got '8', expected SIZE:STEPS:BATCH"),
         ("8:1:2,8:1:x", "stages: got '8:1:x'"),
-        ("8:1:2:1:1:1:1", "stages: got '8:1:2:1:1:1:1'"),
+        ("8:1:2:1:1:1:1:1", "stages: got '8:1:2:1:1:1:1:1'"),
+        ("8:1:2:1:1:1:10", "stages: got wrong 10"),
         ("8:1:2:1:1:0.5", "stages: got '8:1:2:1:1:0.5'"),
         ("48:1:2", "stages: got size 48"),
         ("8:0:2", "stages: got steps 0"),
