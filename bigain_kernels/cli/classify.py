@@ -88,6 +88,8 @@ def classify(
     if share_plan:
         with_shared_plan(compression, 2)
     plans = plans or ("mean" if share_plan else "own")
+    if plans == "published":
+        raise ValueError("plans: got 'published', expected own, mean or null; that one is of `bigain reproduce`")
     with_kept_plans(compression, plans, PlanBook())
     if limit is not None and limit < 1:
         raise ValueError(f"limit: got {limit}, expected at least 1")

@@ -35,7 +35,7 @@ def draw_prompts(
     from ..evaluation.checkpoints import load_checkpoint
     from ..evaluation.compression import settings_of
     from ..evaluation.harness.deciding import digest, machine
-    from ..evaluation.harness.drawing import draw_shards, image_file
+    from ..evaluation.harness.drawing import check_files, draw_shards, image_file
     from ..evaluation.harness.processes import member
     from ..evaluation.harness.run import RunFolder, shard_slices
     from ..evaluation.prompts import read_prompts
@@ -48,6 +48,7 @@ def draw_prompts(
         raise ValueError(f"out: got {out} with files in it, expected an empty folder or one of this command")
     texts = list(dict.fromkeys(text for _, text in lines))
     names = [name for name, _ in lines]
+    check_files(names)
     with member(device) as self:
         loaded = load_checkpoint(
             checkpoint,

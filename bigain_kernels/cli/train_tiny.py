@@ -139,20 +139,23 @@ def train_tiny(
     with OutputFolder(folder, _NAMES, again=resume or overwrite, hint=hint) as output:
         for name in _FILES[model]:
             output.claim(name)
-        if overwrite:
-            # Of two models in one folder the wrong one might be loaded.
-            output.clear()
-        train(output)
+        # Of two models in one folder the wrong one might be loaded.
+        train(output, output.clear if overwrite else lambda: None)
 
 
-def _of_digits(given: dict[str, Any]) -> Callable[[OutputFolder], None]:
+# Trains into a folder; the second is called when nothing can refuse the run any more, before the first file is written.
+_Training = Callable[["OutputFolder", Callable[[], None]], None]
+
+
+def _of_digits(given: dict[str, Any]) -> _Training:
     """What trains the tiny DiT and its classifier, with settings that have been looked at."""
     from ..evaluation.train_tiny import TrainConfig, train_classifier, train_tiny_dit
 
     epochs = _epochs(given, 60)
     config = TrainConfig(**given)
 
-    def train(output: OutputFolder) -> None:
+    def train(output: OutputFolder, begin: Callable[[], None]) -> None:
+        begin()
         _write_settings(output, asdict(config) | {"epochs": epochs}, config)
         if epochs:
             measured = train_classifier(output.path, epochs, config.seed)
@@ -172,7 +175,7 @@ def _epochs(given: dict[str, Any], default: int) -> int:
     return epochs
 
 
-def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], None]:
+def _of_mnist(model: str, given: dict[str, Any]) -> _Training:
     """What trains the U-Net or the DiT of MNIST, with settings that have been looked at."""
     from ..evaluation.data import load_coarse_mnist
     from ..evaluation.train_mnist import STAGES, STATE, MnistConfig, train_mnist
@@ -184,7 +187,7 @@ def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], Non
     config = MnistConfig(model=model, stages=STAGES[model] if text is None else _read_stages(text), **given)
     options = {**asdict(config), "stages": ",".join(map(str, config.stages)), "epochs": epochs}
 
-    def train(output: OutputFolder) -> None:
+    def train(output: OutputFolder, begin: Callable[[], None]) -> None:
         with progress_bar() as progress:
             shown = _shown(progress, config.steps)
 
@@ -193,7 +196,7 @@ def _of_mnist(model: str, given: dict[str, Any]) -> Callable[[OutputFolder], Non
                 _write_settings(output, options, config)
                 shown(row)
 
-            last = train_mnist(output.path, config, output.path / STATE if resume else state, log)
+            last = train_mnist(output.path, config, output.path / STATE if resume else state, log, begin)
         error, seconds = last["validation_error"], last["seconds"]
         if epochs and not (resume and (output.path / "classifier.safetensors").exists()):
             measured = train_classifier(output.path, epochs, config.seed, load_coarse_mnist)

@@ -351,8 +351,9 @@ def _prompt_denoiser(pipe: Any, scheduler: Any, prompts: list[str], cache: Path 
     if "pooled" not in encoded:
         return PromptDenoiser(pipe.unet.eval(), scheduler, encoded["embeddings"])
     # SDXL: pooled embeddings, and the original size, crop corner and target size of an uncropped image.
-    side = float(pipe.unet.config.sample_size * 2 ** (len(pipe.vae.config.block_out_channels) - 1))
-    time_ids = torch.tensor([side, side, 0.0, 0.0, side, side])
+    size, scale = pipe.unet.config.sample_size, 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+    height, width = (float(side * scale) for side in ((size, size) if isinstance(size, int) else size))
+    time_ids = torch.tensor([height, width, 0.0, 0.0, height, width])
     embeddings, pooled = encoded["embeddings"], encoded["pooled"]
     if pipe.config.get("force_zeros_for_empty_prompt", False):
         # Trained with zeros in the place of no prompt, not with the embedding of the empty one.

@@ -147,6 +147,9 @@ class Classifier:
     ) -> None:
         self.config = config = config or ClassifierConfig()
         plans = share_plan if isinstance(share_plan, str) else "mean" if share_plan else "own"
+        if plans == "published":
+            # Its patterns depend on the batches, which results of this class do not.
+            raise ValueError("share_plan: got 'published', expected own, mean or null; it is of `bigain reproduce`")
         if plans != "own":
             # Refused under its name here; the engine calls it plans.
             each_merging(compression, lambda part: part, "share_plan")

@@ -88,11 +88,13 @@ class Outcome:
         correct: (n,) bool, for the images classified, one seed after another.
         samples: (n, 1, s, s), likewise.
         seconds: of each chunk of "classify" and "generate".
+        sizes: images of each chunk of "classify".
     """
 
     correct: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
     samples: list[torch.Tensor] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=lambda: {"classify": [], "generate": []})
+    sizes: list[int] = field(default_factory=list)
 
 
 class Jobs:
@@ -129,6 +131,7 @@ class Jobs:
             outcome, started = self.outcomes[point.key], time.perf_counter()
             correct = self._classify(point, seed, part)
             outcome.seconds["classify"].append(time.perf_counter() - started)
+            outcome.sizes.append(len(correct))
             outcome.correct = torch.cat([outcome.correct, correct])
             progress(f"{self.subject.settings.title}, classifying: {point.title}")
 

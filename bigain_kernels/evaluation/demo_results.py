@@ -65,7 +65,8 @@ class JobRow:
             NaN for fewer than `KID_SAMPLES`.
         consistency: fraction of the samples that the small classifier takes for the digit asked for.
         psnr: decibels to the uncompressed samples from the same noise; NaN for no compression.
-        seconds: of classifying, as median time of a chunk times the chunks: what else the machine did falls away.
+        seconds: of classifying, as the median over chunks of the time of an image, times the images: what else the
+            machine did falls away.
         speed: the time that no compression took over the time this point took, the median over the chunks of a job; of
             the two jobs, which differ, the geometric mean.
         seeds: of those that are finished.
@@ -159,8 +160,11 @@ class _Judged:
         return tuple(rows)
 
     def _seconds(self, key: str) -> float:
-        chunks = self.jobs.outcomes[key].seconds["classify"]
-        return statistics.median(chunks) * len(chunks) if chunks else math.nan
+        outcome = self.jobs.outcomes[key]
+        # Of the chunks that all points have done; one that was stopped in a round has fewer than those before it.
+        done = min(len(each.sizes) for each in self.jobs.outcomes.values())
+        each = [s / n for s, n in zip(outcome.seconds["classify"][:done], outcome.sizes[:done], strict=True)]
+        return statistics.median(each) * self.images if each else math.nan
 
     def _speed(self, key: str) -> float:
         speeds = []

@@ -68,8 +68,9 @@ class Frontier:
         return len(self._chunks()) * len(self.points)
 
     def _chunks(self) -> list[tuple[int, int]]:
+        # All timesteps of an image follow each other, so that an interrupted run knows some images wholly.
         firsts = range(0, self.images, self.chunk)
-        return [(timestep, first) for timestep in self.subject.settings.frontier for first in firsts]
+        return [(timestep, first) for first in firsts for timestep in self.subject.settings.frontier]
 
     @torch.no_grad()
     def run(self, progress: Callable[[str], None]) -> None:
@@ -103,32 +104,33 @@ class Frontier:
             return predicted, time.perf_counter() - started
 
     def rows(self) -> list[FrontierRow]:
-        """The points by what all of them have done; none before anything is."""
-        chunks = min(len(done.errors) for done in self.measured.values())
+        """The points by the images that all of them have done at every timestep; none before there are any."""
+        timesteps = len(self.subject.settings.frontier)
+        chunks = min(len(done.errors) for done in self.measured.values()) // timesteps * timesteps
         if not chunks:
             return []
         none = self.measured[NONE.key]
         return [self._row(point, self.measured[point.key], none, chunks) for point in self.points]
 
     def _row(self, point: Point, mine: Measurements, none: Measurements, chunks: int) -> FrontierRow:
-        # A timestep of small errors counts as much as one of large ones.
-        scales = self._scales(none, chunks)
-
-        def percent(parts: list[torch.Tensor]) -> torch.Tensor:
-            return torch.cat([100 * part / s for part, s in zip(parts[:chunks], scales, strict=True)])
-
-        rise = paired_difference(percent(mine.errors), percent(none.errors))
+        plain = self._percent(none.errors[:chunks], none.errors)
+        rise = paired_difference(self._percent(mine.errors[:chunks], none.errors), plain)
+        moved = self._percent(mine.moved[:chunks], none.errors).mean().item()
         speeds = [a / b for a, b in zip(none.seconds[:chunks], mine.seconds[:chunks], strict=True)]
-        return FrontierRow(point, rise, percent(mine.moved).mean().item(), statistics.median(speeds))
+        return FrontierRow(point, rise, moved, statistics.median(speeds))
 
-    def _scales(self, none: Measurements, chunks: int) -> list[float]:
-        """For every chunk the mean error of the uncompressed model at its timestep."""
-        timesteps = [timestep for timestep, _ in self._chunks()[:chunks]]
-        means = {
-            t: torch.cat([e for e, own in zip(none.errors, timesteps, strict=False) if own == t]).mean().item()
-            for t in timesteps
-        }
-        return [means[t] for t in timesteps]
+    def _percent(self, parts: Sequence[torch.Tensor], plain: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(images,) of each image the mean over timesteps, in percent of the mean error of the uncompressed model.
+
+        A timestep of small errors counts as much as one of large ones. What one image says at several timesteps is
+        one observation, not several.
+        """
+        timesteps = len(self.subject.settings.frontier)
+        rows = []
+        for place in range(timesteps):
+            mine, base = (torch.cat(list(each[place : len(parts) : timesteps])) for each in (parts, plain))
+            rows.append(100 * mine / base.mean())
+        return torch.stack(rows).mean(dim=0)
 
 
 def _per_image(difference: torch.Tensor) -> torch.Tensor:

@@ -191,20 +191,21 @@ def save_grid(images: torch.Tensor, labels: torch.Tensor, names: Sequence[str], 
 
     pixels, present = to_pixels(images), sorted(set(labels.tolist()))
     members = [[i for i, label in enumerate(labels.tolist()) if label == c] for c in present]
-    columns, side = max(len(m) for m in members), pixels.shape[1]
-    canvas = np.full((len(present) * (side + 1), columns * (side + 1), 3), 255, dtype=np.uint8)
+    columns, (height, width) = max(len(m) for m in members), pixels.shape[1:3]
+    canvas = np.full((len(present) * (height + 1), columns * (width + 1), 3), 255, dtype=np.uint8)
     for row, chosen in enumerate(members):
         for column, i in enumerate(chosen):
-            top, left = row * (side + 1), column * (side + 1)
-            canvas[top : top + side, left : left + side] = pixels[i]
-    # Half an inch for a sample, and room for the names and the title.
-    figure = Figure(figsize=(0.5 * columns + 1.2, 0.5 * len(present) + 0.5), dpi=120, layout="constrained")
+            top, left = row * (height + 1), column * (width + 1)
+            canvas[top : top + height, left : left + width] = pixels[i]
+    # Half an inch for the width of a sample, and room for the names and the title.
+    rows = 0.5 * height / width * len(present)
+    figure = Figure(figsize=(0.5 * columns + 1.2, rows + 0.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.imshow(canvas, interpolation="nearest")
     # Names are a stranger's: dollars in them are no formula, and what is no character has no glyph.
     shown = [names[c].encode("utf-8", "backslashreplace").decode() for c in present]
-    axes.set_yticks([row * (side + 1) + side / 2 for row in range(len(present))], shown, parse_math=False)
+    axes.set_yticks([row * (height + 1) + height / 2 for row in range(len(present))], shown, parse_math=False)
     axes.set_xticks([])
     axes.tick_params(length=0)
     axes.set_frame_on(False)

@@ -284,7 +284,11 @@ def _write(out: Path, run: Run) -> None:
 
 
 def train_mnist(
-    out: Path, config: MnistConfig, state: Path | None = None, on_log: Callable[[dict[str, float]], None] | None = None
+    out: Path,
+    config: MnistConfig,
+    state: Path | None = None,
+    on_log: Callable[[dict[str, float]], None] | None = None,
+    on_start: Callable[[], None] | None = None,
 ) -> dict[str, float]:
     """Train a U-Net or a DiT on MNIST and save it as a diffusers checkpoint.
 
@@ -299,6 +303,7 @@ def train_mnist(
         state: the file to go on from, such as `out/state.safetensors`; None starts anew. The stages may differ in what
             is still to come, and `log_every`.
         on_log: called with each row of the log.
+        on_start: called once data and state are read, before anything is written.
 
     Returns:
         The last row of the log.
@@ -311,7 +316,11 @@ def train_mnist(
     run = Run(config)
     if state is not None:
         load_state(state, run)
+        if run.step == config.steps and state.resolve() != (out / STATE).resolve():
+            raise ValueError(f"stages: got {config.steps} steps in all, expected more than the {run.step} in {state}")
     out.mkdir(parents=True, exist_ok=True)
+    if on_start is not None:
+        on_start()
     last = run.rows[-1] if run.rows else {"images": 0, "seconds": 0.0, "cpu_seconds": 0.0}
     started, started_cpu = time.perf_counter() - last["seconds"], time.process_time() - last["cpu_seconds"]
     images, losses = last["images"], []

@@ -81,7 +81,8 @@ def drop_labels(labels: torch.Tensor, fraction: float, generator: torch.Generato
 def spread_timesteps(n: int, steps: int, generator: torch.Generator) -> torch.Tensor:
     """(n,) timesteps below `steps`, one from each of n equal strata: the same expectation with less variance."""
     strata = torch.arange(n) + torch.rand(n, generator=generator)
-    return (strata / n * steps).long()
+    # In float32 the last stratum may round up to its end.
+    return (strata / n * steps).long().clamp_(max=steps - 1)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bigain_kernels.diffusers import LGTMConfig
-from bigain_kernels.evaluation.classify import ClassifierConfig, ImageResult, classify, default_stages
+from bigain_kernels.evaluation.classify import Classifier, ClassifierConfig, ImageResult, classify, default_stages
 from bigain_kernels.evaluation.metrics import fraction_true
 
 from .toys import SHAPE, PrototypeDenoiser
@@ -166,3 +166,8 @@ def test_bad_calls_are_named() -> None:
     for name, arguments, options in wrong:
         with pytest.raises(ValueError, match=f"^{name}: got"):
             classify(denoiser, *arguments, **options)
+
+
+def test_plans_that_depend_on_the_batch_are_refused(tiny) -> None:
+    with pytest.raises(ValueError, match=r"^share_plan: got 'published', expected own, mean or null"):
+        Classifier(tiny, compression=LGTMConfig(ratio=0.5), share_plan="published")

@@ -142,9 +142,11 @@ def test_frontier_is_what_the_models_give(subject: Subject) -> None:
                 with compressed(denoiser, used.compression(2)):
                     predicted = denoiser(noisy.repeat(2, 1, 1, 1), torch.tensor([timestep] * 2), both)
                 errors[key].append((predicted - target).double().square().mean().item())
-        rises += [100 * (b - a) / np.mean(errors["none"]) for a, b in zip(*errors.values(), strict=True)]
-    assert row.rise.value == pytest.approx(np.mean(rises), rel=1e-3)
-    assert row.rise.error == pytest.approx(np.std(rises, ddof=1) / math.sqrt(len(rises)), rel=1e-3)
+        rises.append([100 * (b - a) / np.mean(errors["none"]) for a, b in zip(*errors.values(), strict=True)])
+    # An image is one observation, at however many timesteps it is looked at.
+    of_images = np.mean(rises, axis=0)
+    assert row.rise.value == pytest.approx(np.mean(of_images), rel=1e-3)
+    assert row.rise.error == pytest.approx(np.std(of_images, ddof=1) / math.sqrt(3), rel=1e-3)
 
 
 def _row(key: str, rise: float, speed: float) -> FrontierRow:
@@ -269,6 +271,20 @@ def test_interrupted_demo_counts_what_all_points_have_done(run, tmp_path: Path) 
         drawn = {path.name for path in (tmp_path / str(stop_at)).glob("*.png")}
         assert ("accuracy_digits.png" in drawn) == (done is not None and done[0] > 0)
         assert ("samples_digits.png" in drawn) == (done is not None)
+
+
+def test_the_time_of_an_image_is_that_of_chunks_that_all_have_done(run, monkeypatch) -> None:
+    """Chunks of unequal size, and a point that was ahead when the run was stopped."""
+    jobs = run[0].parts[0].jobs
+    for key, outcome in jobs.outcomes.items():
+        ahead = key == "lgtm_0.7"
+        monkeypatch.setattr(outcome, "sizes", [5, 5, 2, 5] if ahead else [5, 5, 2])
+        monkeypatch.setattr(outcome, "correct", torch.ones(17 if ahead else 12, dtype=torch.bool))
+        seconds = {"classify": [5.0, 5.0, 2.0, 50.0] if ahead else [10.0, 10.0, 4.0], "generate": [1.0]}
+        monkeypatch.setattr(outcome, "seconds", seconds)
+    judged = _Judged(jobs)
+    assert judged._seconds("lgtm_0.7") == pytest.approx(12.0)
+    assert judged._seconds("none") == pytest.approx(24.0)
 
 
 def test_classifying_ends_when_time_is_over(run) -> None:

@@ -119,3 +119,8 @@ def test_any_scheduler_draws_for_the_sample_whatever_the_batch(name: str) -> Non
 def test_another_scheduler_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=r"^scheduler: got"):
         generate(PrototypeDenoiser(3), torch.tensor([0]), GenerateConfig(steps=2, scheduler=name))
+
+
+def test_grid_of_wide_images(tmp_path: Path) -> None:
+    save_grid(torch.zeros(4, 1, 8, 16), torch.tensor([0, 1, 0, 1]), ["a", "b"], tmp_path / "grid.png", "wide")
+    assert Image.open(tmp_path / "grid.png").width > 0

@@ -9,6 +9,7 @@ import torch
 
 from bigain_kernels.evaluation import prompts
 from bigain_kernels.evaluation.checkpoints import load_checkpoint
+from bigain_kernels.evaluation.harness.drawing import check_files, image_file
 from bigain_kernels.evaluation.prompts import read_prompts
 
 from ..compat.test_clients import folder_of_a_pipeline
@@ -65,3 +66,12 @@ def test_files_that_say_nothing_to_draw_are_named(tmp_path: Path, text: str) -> 
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(ValueError, match=r"^prompts: got "):
         read_prompts(tmp_path / "x.csv")
+
+
+def test_drawings_have_files_of_their_own() -> None:
+    names = ["cat_v1.1", "cat_v1.2", "val/1.jpg", "val/2.JPEG", "a.b/c", ".png", "x/.jpg"]
+    files = [image_file(Path("out"), name).relative_to("out/images").as_posix() for name in names]
+    assert files == ["cat_v1.1.png", "cat_v1.2.png", "val/1.png", "val/2.png", "a.b/c.png", ".png.png", "x/.jpg.png"]
+    check_files(names)
+    with pytest.raises(ValueError, match=r"^path: got c/1.jpg and c/1.png, expected different files"):
+        check_files(["c/1.jpg", "c/2.jpg", "c/1.png"])

@@ -235,3 +235,32 @@ def test_stages_are_read_from_text(tmp_path: Path, capsys: pytest.CaptureFixture
         assert main(["train-tiny", "--model", "unet", "--stages", text, "--out", str(tmp_path / "out")]) == 2
         assert named in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_removed_before_the_run_can_start(
+    trained: tuple[str, Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kind, whole, _ = trained
+    out = tmp_path / "out"
+    command = ["train-tiny", "--model", kind, "--out", str(out), "--epochs", "0", "--log-every", "2", "--warmup", "2"]
+    stages = f"{FIRST},{SECOND}"
+    with torch.enable_grad():
+        assert main([*command, "--stages", stages]) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    for options in (
+        ["--stages", stages, "--state", str(tmp_path / "nothing")],
+        ["--stages", stages, "--state", str(out / STATE), "--seed", "1"],
+    ):
+        assert main([*command, "--overwrite", *options]) == 2
+        assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    # What is there may be what the run goes on from.
+    longer = f"{FIRST},{SECOND},8:2:2"
+    with torch.enable_grad():
+        assert main([*command, "--overwrite", "--stages", longer, "--state", str(out / STATE)]) == 0
+    with open(out / LOG) as file:
+        assert [row["step"] for row in csv.DictReader(file)][-1] == "7"
+    capsys.readouterr()
+    # A finished run of another folder leaves nothing to do, so nothing would be saved.
+    with pytest.raises(ValueError, match=r"^stages: got 5 steps in all, expected more than the 5 in "):
+        train_mnist(tmp_path / "other", _config(kind, FIRST, SECOND), whole / STATE)
+    assert not (tmp_path / "other").exists()

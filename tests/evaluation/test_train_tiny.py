@@ -13,7 +13,13 @@ from safetensors.torch import load_file
 from bigain_kernels.evaluation import train_tiny
 from bigain_kernels.evaluation.checkpoints import TINY_DIT, load_checkpoint, load_classifier
 from bigain_kernels.evaluation.data import load_digits, load_photograph
-from bigain_kernels.evaluation.train_tiny import TrainConfig, describe, train_classifier, train_tiny_dit
+from bigain_kernels.evaluation.train_tiny import (
+    TrainConfig,
+    describe,
+    spread_timesteps,
+    train_classifier,
+    train_tiny_dit,
+)
 
 CONFIG = TrainConfig(steps=4, batch_size=8, warmup=2, log_every=3)
 
@@ -73,3 +79,10 @@ def test_splits_are_disjoint_and_sized() -> None:
         load_digits("all")
     with pytest.raises(ValueError, match=r"^name: got 'cat\.jpg'"):
         load_photograph("cat.jpg")
+
+
+def test_timesteps_stay_below_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The largest number that `rand` gives, added to the last stratum in float32, is its end."""
+    monkeypatch.setattr(torch, "rand", lambda n, generator: torch.full((n,), 1 - 2.0**-24))
+    for n in (1, 12, 64):
+        assert spread_timesteps(n, 1000, torch.Generator()).max() == 999

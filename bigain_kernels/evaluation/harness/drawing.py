@@ -12,14 +12,30 @@ import torch
 from PIL import Image
 
 from ..checkpoints import Checkpoint
+from ..folders import IMAGE_SUFFIXES
 from ..generate import GenerateConfig, generate, to_pixels
 from ..output import replacing
 from .run import RunFolder, key_of, shard_slices
 
 
 def image_file(folder: Path, path: str) -> Path:
-    """Where the drawing that belongs to an image of the data set lies."""
-    return folder / "images" / f"{path.rsplit('.', 1)[0] if '.' in path.rsplit('/', 1)[-1] else path}.png"
+    """Where the drawing that belongs to an image of the data set lies: under its path, as a PNG."""
+    stem, dot, suffix = path.rpartition(".")
+    named = dot and f".{suffix.lower()}" in IMAGE_SUFFIXES and not stem.endswith("/")
+    return folder / "images" / f"{stem if named and stem else path}.png"
+
+
+def check_files(paths: Sequence[str]) -> None:
+    """Refuse paths whose drawings would be one file.
+
+    Raises:
+        ValueError: there are two such, both named.
+    """
+    seen: dict[Path, str] = {}
+    for path in paths:
+        other = seen.setdefault(image_file(Path(), path), path)
+        if other != path:
+            raise ValueError(f"path: got {other} and {path}, expected different files for their drawings")
 
 
 def draw_shards(
@@ -38,7 +54,7 @@ def draw_shards(
 
     Args:
         folder: of the run, a shard for each batch.
-        paths: of the images that the drawings stand for.
+        paths: of the images that the drawings stand for, each of a file of its own: `check_files`.
         labels: of the model, one for each.
         checkpoint, config, compression, share_plan: see `generate`.
         rank: of this process.

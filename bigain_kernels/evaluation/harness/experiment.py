@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from ...methods import CompressionConfig
 from ...methods.registry import make_config, options_of
@@ -16,6 +17,20 @@ from .rule_options import RuleOptions
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def slug(text: str) -> str:
+    """A name of a folder from a title."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "method"
+
+
+def _different(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(seeds)) < len(seeds):
+        raise ValueError("one is there twice, expected different ones")
+    return seeds
+
+
+_Seeds = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1), AfterValidator(_different)]
 
 
 class Data(_Strict):
@@ -84,7 +99,7 @@ class Classification(_Strict):
     stages: tuple[tuple[int, int], ...] | None = None
     rule: RuleOptions | None = None
     timesteps: tuple[int, ...] | None = None
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: _Seeds = (0,)
     shard: int = Field(16, ge=1)
     batch_size: int | None = Field(None, ge=1)
     half_errors: bool = False
@@ -105,7 +120,7 @@ class Generation(_Strict):
             squashed to 299 x 299; "ours" with the images as they are classified.
         scheduler: a class of diffusers.
         steps, guidance: of it.
-        seeds: of the starting noise.
+        seeds: of the starting noise; the tables are of the first, the drawings of the others are yours to look at.
         limit: the first images alone.
         batch_size: images made together.
     """
@@ -114,7 +129,7 @@ class Generation(_Strict):
     scheduler: str = "DDIMScheduler"
     steps: int = Field(50, ge=1)
     guidance: float = Field(7.5, ge=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds: _Seeds = (0,)
     limit: int | None = Field(None, ge=1)
     batch_size: int = Field(8, ge=1)
 
@@ -144,6 +159,13 @@ class Experiment(_Strict):
         titles = [method.title for method in self.methods]
         if len(set(titles)) != len(titles):
             raise ValueError(f"methods have the titles {titles}, expected different ones")
+        folders: dict[str, str] = {}
+        for title in titles:
+            if folders.setdefault(slug(title), title) != title:
+                raise ValueError(
+                    f"methods have the titles {folders[slug(title)]!r} and {title!r}, expected them to differ in "
+                    "letters of a to z or digits, by which their folders are named"
+                )
         for method in self.methods:
             method.compression(0)
         if self.data.kind == "digits" and self.generate is not None and self.generate.protocol == "paper":

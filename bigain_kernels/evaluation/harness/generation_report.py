@@ -182,6 +182,8 @@ def generation_table(job: Reproduction, judges: Judges) -> tuple[Table | None, l
 
 def _caption(job: Reproduction, measuring: _Measuring, judges: Judges) -> str:
     plain = job.experiment.methods[0].title
+    generate = job.experiment.generate
+    of = f" of the first seed, {generate.seeds[0]}" if generate and len(generate.seeds) > 1 else ""
     against = f"{measuring.references} images of the data set"
     if job.is_published_view:
         against += ", whole, and drawings through JPEG, both squashed to 299 x 299 as published"
@@ -189,7 +191,7 @@ def _caption(job: Reproduction, measuring: _Measuring, judges: Judges) -> str:
     if judges.features is not None and measuring.references:
         seen = f"in the features of {judges.features.name}, against {against}"
     return (
-        f"{len(job.draws()[0])} drawings. KID, FID, precision and recall: {seen}. KID is unbiased, with its 95 % "
+        f"{len(job.draws()[0])} drawings{of}. KID, FID, precision and recall: {seen}. KID is unbiased, with its 95 % "
         "interval (jackknife). FID is biased by the number of drawings in its heading; FID inf is what endless ones "
         "would have, by a line through parts. IS: mean and deviation over ten parts. CLIP: 100 times the cosine to "
         f"the prompt, with its 95 % interval. PSNR and SSIM: mean over drawings, against those of {plain} from the "

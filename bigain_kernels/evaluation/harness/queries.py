@@ -22,7 +22,8 @@ class Outcomes:
         labels: true classes of each; several where an image shows several things.
         ranking: (n, K) int32 labels, likeliest first; what was dropped later stands before what was dropped earlier.
         scores: (n, K) by place, the less the likelier, of the samples that every class was asked about, standardised:
-            comparable over classes and over images.
+            comparable over classes and over images. Where groups of classes were dropped unasked there are no such
+            samples: then of those that each class was asked about, and NaN for none.
         classes: (K,) label of each place.
         evaluations: (n,) rows of the model.
         seconds: (n,).
@@ -81,8 +82,8 @@ class Outcomes:
         return float(np.mean(found)) if found else float("nan")
 
     def probabilities(self, temperature: float) -> np.ndarray:
-        """(n, K): softmax of -scores / temperature."""
-        z = -self.scores / temperature
+        """(n, K): softmax of -scores / temperature; 0 for a class that was never asked about."""
+        z = np.where(np.isnan(self.scores), -np.inf, -self.scores / temperature)
         z = np.exp(z - z.max(axis=1, keepdims=True))
         return z / z.sum(axis=1, keepdims=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,9 +19,9 @@ from ..generate import GenerateConfig
 from ..output import write_text
 from .datasets import READERS, DataSet, imagenet_labels, with_prompts
 from .deciding import changes, digest, machine
-from .drawing import draw_shards
+from .drawing import check_files, draw_shards
 from .engine import Asking, Engine
-from .experiment import Experiment, Method
+from .experiment import Experiment, Method, slug
 from .judges import Judges, find_judges
 from .latents import CachedLatents
 from .protocols import protocol
@@ -32,6 +31,7 @@ from .run import RunFolder, run_shards, shard_slices
 _FILE = "experiment.json"
 # What loading a checkpoint leaves, before any work.
 _PROMPTS = "prompts"
+_IMAGES = "images.json"
 _POLL = 0.2
 
 
@@ -56,11 +56,6 @@ class DigitImages:
 
     def read(self, i: int) -> torch.Tensor:
         return self._images[i]
-
-
-def slug(text: str) -> str:
-    """A name of a folder from a title."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "method"
 
 
 @dataclass(frozen=True)
@@ -120,6 +115,7 @@ class Reproduction:
             "transform": self.transform,
             **machine(device),
         }
+        self._claim_images()
         self.classified = [self._classification(m, seed) for m in experiment.methods for seed in chosen.seeds]
         self.drawn = self._generation()
         latents = digest({**self._everywhere, "size": chosen.shard, "paths": list(self.images.paths)})
@@ -143,6 +139,20 @@ class Reproduction:
         elif others or _PROMPTS in names:
             raise ValueError(f"out: got {self.out} with files in it, expected an empty folder or one of this command")
         write_text(file, json.dumps(written, indent=2) + "\n")
+
+    def _claim_images(self) -> None:
+        """Shards and batches are numbers over a list of images: with another list they would be other images."""
+        paths, file = list(self.images.paths), self.out / _IMAGES
+        now = {"images": len(paths), "digest": digest({"paths": paths, "labels": list(self.images.labels)})}
+        if not file.exists():
+            write_text(file, json.dumps(now, indent=2) + "\n")
+            return
+        there = json.loads(file.read_text(encoding="utf-8"))
+        if there != now:
+            raise ValueError(
+                f"data: got {len(paths)} images, not the {there['images']} that {self.out} was begun with, or of other "
+                "names or labels, expected the same images, or another folder"
+            )
 
     def _data(self) -> DataSet | None:
         data = self.experiment.data
@@ -233,6 +243,7 @@ class Reproduction:
         chosen = self.experiment.generate
         if chosen is None:
             return []
+        check_files(self.draws()[0])
         found = []
         weights = self.drawer.fingerprint() if self._captions else self._weights
         for method in self.experiment.methods:

@@ -121,3 +121,18 @@ def test_values_can_be_changed_by_name(tmp_path) -> None:
     assert (str(found.data.root), found.generate.steps, found.dtype) == ("/pets", 2, "float32")
     with pytest.raises(FileNotFoundError, match=r"^config: got sd3"):
         load_experiment("sd3")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[{title: L-GTM}, {title: L-GTM*}]", "methods have the titles 'L-GTM' and 'L-GTM\\*'"),
+        ("[{title: a}]\nclassify: {seeds: [0, 0]}", "classify.seeds: .*one is there twice"),
+        ("[{title: a}]\nclassify: {seeds: [-1]}", "classify.seeds.0: .*greater than or equal to 0"),
+        ("[{title: a}]\ngenerate: {seeds: [1, 1]}", "generate.seeds: .*one is there twice"),
+    ],
+)
+def test_what_would_share_a_folder_is_refused(tmp_path, text: str, message: str) -> None:
+    (tmp_path / "x.yaml").write_text(f"name: x\ncheckpoint: t\ndata: {{kind: digits}}\nmethods: {text}")
+    with pytest.raises(ValueError, match=f"^config: got .*{message}"):
+        load_experiment(str(tmp_path / "x.yaml"))

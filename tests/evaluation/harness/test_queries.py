@@ -61,3 +61,13 @@ def test_what_the_rows_cannot_answer_is_refused() -> None:
         outcomes([("a", (0,), errors, 1.0)], Stages(((2, 1),)))
     with pytest.raises(ValueError, match=r"^rows: got no images"):
         outcomes([], Stages(((2, 1),)))
+
+
+def test_a_class_that_was_never_asked_about_is_never_likely() -> None:
+    nan = float("nan")
+    found = _outcomes([[0, 1, nan], [1, 0, nan], [nan, 1, 0], [nan, 1, 0]], [(0,), (1,), (2,), (1,)])
+    assert found.probabilities(1.0)[0, 2] == 0
+    assert found.probabilities(1.0).sum(axis=1) == pytest.approx(1)
+    error, temperature = found.calibration()
+    assert 0 <= error <= 1
+    assert temperature > 0

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from bigain_kernels.cli.main import main
 from bigain_kernels.evaluation.harness import report as report_module
@@ -244,6 +245,24 @@ def test_a_command_that_failed_leaves_the_folder_to_the_corrected_one(config, tm
     Reproduction(load_experiment(str(config)), out, device)
     with pytest.raises(ValueError, match=r"with another experiment \(data\.limit 10 there and 5 now\)"):
         Reproduction(load_experiment(str(config), {"data.limit": 5}), out, device)
+
+
+def test_other_images_in_the_same_folder_are_refused(config, tmp_path) -> None:
+    """Shards are numbers over a list of images: over another list some would count twice and some not at all."""
+    root, out, device = tmp_path / "data", tmp_path / "out", torch.device("cpu")
+    for name in ("3/b", "7/c", "7/e"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16)).save(root / f"{name}.png")
+    changed = {"data.kind": "folder", "data.root": str(root), "data.limit": None, "classify.stages": [[1, 1]]}
+    experiment = load_experiment(str(config), changed)
+    Reproduction(experiment, out, device)
+    Reproduction(experiment, out, device)
+    shutil.copy(root / "7" / "c.png", root / "3" / "a.png")
+    with pytest.raises(ValueError, match=r"^data: got 4 images, not the 3 that .*out was begun with"):
+        Reproduction(experiment, out, device)
+    (root / "7" / "e.png").unlink()
+    with pytest.raises(ValueError, match=r"^data: got 3 images, .*of other names"):
+        Reproduction(experiment, out, device)
 
 
 @pytest.fixture(scope="module")
