@@ -47,6 +47,8 @@ def proportional_attention(
     for name, each in (("k", k), ("v", v)):
         if each.shape != expected:
             raise ValueError(f"{name}: got shape {tuple(each.shape)}, expected {expected}")
+    if k.shape[2] == 0:
+        raise ValueError(f"k: got shape {tuple(k.shape)}, expected at least one key")
     check_tensor("sizes", sizes, 2, _SIZES)
     if sizes.shape[1] != k.shape[2]:
         raise ValueError(f"sizes: got shape {tuple(sizes.shape)}, expected {k.shape[2]} keys")

@@ -75,7 +75,8 @@ class _Shrinking:
         """How many tokens went before each place, by where the images end."""
         found = torch.zeros_like(places)
         for group, kept, end in zip(self.groups, self.kept, ends, strict=True):
-            found = found + (places[:, None] >= end).sum(1) * (group.tokens - kept)
+            before = torch.searchsorted(end.sort().values, places, right=True)
+            found = found + before * (group.tokens - kept)
         return found
 
 
@@ -160,6 +161,10 @@ def token_merge_varlen(x: Tensor, packed: PackedPlan, mode: str = "mean", weight
         TypeError, ValueError: as `token_merge`.
     """
     _check_packed("x", x, packed)
+    if weights is not None:
+        check_tensor("weights", weights, 1)
+        if weights.shape[0] != x.shape[0]:
+            raise ValueError(f"weights: got {weights.shape[0]} values, expected {x.shape[0]}, one for each token")
     row = x.flatten(1)[None]
     merged = token_merge(row, packed.plan, mode, None if weights is None else weights[None])
     return merged[0].unflatten(1, x.shape[1:])
@@ -182,6 +187,11 @@ def token_unmerge_varlen(y: Tensor, packed: PackedPlan, residual: Tensor | None 
         TypeError, ValueError: as `token_unmerge`.
     """
     _check_packed("y", y, packed)
+    if residual is not None:
+        _check_tokens("residual", residual)
+        expected = (packed.plan.num_tokens, *y.shape[1:])
+        if residual.shape != expected:
+            raise ValueError(f"residual: got shape {tuple(residual.shape)}, expected {expected}")
     rest = None if residual is None else residual.flatten(1)[None]
     return token_unmerge(y.flatten(1)[None], packed.plan, rest)[0].unflatten(1, y.shape[1:])
 
@@ -263,8 +273,9 @@ def kv_downsample_varlen(
 
 
 def _check_tokens(name: str, x: object) -> None:
-    rank = x.dim() if isinstance(x, Tensor) and x.dim() in (2, 3) else 2
-    check_tensor(name, x, rank)
+    if isinstance(x, Tensor) and x.dim() not in (2, 3):
+        raise ValueError(f"{name}: got shape {tuple(x.shape)}, expected 2 or 3 dimensions")
+    check_tensor(name, x, x.dim() if isinstance(x, Tensor) else 2)
 
 
 def _check_packed(name: str, x: object, packed: object) -> None:
@@ -279,6 +290,8 @@ def _groups(
     """The images of packed sequences by their grid, in the order of each grid's first."""
     _check_tokens(name, x)
     check_tensor("cu_seqlens", cu_seqlens, 1, (torch.int32,))
+    if not isinstance(grids, (list, tuple)):
+        raise TypeError(f"grids: got {type(grids).__name__}, expected a list or tuple")
     count = cu_seqlens.shape[0] - 1
     if count < 0 or len(grids) != count:
         raise ValueError(f"grids: got {len(grids)}, expected {count}, one less than cu_seqlens has values")

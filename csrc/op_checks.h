@@ -57,9 +57,39 @@ constexpr const char* kHere = "CPU";
 inline bool is_here(const Tensor& tensor) { return tensor.is_cpu(); }
 #endif
 
+inline const char* dtype_name(ScalarType type) {
+  switch (type) {
+    case ScalarType::Bool:
+      return "bool";
+    case ScalarType::Byte:
+      return "uint8";
+    case ScalarType::Char:
+      return "int8";
+    case ScalarType::Short:
+      return "int16";
+    case ScalarType::Int:
+      return "int32";
+    case ScalarType::Long:
+      return "int64";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return "another dtype";
+  }
+}
+
 inline void check_rank(const char* name, const Tensor& tensor, int64_t rank) {
   if (!tensor.defined()) fail(name, ": got an undefined tensor");
-  if (!is_here(tensor)) fail(name, ": is not on the ", kHere, ", where the other tensors are");
+  if (!is_here(tensor)) {
+    const char* const where = tensor.is_cpu() ? "the CPU" : tensor.is_cuda() ? "a GPU" : "another device";
+    fail(name, ": got a tensor on ", where, ", expected the ", kHere, ", where the other tensors are");
+  }
   if (tensor.dim() != rank) fail(name, ": got shape ", shape_of(tensor), ", expected ", rank, " dimensions");
 }
 
@@ -73,14 +103,14 @@ inline bool is_floating(const Tensor& tensor) {
 inline void check_floating(const char* name, const Tensor& tensor, int64_t rank) {
   check_rank(name, tensor, rank);
   if (!is_floating(tensor) || (!kComputesDouble && tensor.scalar_type() == ScalarType::Double)) {
-    fail(name, ": wrong dtype, expected float16, bfloat16",
+    fail(name, ": got ", dtype_name(tensor.scalar_type()), ", expected float16, bfloat16",
          kComputesDouble ? ", float32 or float64" : " or float32: the CUDA kernels do not compute in float64");
   }
 }
 
 inline void check_dtype(const char* name, const Tensor& tensor, int64_t rank, ScalarType type, const char* type_name) {
   check_rank(name, tensor, rank);
-  if (tensor.scalar_type() != type) fail(name, ": wrong dtype, expected ", type_name);
+  if (tensor.scalar_type() != type) fail(name, ": got ", dtype_name(tensor.scalar_type()), ", expected ", type_name);
 }
 
 inline void check_int32(const char* name, const Tensor& tensor, int64_t rank) {

@@ -249,6 +249,7 @@ WRONG_CALLS = [
     ("sizes rows", lambda: proportional_attention(Q, Q, Q, torch.ones(3, 24)), ValueError, "sizes: got 3 rows"),
     ("sizes dtype", lambda: proportional_attention(Q, Q, Q, torch.ones(2, 24) > 0), TypeError, "sizes: got dtype bool"),
     ("v shape", lambda: proportional_attention(Q, Q, Q[:, :, :9], MATCH), ValueError, "v: got shape (2, 2, 9, 4)"),
+    ("no keys", lambda: proportional_attention(Q, Q[:, :, :0], Q[:, :, :0], MATCH[:, :0]), ValueError, "k: got shape"),
     ("k dtype", lambda: proportional_attention(Q, Q.half(), Q, MATCH), TypeError, "k: got torch.float16, expected"),
     ("scale of text", lambda: proportional_attention(Q, Q, Q, MATCH, "x"), TypeError, "scale: got 'x'"),
     ("route", lambda: proportional_attention(Q, Q, Q, MATCH, route="flash"), ValueError, "route: got 'flash'"),

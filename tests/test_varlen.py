@@ -184,7 +184,8 @@ WRONG = {
     "grids: got images of 16 tokens, expected at most 12": {"grids": [(4, 4)]},
     "starts: got 2 values": {"starts": torch.zeros(2, dtype=torch.int32)},
     "starts: got dtype float32": {"starts": torch.zeros(1)},
-    "x: got shape": {"x": torch.zeros(12)},
+    "grids: got NoneType": {"grids": None},
+    r"x: got shape \(12,\), expected 2 or 3 dimensions": {"x": torch.zeros(12)},
     "x: got dtype int64": {"x": torch.zeros(12, 4, dtype=torch.int64)},
     "plan: got a function that returns int": {"plan": lambda x, grid: 3},
     "plan: got a function that plans 2 rows of 12 tokens": {"plan": lambda x, grid: MergePlan.identity(2, grid)},
@@ -213,6 +214,21 @@ def test_other_refusals():
         bk.token_merge_varlen(x[1:], packed)
     with pytest.raises(ValueError, match=r"^y: got 12 tokens"):
         bk.token_unmerge_varlen(x, packed)
+    for wrong, message in (
+        (torch.ones(12, 1), r"got shape \(12, 1\), expected 1 dimension"),
+        (torch.ones(11), "got 11 values, expected 12"),
+        ([1.0] * 12, "got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^weights: {message}"):
+            bk.token_merge_varlen(x, packed, weights=wrong)
+    merged = bk.token_merge_varlen(x, packed)
+    for wrong, message in (
+        (torch.ones(12), r"got shape \(12,\), expected 2 or 3 dimensions"),
+        (torch.ones(12, 5), r"got shape \(12, 5\), expected \(12, 4\)"),
+        ([1.0], "got list"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=f"^residual: {message}"):
+            bk.token_unmerge_varlen(merged, packed, wrong)
     with pytest.raises(ValueError, match=r"^factor: got \(4, 4\), expected at most the grid"):
         bk.kv_downsample_varlen(x, ends, [(3, 4)], 4, 0.9)
     with pytest.raises(ValueError, match=r"^alpha: got 2 values, expected 1"):

@@ -70,19 +70,29 @@ def _formula(flops: Callable[..., int]) -> Callable[..., int]:
 
 
 class _AfterImport(MetaPathFinder):
-    """Registers the formulas when the counter is imported: importing it here would take longer than this package."""
+    """Registers the formulas when the counter is imported: importing it here would take longer than this package.
+
+    It stays until then: who only asks whether there is such a module imports nothing.
+    """
+
+    _asking = False
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _MODULE:
+        if fullname != _MODULE or self._asking:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
+        self._asking = True
+        try:
+            spec = find_spec(fullname)
+        finally:
+            self._asking = False
         assert spec is not None
         assert spec.loader is not None
         execute = spec.loader.exec_module
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             _register(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]

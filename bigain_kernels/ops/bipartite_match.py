@@ -39,9 +39,9 @@ def bipartite_match(
 ) -> tuple[Tensor, Tensor]:
     """The most similar destination of every source, by cosine similarity. The (N, D) matrix is never held.
 
-    Ties go to the lowest token index. A token without a direction (all zero, NaN, or of infinite norm) has similarity
-    -inf to everything, so it is merged last; a source that no destination matches gets the first destination. Source:
-    bipartite soft matching, Bolya et al., "Token Merging: Your ViT But Faster", 2023.
+    Ties go to the lowest token index. A token without a direction (all zero, NaN, or of a norm whose square overflows
+    or vanishes) has similarity -inf to everything, so it is merged last; a source that no destination matches gets the
+    first destination. Source: bipartite soft matching, Bolya et al., "Token Merging: Your ViT But Faster", 2023.
 
     Args:
         x: (B, N, C) tokens; float16, bfloat16, float32 or float64, any strides.

@@ -3,8 +3,10 @@
 #include <stdexcept>
 #include <string>
 
-#ifdef BIGAIN_AMX
+#ifdef BIGAIN_X86_ISAS
 #include <cpuid.h>
+#endif
+#ifdef BIGAIN_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -52,28 +54,37 @@ const char* name(Isa isa) {
   return kNames[static_cast<int>(isa)];
 }
 
+#ifdef BIGAIN_AMX
 // Whether the machine has AMX for bfloat16, and the kernel lets this process use it: its registers are so large that
 // Linux gives room for them only to those who ask (Documentation/arch/x86/xstate.rst).
-[[maybe_unused]] bool has_amx() {
-#ifdef BIGAIN_AMX
+bool has_amx() {
   constexpr unsigned kBFloat16 = 1u << 22, kTiles = 1u << 24;
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kBFloat16) == 0 || (d & kTiles) == 0) return false;
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-  return false;
-#endif
 }
+#endif
+
+#ifdef BIGAIN_X86_ISAS
+// __builtin_cpu_supports does not know this name in the older compilers that are supported (clang before 18).
+bool has_f16c() {
+  constexpr unsigned kF16c = 1u << 29;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & kF16c) != 0;
+}
+#endif
 
 // Whether this build has an instruction set and this machine can run it: what build_native.py compiles the objects for.
 bool runs(Isa isa) {
 #ifdef BIGAIN_X86_ISAS
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#ifdef BIGAIN_AMX
   if (isa == Isa::kAmx) return avx512 && __builtin_cpu_supports("avx512bf16") && has_amx();
+#endif
 #ifdef BIGAIN_VDPBF16
   if (isa == Isa::kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif

@@ -27,10 +27,11 @@ struct Pooling {
   double alpha;
   const float* row_alpha;
   T* out;
+  // Looked up where it is made: what that throws would lose its message inside a parallel loop.
+  const RowKernels<T>& kernels = row_kernels<T>();
 
   void operator()(int64_t task) const {
     using A = accumulate_t<T>;
-    const RowKernels<T>& kernels = row_kernels<T>();
     const int64_t rows = windows.rows(), columns = windows.columns(), size = windows.sy * windows.sx;
     const int64_t b = task / rows, i = task % rows;
     const A nearest_weight = static_cast<A>(row_alpha == nullptr ? alpha : row_alpha[b]);

@@ -84,6 +84,10 @@ def instruction_sets() -> list[str]:
     environment = {**os.environ, "BIGAIN_CPU_ISA": "mmx"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 1
+    # The first op that runs says so, also one that begins in a parallel loop.
+    pooled = code.replace("laplacian_score", "kv_downsample").replace("(2, 2))", "(2, 2), 2, 0.9)")
+    other = subprocess.run([sys.executable, "-c", pooled], env=environment, capture_output=True, text=True, check=False)
+    assert other.stderr.splitlines()[-1] == run.stderr.splitlines()[-1]
     refusal = "BIGAIN_CPU_ISA: got 'mmx', expected one of what this machine and this build have: (.+)"
     return re.search(refusal, run.stderr)[1].split(", ")
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,3 +96,18 @@ def test_under_inference_mode_and_with_gradients():
         with context:
             x = X.clone().requires_grad_(torch.is_grad_enabled())
             assert flops(lambda x=x: bk.lgtm_plan(x, GRID, 0.5)) == 2 * 4 * pairs(None) * 12
+
+
+def test_formulas_are_there_for_who_only_asked_for_the_counter_before():
+    code = """
+import importlib.util, sys
+import bigain_kernels as bk, torch
+assert "torch.utils.flop_counter" not in sys.modules
+importlib.util.find_spec("torch.utils.flop_counter")
+from torch.utils.flop_counter import FlopCounterMode
+with FlopCounterMode(display=False) as counter:
+    bk.bipartite_match(torch.ones(1, 4, 3), torch.zeros(1, 1, dtype=torch.int32))
+print(counter.get_total_flops(), sum(type(each).__name__ == "_AfterImport" for each in sys.meta_path))
+"""
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.split() == [str(2 * 3 * 3), "0"]

@@ -26,11 +26,11 @@ def test_tensors_of_a_dtype_share_a_launch(on_cuda, order):
 
 BAD = [
     (lambda x: ([x, x[:1]], 6, 8, 2, 2, 0.9, None), "xs: got batches 2 and 1"),
-    (lambda x: ([x.double()], 6, 8, 2, 2, 0.9, None), "xs: wrong dtype"),
+    (lambda x: ([x.double()], 6, 8, 2, 2, 0.9, None), "xs: got float64"),
     (lambda x: ([x], 6, 8, 7, 2, 0.9, None), "factor"),
     (lambda x: ([x], 6, 8, 0, 2, 0.9, None), "factor"),
     (lambda x: ([x], 6, 8, 2, 2, 0.9, x[:1, 0, 0]), "row_alpha: got shape"),
-    (lambda x: ([x], 6, 8, 2, 2, 0.9, x[:, 0, 0].half()), "row_alpha: wrong dtype"),
+    (lambda x: ([x], 6, 8, 2, 2, 0.9, x[:, 0, 0].half()), "row_alpha: got float16"),
 ]
 
 

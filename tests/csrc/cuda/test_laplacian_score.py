@@ -20,8 +20,8 @@ def test_one_launch_each(on_cuda):
 
 
 BAD = [
-    (lambda x: (x.double(), 6, 8, "l1"), "x: wrong dtype, expected float16, bfloat16 or float32"),
-    (lambda x: (x.int(), 6, 8, "l1"), "x: wrong dtype"),
+    (lambda x: (x.double(), 6, 8, "l1"), "x: got float64, expected float16, bfloat16 or float32"),
+    (lambda x: (x.int(), 6, 8, "l1"), "x: got int32"),
     (lambda x: (x[0], 6, 8, "l1"), r"x: got shape \(48, 10\), expected 3 dimensions"),
     (lambda x: (x, 6, 9, "l1"), r"grid: got \(6, 9\), expected H \* W = 48"),
     (lambda x: (x, 2**62, 4, "l1"), "grid"),
@@ -40,7 +40,7 @@ def test_bad_arguments(on_cuda, arguments, message):
 def test_bad_stride(on_cuda, stride):
     with pytest.raises(ValueError, match="stride"):
         on_cuda.ops.select_destinations(torch.zeros(2, 48, device=on_cuda.device), 6, 8, *stride)
-    with pytest.raises(ValueError, match="score: wrong dtype"):
+    with pytest.raises(ValueError, match="score: got float64"):
         on_cuda.ops.select_destinations(torch.zeros(2, 48, device=on_cuda.device).double(), 6, 8, 2, 2)
 
 

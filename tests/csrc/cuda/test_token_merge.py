@@ -132,9 +132,9 @@ def test_tables_out_of_range_read_nothing_else(on_cuda, channels):
 
 
 BAD = [
-    ({"x": lambda t: t.double()}, "x: wrong dtype"),
+    ({"x": lambda t: t.double()}, "x: got float64"),
     ({"x": lambda t: t[:3]}, "x: got batch 3, expected a multiple of the plan's 2 rows"),
-    ({"offsets": lambda t: t.long()}, "offsets: wrong dtype, expected int32"),
+    ({"offsets": lambda t: t.long()}, "offsets: got int64, expected int32"),
     ({"members": lambda t: t[:, 1:]}, "members: got shape"),
     ({"anchor": lambda t: t.repeat(1, 3)}, "anchor: got .* slots, expected at most 48"),
     ({"mode": lambda t: "max"}, "mode: got 'max'"),
@@ -158,12 +158,12 @@ def test_bad_arguments(on_cuda, change, message):
 
 
 BAD_NORMS = [
-    ({"x": lambda t: t.double()}, "x: wrong dtype"),
+    ({"x": lambda t: t.double()}, "x: got float64"),
     ({"x": lambda t: t[:3]}, "x: got batch 3, expected a multiple of the plan's 2 rows"),
     ({"members": lambda t: t[:, 1:]}, "members: got shape"),
     ({"weights": lambda t: torch.zeros(4, 47)}, "weights: got shape"),
     ({"norm_weight": lambda t: t[1:]}, r"norm_weight: got shape \(9\), expected \(10\)"),
-    ({"norm_bias": lambda t: t.double()}, "norm_bias: wrong dtype"),
+    ({"norm_bias": lambda t: t.double()}, "norm_bias: got float64"),
     ({"norm_bias": lambda t: None}, "norm_bias: got None, expected a tensor, as norm_weight is one"),
     ({"scale": lambda t: None}, "scale: got None, expected a tensor, as shift is one"),
     ({"scale": lambda t: t[0]}, r"scale: got shape \(10\), expected 2 dimensions"),
@@ -195,7 +195,7 @@ def test_bad_arguments_of_unmerge(on_cuda):
         ((x, *tables, None, None), "offsets: got shape"),
         ((y, *tables, x[:, 1:], None), "residual: got shape"),
         ((y, *tables, None, x[0]), "gate: got shape"),
-        ((y, *tables, None, x[:, 0].double()), "gate: wrong dtype"),
+        ((y, *tables, None, x[:, 0].double()), "gate: got float64"),
     ):
         with pytest.raises(ValueError, match=message):
             on_cuda.ops.token_unmerge(*arguments)
