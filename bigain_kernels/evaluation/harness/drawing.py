@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,8 @@ from .run import RunFolder, key_of, shard_slices
 
 def image_file(folder: Path, path: str) -> Path:
     """Where the drawing that belongs to an image of the data set lies: under its path, as a PNG."""
-    stem, dot, suffix = path.rpartition(".")
-    named = dot and f".{suffix.lower()}" in IMAGE_SUFFIXES and not stem.endswith("/")
-    return folder / "images" / f"{stem if named and stem else path}.png"
+    of_image = PurePosixPath(path).suffix.lower() in IMAGE_SUFFIXES
+    return folder / "images" / (PurePosixPath(path).with_suffix(".png") if of_image else f"{path}.png")
 
 
 def check_files(paths: Sequence[str]) -> None:

@@ -83,7 +83,9 @@ class Outcomes:
 
     def probabilities(self, temperature: float) -> np.ndarray:
         """(n, K): softmax of -scores / temperature; 0 for a class that was never asked about."""
-        z = np.where(np.isnan(self.scores), -np.inf, -self.scores / temperature)
+        # In float32 the least probability that `calibration` lets be would be zero.
+        z = self.scores.astype(np.float64) / -temperature
+        z = np.where(np.isnan(z), -np.inf, z)
         z = np.exp(z - z.max(axis=1, keepdims=True))
         return z / z.sum(axis=1, keepdims=True)
 

@@ -115,6 +115,8 @@ class Reproduction:
             "transform": self.transform,
             **machine(device),
         }
+        # The last that can refuse the experiment: what follows leaves files of it.
+        check_files(self.draws()[0])
         self._claim_images()
         self.classified = [self._classification(m, seed) for m in experiment.methods for seed in chosen.seeds]
         self.drawn = self._generation()
@@ -243,7 +245,6 @@ class Reproduction:
         chosen = self.experiment.generate
         if chosen is None:
             return []
-        check_files(self.draws()[0])
         found = []
         weights = self.drawer.fingerprint() if self._captions else self._weights
         for method in self.experiment.methods:
